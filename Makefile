@@ -1,0 +1,85 @@
+# `make help` says what there is. Needs python3 (3.11 or newer), make and git; the rest goes into .venv on the first call.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.installed$(if $(CONSTRAINTS),,-unconstrained)
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lab docs bench prepare readme clean
+
+define HELP
+make train     train an adapter on the embedded corpus: runs/train holds it and the executed notebook
+make test      run every test, the notebooks among them
+make lab       open the notebooks in JupyterLab
+make docs      build the site into _docs, with Quarto if it is installed, else with smalldocs
+make bench     run every benchmark in benchmarks/
+make prepare   after an edit in nbs/: export the package, clean the notebooks, make README.md
+make clean     remove what was built; .venv and runs/ stay
+
+Each sets up .venv by itself, and again when settings.ini, setup.py or constraints.txt has changed.
+  ARGS="..."           more arguments, e.g. make test ARGS="-k codec -x"
+  PYTHON=python3.12    the Python that .venv is made with (remove .venv to change it)
+  CONSTRAINTS=         without the tested versions, e.g. for the torch of your GPU: make CONSTRAINTS= train
+On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares you several GB of CUDA libraries.
+endef
+
+help:
+	$(info $(HELP))
+	@:
+
+$(SETUP): settings.ini setup.py $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "higgs_nb needs Python 3.11 or newer, found " + sys.version)'
+	@echo "setting up $(VENV): the first time this takes a few minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed*
+	@$(BIN)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev,docs]"
+	@touch $@
+
+train: $(SETUP)
+	$(BIN)/higgs_run train --out runs/train $(ARGS)
+
+test: $(SETUP)
+	$(BIN)/pytest $(ARGS)
+
+lab: $(SETUP)
+	$(BIN)/jupyter-lab nbs $(ARGS)
+
+# nbdev writes into _proc what a page shows: API entries, no exported code, and links to where it expects the site to be published.
+# The links become links to notebooks, and Quarto or smalldocs makes HTML of it all.
+docs: $(SETUP)
+	$(BIN)/python -c "from nbdev.quarto import refresh_quarto_yml as yml; from nbdev.serve import proc_nbs; yml(); proc_nbs(force=True)"
+	@cd _proc && url=$$(sed -n 's/ *site-url: "\(.*\)"/\1/p' nbdev.yml) && for nb in [0-9]*.ipynb; do page=$${nb#*_}; \
+	  find . -name '*.ipynb' -exec sed -i.bak "s#$$url/$${page%.ipynb}\.html#/$$nb#g" {} +; done; find . -name '*.bak' -delete
+	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else $(BIN)/smalldocs render _proc; fi
+	rm -rf _docs && mv _proc/_docs _docs
+	@echo "the site is in _docs: $(PYTHON) -m http.server -d _docs"
+
+bench: $(SETUP)
+	@ls benchmarks/*.py >/dev/null || { echo "make bench: no benchmark in benchmarks/" >&2; exit 1; }
+	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark $(ARGS); done
+
+prepare: $(SETUP)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	@$(MAKE) --no-print-directory readme
+
+# README.md is nbs/index.ipynb as Markdown; links there are relative to nbs/, and the README lies one folder up.
+define README
+import re, nbformat
+from nbconvert import MarkdownExporter
+index = nbformat.read("nbs/index.ipynb", 4)
+index.metadata.language_info = {"name": "python"}
+index.cells = [cell for cell in index.cells if "remove-cell" not in cell.metadata.get("tags", [])]
+text, _ = MarkdownExporter().from_notebook_node(index)
+text = re.sub(r"\]\(([\w./-]+\.(?:ipynb|svg|png))\)", r"](nbs/\1)", text)
+open("README.md", "w", encoding="utf-8").write(re.sub(r"\n{3,}", "\n\n", text))
+endef
+export README
+
+readme: $(SETUP)
+	$(BIN)/python -c "$$README"
+
+clean:
+	rm -rf build dist _proc _docs nbs/nbdev.yml *.egg-info .pytest_cache .hypothesis
+	find higgs_nb nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -1,0 +1,30 @@
+import shutil, subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def committed():
+    "Paths of the repository's files, relative to its root: tracked ones, and new ones that git does not ignore."
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    return [Path(name) for name in sorted(set(listed.stdout.split("\0"))) if name and ((ROOT/name).exists() or (ROOT/name).is_symlink())]
+
+
+@pytest.fixture(scope="session")
+def make_copy(tmp_path_factory):
+    "A function that copies the repository, as a fresh clone would have it, into a new folder."
+    def copy():
+        folder = tmp_path_factory.mktemp("copy")
+        for file in committed():
+            (folder/file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT/file, folder/file, follow_symlinks=False)
+        return folder
+    return copy
+
+
+@pytest.fixture(scope="session")
+def pristine(make_copy):
+    "A copy of the repository that no test writes to."
+    return make_copy()

@@ -1,0 +1,118 @@
+"""Our collators against recordings of the original implementation. HIGGS_ORACLE names the folder with the recordings."""
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from oracle_adapter import collate
+
+from higgs_nb.chatml import Conversation
+from higgs_nb.collator import PaddedCollator
+from higgs_nb.samples import AudioTokens, ChatMLDatasetSample, delay_pattern, expand, prepare_chatml_sample, undelay
+
+folder = Path(os.environ.get("HIGGS_ORACLE", Path(__file__).parents[2] / "shared" / "oracle"))
+if not (folder / "oracle.py").exists():
+    pytest.skip(f"no recordings of the original in {folder}; set HIGGS_ORACLE", allow_module_level=True)
+spec = importlib.util.spec_from_file_location("oracle", folder / "oracle.py")
+oracle = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(oracle)
+
+ids = oracle.samples_json["ids"]
+TOKENS = AudioTokens(ids["AUDIO"], ids["AUDIO_OUT"], ids["audio_delay"], ids["pad"], oracle.samples_json["audio_stream_bos_id"],
+                     oracle.samples_json["audio_stream_eos_id"], oracle.samples_json["num_codebooks"])
+
+
+FIELDS = (*oracle.OUT_FIELDS, "audio_out_ids_start_group_loc", "reward")
+
+
+def test_every_recorded_batch():
+    report = oracle.check_collator(collate, FIELDS)
+    assert report["bad"] == []
+    assert report["ok"] + report["upstream_raised"] == len(oracle.collator_json["runs"]) == 448
+
+
+def changed(name: str, special: dict) -> dict:
+    "The sample of a special run, changed as its note says."
+    if name == "no_labels": return {**oracle.sample("clone_in"), "label_ids": None}
+    if name == "resample_24k":
+        return {**oracle.sample("clone_in"), "audio_waveforms_concat": oracle.collator_t[special["in_waveform"]], "audio_sample_rate": torch.tensor([24000])}
+    if name == "long_30s":
+        return {**oracle.sample("long_in_text"), "audio_waveforms_concat": oracle.collator_t[special["tile_1s"]].repeat(32)[:507200]}
+    multi = oracle.sample("multi")
+    codes = multi["audio_ids_concat"]
+    return {**multi, "audio_label_ids_concat": codes if name == "no_transform" else torch.full_like(codes, 7)}
+
+
+@pytest.mark.parametrize("special", [s for s in oracle.collator_json["special"] if "same_object" not in s["name"]], ids=lambda s: s["name"])
+def test_special_runs(special):
+    got = collate([changed(special["name"], special)], **{**oracle.collator_json["base_kwargs"], **special["kwargs"]})
+    expected = oracle.tensors(special["out"], oracle.collator_t)
+    for field in FIELDS: assert oracle.same(got[field], expected[field], 1e-4 if field == "audio_features" else 0), field
+
+
+@pytest.mark.parametrize("case", oracle.samples_json["cases"])
+@pytest.mark.parametrize("in_tokens", [True, False])
+def test_whisper_on_where_the_original_raised(case, in_tokens):
+    "Each clip that is spoken keeps its own codes, whatever is heard before or after it, in however many chunks."
+    names = oracle.samples_json["cases"][case]
+    kwargs = dict(oracle.collator_json["base_kwargs"], encode_whisper_embed=True, return_audio_in_tokens=in_tokens, use_delay_pattern=True)
+    got = collate([oracle.sample(n) for n in names], **kwargs)
+    without = collate([oracle.sample(n) for n in names], **{**kwargs, "encode_whisper_embed": False})
+    for field in ("audio_out_ids", "audio_out_ids_start", "label_audio_ids"):
+        assert torch.equal(got[field], without[field]), field
+    heard = int((got["input_ids"] == TOKENS.audio_in).sum())
+    assert len(got["audio_features"]) == heard
+    if in_tokens: assert len(got["audio_in_ids_start"]) == heard
+
+
+def test_same_object_twice():
+    "The recorded second pass lost its labels; ours equals the first."
+    special = {s["name"]: s for s in oracle.collator_json["special"]}
+    for mask in (True, False):
+        first = special[f"same_object_1st_pass.mask={mask}"]
+        expected = oracle.tensors(first["out"], oracle.collator_t)
+        sample = [oracle.sample("tts")]
+        for _ in range(2):
+            got = collate(sample, **{**oracle.collator_json["base_kwargs"], **first["kwargs"]})
+            for field in oracle.OUT_FIELDS: assert oracle.same(got[field], expected[field]), field
+        assert int((got["label_audio_ids"] >= 0).sum()) == 8 * 10
+
+
+@pytest.mark.parametrize("run", oracle.J("native.json")["variant_a_vs_native"], ids=lambda r: f"{r['tensors_prefix']}{r['case']}")
+def test_native_sequence(run):
+    "Ids, frames and both kinds of labels of every recorded run, row by row; a clip that is not trained has no recorded audio labels."
+    native = oracle.load_file(str(folder / "native.safetensors"))
+    at = lambda name: native.get(run["tensors_prefix"] + name)
+    samples = [expand(ChatMLDatasetSample.wrap(oracle.sample(n)), TOKENS, n, delay=run["kwargs"]["use_delay_pattern"],
+                      audio_in_codes=run["kwargs"]["return_audio_in_tokens"]) for n in oracle.samples_json["cases"][run["case"]]]
+    for row, sample in enumerate(samples):
+        text, frames = at("attention_mask")[row].bool(), at("audio_input_ids_mask")[row].bool()
+        assert torch.equal(sample.input_ids, at("input_ids")[row][text])
+        assert torch.equal(sample.labels, at("text_labels_upstream_rule")[row][text])
+        assert torch.equal(sample.audio_ids, at("audio_input_ids")[row][frames])
+        if at("audio_labels_upstream_rule") is not None: assert torch.equal(sample.audio_labels, at("audio_labels_upstream_rule")[row][frames])
+        else: assert not (sample.audio_labels >= 0).any()
+    batch = PaddedCollator(TOKENS)(samples)
+    for row, sample in enumerate(samples):
+        assert torch.equal(batch["audio_input_ids"][row][batch["audio_input_ids_mask"][row]], sample.audio_ids)
+
+
+@pytest.mark.parametrize("name", oracle.samples_json["samples"])
+def test_prepared_tokens(name):
+    "The recorded tokens and labels of `prepare_chatml_sample`."
+    from transformers import PreTrainedTokenizerFast
+    recorded = oracle.samples_json["samples"][name]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    input_ids, label_ids, audios, _ = prepare_chatml_sample(Conversation.from_dict(recorded["chatml"], id=name), tokenizer)
+    assert input_ids == recorded["input_tokens"] and label_ids == recorded["label_tokens"]
+    assert [a.path for a in audios] == recorded["audio_urls"]
+
+
+@pytest.mark.parametrize("name", sorted({k.split(".")[0] for k in oracle.load_file(str(folder / "delay.safetensors"))}))
+def test_delay_pattern(name):
+    recorded = oracle.load_file(str(folder / "delay.safetensors"))
+    codes, delayed = recorded[f"{name}.codes"], recorded[f"{name}.delayed"]
+    got, _ = delay_pattern(codes, torch.tensor([codes.shape[1]]), delayed[-1, 0], delayed[0, -1])
+    assert torch.equal(got.t(), delayed)
+    assert torch.equal(undelay(got, int(delayed[-1, 0]), int(delayed[0, -1]))[0], codes)

@@ -1,0 +1,133 @@
+"The repository agrees with itself: package and notebooks, README and index, wheel and tree, the site."
+import ast, os, re, subprocess, sys, zipfile
+from configparser import ConfigParser
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, committed
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command, cwd, **env):
+    "Standard output of `command`; a failure shows all that it wrote."
+    done = subprocess.run([*map(str, command)], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **env})
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def differing(a, b, pattern):
+    "Files under `a` or `b` matching `pattern` that are not the same in both."
+    files = {f.relative_to(root) for root in (a, b) for f in root.glob(pattern) if f.is_file()}
+    return sorted(str(f) for f in files if not ((a/f).is_file() and (b/f).is_file() and (a/f).read_bytes() == (b/f).read_bytes()))
+
+
+def test_package_is_what_the_notebooks_export(pristine, make_copy):
+    copy = make_copy()
+    for module in copy.glob("higgs_nb/*.py"): module.unlink()
+    run(BIN/"nbdev_export", cwd=copy)
+    assert not differing(pristine, copy, "higgs_nb/*.py"), "nbs/ and higgs_nb/ are out of step: `make prepare`"
+
+
+def test_notebooks_are_clean(pristine, make_copy):
+    copy = make_copy()
+    run(BIN/"nbdev_clean", cwd=copy)
+    assert not differing(pristine, copy, "nbs/**/*.ipynb"), "notebooks hold what git should not see: `make prepare`"
+
+
+def test_readme_is_the_index(pristine, make_copy):
+    copy = make_copy()
+    run("make", "readme", "SETUP=", f"BIN={BIN}", cwd=copy)
+    assert not differing(pristine, copy, "README.md"), "README.md is not what nbs/index.ipynb renders to: `make prepare`"
+    missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", (copy/"README.md").read_text()) if not (copy/link).exists()]
+    assert not missing, f"README.md links to files that are not there: {missing}"
+
+
+def test_no_private_paths():
+    private = re.compile(rb"(?<![\w./+-])/(?:home|root|Users|work|tmp)/\w+|" + re.escape(bytes(ROOT)))
+    text = {".py", ".ipynb", ".md", ".txt", ".ini", ".yml", ".json", ".css", ".svg", ""}
+    found = [f"{file}: {match.group().decode()}..." for file in committed() if file.suffix in text and (ROOT/file).is_file()
+             for match in [private.search((ROOT/file).read_bytes())] if match]
+    assert not found, "\n".join(found)
+
+
+def undocumented(module):
+    "Functions and classes in `__all__` of `module` (a path) without a docstring."
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    public = {name for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__" for name in ast.literal_eval(node.value)}
+    return [f"{module.name}:{node.lineno} {node.name}" for node in tree.body
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name in public and not ast.get_docstring(node)]
+
+
+def test_every_public_name_has_a_docstring():
+    bare = [name for module in sorted((ROOT/"higgs_nb").glob("[!_]*.py")) for name in undocumented(module)]
+    assert not bare, "without a docstring:\n" + "\n".join(bare)
+
+
+@pytest.fixture(scope="session")
+def wheel(make_copy):
+    "The wheel that the repository builds."
+    copy = make_copy()
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=copy)
+    [built] = copy.glob("dist/*.whl")
+    return built
+
+
+def test_wheel_holds_package_data_and_runs(wheel):
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {str(f) for f in committed() if f.parts[0] == "higgs_nb" and f.name != "runs"} | {f"higgs_nb/runs/{f.name}" for f in committed() if f.parts[:2] == ("nbs", "runs") and f.suffix == ".ipynb"}
+    package = {name for name in held if ".dist-info/" not in name}
+    assert package == wanted, f"missing: {sorted(wanted - package)}, not ours: {sorted(package - wanted)}"
+
+
+def test_commands_of_settings_exist():
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT/"settings.ini")
+    for script in settings["DEFAULT"]["console_scripts"].split():
+        assert "usage" in run(BIN/script.split("=")[0], "--help", cwd=ROOT)
+
+
+class Loads(HTMLParser):
+    "Addresses that a browser fetches by itself to show a page (links that a reader may follow are none)."
+    def __init__(self, html):
+        super().__init__()
+        self.found = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "link" and attrs.get("rel") not in ("canonical", "license"): self.found.append(attrs.get("href"))
+        if tag != "a": self.found += [attrs.get("src"), attrs.get("srcset"), attrs.get("poster"), attrs.get("data")]
+
+
+@pytest.fixture(scope="session")
+def site(make_copy):
+    "The built site."
+    copy = make_copy()
+    run("make", "docs", "SETUP=", f"BIN={BIN}", cwd=copy)
+    return copy/"_docs"
+
+
+def test_site_has_a_page_for_each_notebook(site):
+    pages = {str(p.relative_to(site).with_suffix("")) for p in site.rglob("*.html")}
+    wanted = {str(f.relative_to("nbs").with_suffix("")) for f in committed() if f.suffix == ".ipynb"}
+    assert wanted <= pages, sorted(wanted - pages)
+    assert (site/"search.json").stat().st_size > 1000
+
+
+def test_site_asks_nothing_of_other_hosts(site):
+    outside = re.compile(r"^\s*(?:https?:)?//")
+    found = [f"{page.relative_to(site)}: {address}" for page in site.rglob("*.html") for address in Loads(page.read_text(encoding="utf-8")).found if address and outside.match(address)]
+    found += [f"{page.relative_to(site)}: {address}" for page in [*site.rglob("*.css"), *site.rglob("*.html")]
+              for address in re.findall(r"""(?:url\(|@import|from)\s*['"]?((?:https?:)?//[^'")\s]+)""", page.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+def test_links_within_the_site_lead_somewhere(site):
+    broken = []
+    for page in site.rglob("*.html"):
+        for address in re.findall(r'href="([^"#?:]+)[^":]*"', page.read_text(encoding="utf-8")):
+            target = page.parent/address
+            if not (target.is_file() or (target/"index.html").is_file()): broken.append(f"{page.relative_to(site)}: {address}")
+    assert not broken, "\n".join(broken)

@@ -1,0 +1,103 @@
+"Every notebook of nbs/runs is executed by papermill, with small parameters."
+import json, os, shutil
+from pathlib import Path
+
+import nbformat, papermill, pytest, torch
+from conftest import ROOT, committed
+from peft import PeftModel
+from transformers import HiggsAudioV2ForConditionalGeneration
+
+from higgs_nb.checkpoint import load_lora_adapters, main as higgs_validate
+from higgs_nb.model import load_model
+from higgs_nb.run import main as higgs_run
+
+RUNS = {file.name: ROOT/file for file in committed() if file.parent == Path("nbs/runs") and file.suffix == ".ipynb"}
+SOUNDS = os.environ.get("HIGGS_NB_SOUNDS", "")
+
+# notebook: its parameters here; every path among them lies below the test's folder, or is an input that `NEEDS` names
+SMALL = {
+    "corpus.ipynb": dict(source=SOUNDS, out="allison"),
+    "train.ipynb": dict(out="run", steps=30, max_clips=12, token_budget=1024, eval_every=15, save_every=15, warmup=5, speak=1),
+}
+# notebook: what a machine may lack (None: nothing is missing), and why it is skipped then
+NEEDS = {
+    "corpus.ipynb": None if SOUNDS else "HIGGS_NB_SOUNDS does not name a folder with Debian's asterisk-core-sounds-en and -en-g722 unpacked",
+}
+
+
+def test_each_is_listed():
+    assert set(SMALL) == set(RUNS), "a notebook of nbs/runs has no small parameters here, or is gone"
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"train.ipynb"}))  # that one is looked at more closely below
+def test_run(name, tmp_path):
+    if NEEDS.get(name): pytest.skip(NEEDS[name])
+    papermill.execute_notebook(RUNS[name], tmp_path/name, parameters=SMALL[name], cwd=tmp_path, progress_bar=False)
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_parameters_are_explained(name):
+    "`papermill --help-notebook` shows a type and a comment for each."
+    parameters = papermill.inspect_notebook(RUNS[name])
+    assert parameters, f"{name} has no cell with the tag `parameters`"
+    bare = [p["name"] for p in parameters.values() if p["inferred_type_name"] == "None" or not p["help"]]
+    assert not bare, f"{name}: a type or a comment is missing for {', '.join(bare)}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "The directory of a small `higgs_run train`, its exit code asserted."
+    out = tmp_path_factory.mktemp("runs")/"train"
+    given = [x for key, value in SMALL["train.ipynb"].items() if key != "out" for x in ("-p", key, str(value))]
+    assert higgs_run(["train", "--out", str(out), *given]) == 0
+    return out
+
+
+def test_what_a_run_leaves(trained):
+    "Verified checkpoints and adapter, the executed notebook, the log, samples, and run.json with what was measured."
+    run = json.loads((trained/"run.json").read_text())
+    assert run["held_out_audio_loss"]["after"] < 0.97 * run["held_out_audio_loss"]["before"]
+    assert run["probe"]["+1"] < min(run["probe"]["-1"], run["probe"]["+0"], run["probe"]["+2"]) and run["verdict"] == "learning"
+    assert run["tokens_per_second"] > 0 and run["versions"]["torch"] and run["parameters"]["steps"] == 30
+    assert sorted(p.name for p in trained.glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-30"]
+    assert higgs_validate([str(trained)]) == 0
+    assert len(list((trained/"samples").glob("step-*/*.wav"))) == 2 and (trained/"log.jsonl").exists()
+    outputs = [o for c in nbformat.read(trained/"train.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs]
+    pictures = sum("image/png" in o.get("data", {}) for o in outputs)
+    players = sum("<audio" in o.get("data", {}).get("text/html", "") for o in outputs)
+    assert pictures >= 4 and players == 2
+
+
+def test_stock_peft_reads_the_adapter(trained):
+    base = HiggsAudioV2ForConditionalGeneration.from_pretrained(trained/"base", use_text_head=True)
+    stock = PeftModel.from_pretrained(base, trained/"adapter").eval()
+    ours = load_lora_adapters(load_model(str(trained/"base")), trained/"adapter").eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad(): assert torch.equal(stock(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
+def test_validator_sees_a_flipped_byte(trained, tmp_path, capsys):
+    broken = tmp_path/"adapter"
+    shutil.copytree(trained/"adapter", broken)
+    weights = broken/"adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert higgs_validate([str(broken)]) == 1
+    assert "adapter_model.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given, code, said", [
+    (["-p", "data", "nowhere"], 1, "nowhere"),  # the run fails, and says why
+    (["-p", "max_duration_s", "5", "-p", "steps", "1"], 1, "limit"),
+    (["-p", "learning_rte", "1"], 2, "did you mean 'learning_rate'"),  # the run does not start
+])
+def test_a_run_that_cannot_work(given, code, said, tmp_path, capsys):
+    assert higgs_run(["train", "--out", str(tmp_path/"run"), *given]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_output_directory_that_is_a_file(tmp_path, capsys):
+    (tmp_path/"taken").write_text("mine")
+    assert higgs_run(["train", "--out", str(tmp_path/"taken")]) == 2
+    assert "is a file" in capsys.readouterr().err and (tmp_path/"taken").read_text() == "mine"

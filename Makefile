@@ -48,7 +48,7 @@ lab: $(SETUP)
 # nbdev writes into _proc what a page shows: API entries, no exported code, and links to where it expects the site to be published.
 # The links become links to notebooks, and Quarto or smalldocs makes HTML of it all.
 docs: $(SETUP)
-	$(BIN)/python -c "from nbdev.quarto import refresh_quarto_yml as yml; from nbdev.serve import proc_nbs; yml(); proc_nbs(force=True)"
+	PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -c "from nbdev.quarto import refresh_quarto_yml as yml; from nbdev.serve import proc_nbs; yml(); proc_nbs(force=True)"
 	@cd _proc && url=$$(sed -n 's/ *site-url: "\(.*\)"/\1/p' nbdev.yml) && for nb in [0-9]*.ipynb; do page=$${nb#*_}; \
 	  find . -name '*.ipynb' -exec sed -i.bak "s#$$url/$${page%.ipynb}\.html#/$$nb#g" {} +; done; find . -name '*.bak' -delete
 	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else $(BIN)/smalldocs render _proc; fi

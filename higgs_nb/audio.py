@@ -38,7 +38,9 @@ class CorpusError(ValueError):
 class AudioError(CorpusError): "A recording that cannot be used."
 
 # %% ../nbs/00_audio.ipynb #d995d9ae
-def complain(what: str, remedy: str): raise CorpusError(Problem(what, remedy))
+def complain(what: str, remedy: str):
+    "Raise a `CorpusError` of one problem."
+    raise CorpusError(Problem(what, remedy))
 
 @contextmanager
 def collect_problems(problems: list, source: str = "", id: str = ""):

@@ -192,7 +192,9 @@ def stable_config(model: nn.Module) -> dict:
         return {k: stable(v) for k, v in value.items() if k not in VOLATILE and k[:1] != "_"} if isinstance(value, dict) else value
     return stable(json.loads(base_of(model).config.to_json_string()))
 
-def base_of(model: nn.Module) -> nn.Module: return model.get_base_model() if isinstance(model, PeftModel) else model
+def base_of(model: nn.Module) -> nn.Module:
+    "The model without its adapter."
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 def config_fingerprint(model: nn.Module) -> str:
     "sha256 of `stable_config`."

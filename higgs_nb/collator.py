@@ -32,7 +32,7 @@ def target_index(labels: Tensor,  # (rows, positions), text labels, -100 = not s
     labels[starts] = IGNORE  # nothing stands before the first token of a sample
     text = (labels != IGNORE).nonzero().flatten()
     frames = (audio_labels != IGNORE).any(1).nonzero().flatten()
-    return dict(text_rows=text - 1, text_targets=labels[text], audio_rows=audio_positions[frames] - 1, audio_targets=audio_labels[frames])
+    return dict(text_rows=text - 1, text_targets=labels[text], audio_rows=audio_positions[frames] - 1, audio_targets=audio_labels.index_select(0, frames))
 
 # %% ../nbs/04_collator.ipynb #92e8da82
 def is_frame(input_ids: Tensor, tokens: AudioTokens) -> Tensor:
@@ -74,7 +74,7 @@ class PackedCollator:
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """`input_ids`, `position_ids`, `labels` (1, positions), `audio_input_ids`, `audio_labels` (1, frames, codebooks), `audio_input_ids_mask`
-        (1, frames), `cu_seqlens` (samples + 1,) int32, `text_positions` (n,), `audio_positions` (frames,), and the index of `target_index`."""
+        (1, frames), `lengths` of the samples (a list) and `cu_seqlens` (samples + 1,) int32, `text_positions` (n,), `audio_positions` (frames,), and the index of `target_index`."""
         input_ids, labels = torch.cat([s.input_ids for s in samples]), torch.cat([s.labels for s in samples])
         codes, audio_labels = torch.cat([s.audio_ids for s in samples]), torch.cat([s.audio_labels for s in samples])
         ends = torch.tensor([0, *map(len, samples)]).cumsum(0)
@@ -83,7 +83,7 @@ class PackedCollator:
         audio_positions = frame.nonzero().flatten()
         return dict(input_ids=input_ids[None], position_ids=position_ids[None], labels=labels[None], audio_input_ids=codes[None],
                     audio_labels=audio_labels[None], audio_input_ids_mask=torch.ones(1, len(codes), dtype=torch.bool),
-                    cu_seqlens=ends.int(), text_positions=(~frame).nonzero().flatten(), audio_positions=audio_positions,
+                    lengths=[*map(len, samples)], cu_seqlens=ends.int(), text_positions=(~frame).nonzero().flatten(), audio_positions=audio_positions,
                     **target_index(labels[None], audio_positions, audio_labels, ends[:-1]))
 
 # %% ../nbs/04_collator.ipynb #7003779b
@@ -113,7 +113,9 @@ class PackedBatchSampler(torch.utils.data.Sampler):
             raise ValueError(f"sample {ids[longest] if ids else longest} has {lengths[longest]} tokens and does not fit a batch of {token_budget}: "
                              f"raise the token budget to {lengths[longest]} or cut the recording")
 
-    def set_epoch(self, epoch: int): self.epoch = epoch
+    def set_epoch(self, epoch: int):
+        "Which epoch the next iteration gives."
+        self.epoch = epoch
 
     def batches(self, epoch: int) -> list[list[int]]:
         "The batches of an epoch."
@@ -171,34 +173,32 @@ class HiggsAudioSampleCollator:
 
     def text(self, samples, labelled) -> dict[str, Tensor | None]:
         "The text fields."
-        labels = None
-        if labelled:
-            labels = self.pad([s.label_ids for s in samples], IGNORE)
-            if self.mask_audio_out_token_label:
-                labels[self.pad([s.input_ids for s in samples], self.pad_token_id) == self.audio_out_token_id] = IGNORE
-        return dict(input_ids=self.pad([s.input_ids for s in samples], self.pad_token_id), label_ids=labels,
-                    attention_mask=self.pad([torch.ones_like(s.input_ids) for s in samples], 0))
+        input_ids = self.pad([s.input_ids for s in samples], self.pad_token_id)
+        labels = self.pad([s.label_ids for s in samples], IGNORE) if labelled else None
+        if labelled and self.mask_audio_out_token_label: labels = labels.masked_fill(input_ids == self.audio_out_token_id, IGNORE)
+        return dict(input_ids=input_ids, label_ids=labels, attention_mask=self.pad([torch.ones_like(s.input_ids) for s in samples], 0))
 
 # %% ../nbs/04_collator.ipynb #821efa2f
 @patch
-def clips(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample) -> tuple[Tensor, Tensor]:
-    "Which placeholder tokens of a sample are spoken, and which of its recordings: bool (clips,) and (recordings,)."
-    ids = s.input_ids[(s.input_ids == self.audio_in_token_id) | (s.input_ids == self.audio_out_token_id)]
-    spoken = ids == self.audio_out_token_id
+def spoken(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample) -> np.ndarray:
+    "Which recordings of a sample are spoken: bool (recordings,)."
+    ids = s.input_ids.numpy()
+    spoken = ids[(ids == self.audio_in_token_id) | (ids == self.audio_out_token_id)] == self.audio_out_token_id
     n = len(s.audio_ids_start)
-    if n == len(spoken): return spoken, spoken
-    if n == int(spoken.sum()) and not self.return_audio_in_tokens: return spoken, torch.ones(n, dtype=torch.bool)  # no codes of what is heard
+    if n == len(spoken): return spoken
+    if n == spoken.sum() and not self.return_audio_in_tokens: return np.ones(n, bool)  # no codes of what is heard
     raise ValueError(f"a sample has {len(spoken)} audio placeholders and codes for {n} recordings")
 
 @patch
 def audio(self: HiggsAudioSampleCollator, samples, labelled) -> dict[str, Tensor | None]:
     "The fields that hold codes."
-    spoken = [self.clips(s)[1] for s in samples]
+    spoken = [self.spoken(s) for s in samples]
     out_ids, out_start, out_labels = self.stream(samples, spoken, labelled)
     if labelled and len(out_start):
-        trained = torch.cat([s.label_ids[s.input_ids == self.audio_out_token_id] >= 0 for s in samples])
-        frames = torch.diff(out_start, append=torch.tensor([out_ids.shape[1]]))
-        out_labels = out_labels.masked_fill(~trained.repeat_interleave(frames), IGNORE)
+        ids, labels = (np.concatenate([getattr(s, name).numpy() for s in samples]) for name in ("input_ids", "label_ids"))
+        untrained = labels[ids == self.audio_out_token_id] < 0  # (clips,)
+        frames = np.diff(out_start.numpy(), append=out_ids.shape[1])
+        if untrained.any(): out_labels = out_labels.masked_fill(torch.from_numpy(untrained.repeat(frames)), IGNORE)
     in_ids, in_start, _ = self.stream(samples, [~s for s in spoken], False) if self.return_audio_in_tokens else (None, None, None)
     rewards = torch.tensor([s.reward for s in samples if s.reward is not None], dtype=torch.float32)
     return dict(audio_out_ids=out_ids, audio_out_ids_start=out_start, label_audio_ids=out_labels, audio_in_ids=in_ids, audio_in_ids_start=in_start,
@@ -207,14 +207,16 @@ def audio(self: HiggsAudioSampleCollator, samples, labelled) -> dict[str, Tensor
 @patch
 def stream(self: HiggsAudioSampleCollator, samples, chosen, labelled) -> tuple[Tensor, Tensor, Tensor | None]:
     "The chosen recordings of all samples: wrapped and delayed codes (codebooks, frames), starts (clips,), labels."
-    lengths = torch.cat([s.code_lengths[c] for s, c in zip(samples, chosen)])
-    if not len(lengths):
+    used = [(s, c) for s, c in zip(samples, chosen) if c.any()]
+    if not used:
         empty = torch.zeros(0, 0, dtype=torch.long)
         return empty, torch.zeros(0, dtype=torch.long), empty if labelled else None
+    keep, lengths = np.concatenate([c for _, c in used]), np.concatenate([s.code_lengths for s, _ in used])
+    frames = None if keep.all() else torch.from_numpy(keep.repeat(lengths))
     def join(name):
-        frames = [(getattr(s, name), c.repeat_interleave(s.code_lengths)) for s, c in zip(samples, chosen) if c.any()]
-        return torch.cat([(x if keep.all() else x[:, keep])[:self.audio_num_codebooks] for x, keep in frames], 1).long()
-    codes = join("audio_ids_concat")
+        codes = torch.cat([getattr(s, name)[:self.audio_num_codebooks] for s, _ in used], 1).long()
+        return codes if frames is None else codes[:, frames]
+    codes, lengths = join("audio_ids_concat"), torch.from_numpy(lengths[keep])
     if self.disable_audio_codes_transform:
         ids, labels, extra = codes, join("audio_label_ids_concat") if labelled else None, 0
     else:
@@ -247,7 +249,7 @@ def repeat(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample, heard: list[i
         last = position + 2
     order = torch.tensor([*order, *range(last, len(s.input_ids))])
     starts, shares = [], iter(pieces)
-    for start, length, is_spoken in zip(s.audio_ids_start.tolist(), s.code_lengths.tolist(), self.clips(s)[1].tolist()):
+    for start, length, is_spoken in zip(s.audio_ids_start.tolist(), s.code_lengths.tolist(), self.spoken(s).tolist()):
         ends = [1] if is_spoken else np.cumsum([len(c) for c in next(shares)]).tolist()
         starts += [start, *(start + round(length * end / ends[-1]) for end in ends[:-1])]
     return ChatMLDatasetSample(**{**{f: getattr(s, f) for f in s.__dataclass_fields__}, "input_ids": s.input_ids[order],

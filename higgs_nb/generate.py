@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from .chatml import Audio, Conversation, Text, tts_conversation
-from .codec import Codec, CodeStore
+from .chatml import Audio, Conversation, Text, load_audio, tts_conversation
+from .codec import Codec
 from .collator import PaddedCollator
 from .samples import AudioTokens, Sample, encode_conversation, expand, undelay
 
@@ -48,7 +48,9 @@ class Speech:
     waveform: Tensor | None = None  # (samples,), None without a codec
 
     @property
-    def duration_s(self) -> float: return self.codes.shape[1] / 25
+    def duration_s(self) -> float:
+        "Seconds, at 25 frames each."
+        return self.codes.shape[1] / 25
 
     def save(self, path: str | Path) -> Path:
         "Write a 16-bit wav file."
@@ -86,6 +88,7 @@ def generate_speech(model,  # a `HiggsAudioForTraining`, a PeftModel around one,
         for talk, frames in zip(talks[i:i + batch_size], codes):
             clip, stopped = undelay(frames.cpu(), tokens.stream_bos, tokens.stream_eos)
             text = "".join(p.text for m in talk.messages if m.role == "user" for p in m.content if isinstance(p, Text))
+            clip = clip[:, :max_frames]
             speech.append(Speech(talk.id, text, clip, stopped, *((codec.sampling_rate, codec.decode(clip) if clip.shape[1] else torch.zeros(0)) if codec else ())))
     model.train(was_training)
     return speech
@@ -101,10 +104,9 @@ class Encoder:
     "A store without memory: encodes whatever it is asked for."
     def __init__(self, codec: Codec): self.codec = codec
     def get(self, audio: Audio) -> Tensor:
-        from higgs_nb.chatml import load_audio
         return self.codec.encode(load_audio(audio, self.codec.sampling_rate))
 
-# %% ../nbs/09_generate.ipynb #59a8f867
+# %% ../nbs/09_generate.ipynb #dc8e6f8f
 class SpeechCallback(TrainerCallback):
     "Speaks `prompts` before, after and every `every` steps of training; the wav files lie in `folder` as `step-000000/ID.wav`."
     def __init__(self, prompts: list[str | Conversation], codec: Codec, tokenizer, folder: str | Path,

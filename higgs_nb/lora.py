@@ -54,9 +54,13 @@ class Match:
 class MatchTable(list):
     "The `Match`es of a configuration on a model; shows itself as a table."
     @property
-    def trainable(self) -> int: return sum(m.trainable for m in self)
+    def trainable(self) -> int:
+        "Parameters that will be trained in all."
+        return sum(m.trainable for m in self)
 
-    def rows(self): return [(m.target, m.kind, len(m.modules), f"{m.trainable:,}") for m in self] + [("all", "", sum(len(m.modules) for m in self), f"{self.trainable:,}")]
+    def rows(self) -> list[tuple]:
+        "Target, how, modules and parameters of each, then of all."
+        return [(m.target, m.kind, len(m.modules), f"{m.trainable:,}") for m in self] + [("all", "", sum(len(m.modules) for m in self), f"{self.trainable:,}")]
 
     def __str__(self):
         rows = [("target", "how", "modules", "parameters"), *self.rows()]
@@ -78,7 +82,7 @@ def match_table(model: nn.Module,  # the base, before it is adapted
         near = difflib.get_close_matches(target, known, n=3, cutoff=0.5)
         return ValueError(f"{target!r} matches nothing in {type(model).__name__}" + (f"; did you mean {', '.join(near)}?" if near else ""))
     table = MatchTable()
-    for target in sorted(config.target_modules, key=list(PRESETS["all"]).index if set(config.target_modules) <= set(PRESETS["all"]) else None):
+    for target in sorted(config.target_modules, key=lambda t: (PRESETS["all"].index(t) if t in PRESETS["all"] else len(PRESETS["all"]), t)):
         found = matching(linear, target)
         if not found: raise missing(target, linear)
         rank = lambda n: next((v for k, v in (config.rank_pattern or {}).items() if n.endswith(k)), config.r)

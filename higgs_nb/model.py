@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import ModelOutput
 from .samples import IGNORE, AudioTokens
 
 # %% auto #0
-__all__ = ['RELEASED', 'text_loss_sum', 'codebook_loss_sums', 'target_counts', 'LossWeights', 'HiggsOutput',
+__all__ = ['RELEASED', 'text_loss_sum', 'codebook_loss_sums', 'target_counts', 'sdpa_by_sample', 'LossWeights', 'HiggsOutput',
            'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'load_model']
 
 # %% ../nbs/05_model.ipynb #2bbe41b1
@@ -35,6 +37,16 @@ def target_counts(batch: dict[str, Tensor]) -> Tensor:
     return torch.cat([batch["text_targets"].new_tensor([len(batch["text_targets"])]), (batch["audio_targets"] != IGNORE).sum(0)])
 
 # %% ../nbs/05_model.ipynb #015f2dfc
+def sdpa_by_sample(module, query, key, value, attention_mask, lengths=None, **kwargs):
+    "SDPA over (batch, heads, positions, head_dim); with `lengths`, each sample of the one packed row by itself. (batch, positions, heads, head_dim)"
+    if lengths is None: return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    samples = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
+    return torch.cat([sdpa_attention_forward(module, *qkv, None, **kwargs)[0] for qkv in samples], dim=1), None
+
+AttentionInterface.register("sdpa_by_sample", sdpa_by_sample)
+AttentionMaskInterface.register("sdpa_by_sample", sdpa_mask)
+
+# %% ../nbs/05_model.ipynb #75b4ba3a
 @dataclass
 class LossWeights:
     "How the parts of the loss are added up."
@@ -51,7 +63,7 @@ class HiggsOutput(ModelOutput):
     codebook_losses: Tensor | None = None  # (codebooks,)
     counts: Tensor | None = None  # (1 + codebooks,) supervised cells of this batch, text first
 
-# %% ../nbs/05_model.ipynb #949d10e1
+# %% ../nbs/05_model.ipynb #9f618eb4
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     """`HiggsAudioV2ForConditionalGeneration` with a text head and the two losses. A batch of `PaddedCollator` or `PackedCollator` gives
     a `HiggsOutput`; any other input goes to the stock forward, so that generation is unchanged."""
@@ -60,23 +72,27 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     def __init__(self, config: HiggsAudioV2Config, use_text_head: bool = True):
         super().__init__(config, use_text_head=use_text_head)
         self.loss_weights = LossWeights()
+        if self.config._attn_implementation == "sdpa": self.set_attn_implementation("sdpa_by_sample")
 
     def forward(self, input_ids=None, attention_mask=None, audio_input_ids=None, audio_input_ids_mask=None, position_ids=None,
                 audio_rows=None, audio_targets=None, text_rows=None, text_targets=None,  # of `target_index`
+                lengths=None,  # of the samples of a packed row
                 counts=None,  # (1 + codebooks,) supervised cells of the whole optimizer step, all devices; None: this batch is all
                 **inputs):
         "See the stock model for the other arguments; `counts` makes the losses of several batches add up to that of one."
         sequence = dict(input_ids=input_ids, attention_mask=attention_mask, audio_input_ids=audio_input_ids,
                         audio_input_ids_mask=audio_input_ids_mask, position_ids=position_ids)
         if audio_rows is None: return super().forward(**sequence, **inputs)
-        hidden = self.hidden(**sequence)
+        hidden = self.hidden(**sequence, lengths=lengths)
         return self.losses(self.text_lm_head(hidden[text_rows]), text_targets, self.audio_logits(hidden[audio_rows]), audio_targets, counts)
 
-    def hidden(self, input_ids, attention_mask=None, audio_input_ids=None, audio_input_ids_mask=None, position_ids=None, **layout) -> Tensor:
+    def hidden(self, input_ids, attention_mask=None, lengths=None, **sequence) -> Tensor:
         "The last hidden state of every position of a batch, rows flattened: (rows * positions, hidden)."
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, audio_input_ids=audio_input_ids, use_cache=False,
-                         audio_input_ids_mask=audio_input_ids_mask, position_ids=position_ids)
-        return out.last_hidden_state.flatten(0, 1)
+        inputs = {k: sequence.get(k) for k in ("audio_input_ids", "audio_input_ids_mask", "position_ids")}
+        if lengths is not None and self.config._attn_implementation == "sdpa_by_sample":
+            attention_mask = input_ids.new_ones(1, 1, 1, 1)  # four dimensions: taken as it is, so that no mask of row times row is built
+            inputs["lengths"] = lengths
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
         "(rows, hidden) -> (rows, codebooks, codes)"
@@ -91,7 +107,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         return HiggsOutput(loss=(share * sums / (here if counts is None else counts).clamp(min=1)).sum(), text_loss=means[0],
                            audio_loss=means[1:].mean(), codebook_losses=means[1:], counts=here)
 
-# %% ../nbs/05_model.ipynb #9f618eb4
+# %% ../nbs/05_model.ipynb #7d2dca18
 def tiny_config(tokenizer,  # gives the vocabulary and the special ids
                 hidden_size: int = 256, num_layers: int = 4, num_heads: int = 4, intermediate_size: int = 768,
                 codebook_size: int = 1026,  # codes of a codebook and the two stream codes
@@ -111,7 +127,7 @@ def tiny_model(tokenizer, seed: int = 0, **config) -> HiggsAudioForTraining:
         torch.manual_seed(seed)
         return HiggsAudioForTraining(tiny_config(tokenizer, **config))
 
-# %% ../nbs/05_model.ipynb #e41016ad
+# %% ../nbs/05_model.ipynb #4943a3c9
 RELEASED = "bosonai/higgs-audio-v2-generation-3B-base"  # 128256 tokens, 28 layers, 5.77 billion parameters
 
 def load_model(name_or_path: str,  # directory or hub id

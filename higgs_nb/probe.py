@@ -12,19 +12,31 @@ from .model import codebook_loss_sums
 from .samples import IGNORE
 
 # %% auto #0
-__all__ = ['OFFSETS', 'EXPLAIN', 'probe_index', 'OffsetProbe', 'offset_probe']
+__all__ = ['OFFSETS', 'EXPLAIN', 'probe_index', 'copy_floor', 'OffsetProbe', 'offset_probe']
 
 # %% ../nbs/05b_probe.ipynb #ddbd71cc
 OFFSETS = (-1, 0, 1, 2)
 
-def probe_index(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The supervised frames that can be scored at every offset: their rows in the flattened hidden states (n,), and their labels (n, codebooks).
-    At offset o, the label of row r is scored against the output of row r - o."""
-    frames, rows, codebooks = batch["audio_rows"] + 1, batch["input_ids"].numel(), batch["audio_targets"].shape[1]
+def probe_index(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The supervised frames that can be scored at every offset: their rows in the flattened hidden states (n,), their labels (n, codebooks), and
+    which of those repeat the frame before, bool (n, codebooks). At offset o, the label of row r is scored against the output of row r - o."""
+    frames, rows, positions = batch["audio_rows"] + 1, batch["input_ids"].numel(), batch["audio_positions"]
     clip_frame = torch.zeros(rows + 3, dtype=torch.bool, device=frames.device)
-    clip_frame[batch["audio_positions"]] = True
+    clip_frame[positions] = True
     inside = torch.stack([clip_frame[frames - o] for o in OFFSETS]).all(0)
-    return frames[inside], batch["audio_targets"][inside].view(-1, codebooks)
+    frames, targets = frames[inside], batch["audio_targets"][inside]
+    codes = torch.full((rows, targets.shape[1]), IGNORE, device=frames.device)
+    codes[positions] = batch["audio_input_ids"][batch["audio_input_ids_mask"]]
+    return frames, targets, codes[frames - 1] == targets
+
+# %% ../nbs/05b_probe.ipynb #8d15dbe1
+def copy_floor(repeats: Tensor,  # (n, codebooks) bool, which labels repeat the frame before
+               targets: Tensor,  # (n, codebooks), -100 = not supervised
+               ) -> float:
+    "The lowest loss at offset 0, mean over codebooks, of a model that expects repetition as often as it occurs; nats."
+    count, labels = repeats.sum(0).double(), (targets != IGNORE).sum(0)
+    rate = (count + 3 * (count + 1).sqrt() + 3) / labels.clamp(min=1)
+    return -rate.clamp(max=1).log().mean().item()
 
 @dataclass
 class OffsetProbe:
@@ -33,6 +45,7 @@ class OffsetProbe:
     codebook_losses: dict[int, list[float]]  # offset -> loss of each codebook
     cells: int  # labels scored at each offset
     chance: float  # loss of a model that knows nothing: ln(codes)
+    copy_floor: float  # below this, offset 0 means copying
 
     @property
     def best(self) -> int:
@@ -41,31 +54,35 @@ class OffsetProbe:
 
     @property
     def verdict(self) -> str:
-        "One of `masked`, `untrained`, `copying`, `misaligned`, `learning`."
+        "One of the keys of `EXPLAIN`."
+        before, same, after, late = (self.losses[o] for o in OFFSETS)
         if not self.cells: return "masked"
-        if self.losses[self.best] > self.chance - 0.02: return "untrained"
-        return {1: "learning", 0: "copying"}.get(self.best, "misaligned")
+        if min(before, same, after, late) > self.chance - 0.02: return "untrained"
+        if same < min(after, self.copy_floor): return "copying"
+        if min(before, late) < after - 0.1: return "misaligned"
+        return "learning" if after < min(before, late) - 0.01 else "frequencies"
 
     def __str__(self):
         scores = ", ".join(f"{o:+d}: {loss:.3f}" for o, loss in self.losses.items())
-        return f"{EXPLAIN[self.verdict]} (loss at offset {scores}; chance {self.chance:.3f}; {self.cells} labels)"
+        return f"{EXPLAIN[self.verdict]} (loss at offset {scores}; chance {self.chance:.2f}, copying below {self.copy_floor:.2f} at +0; {self.cells} labels)"
 
 EXPLAIN = {
     "masked": "all masked: no audio label is supervised, so the audio loss is zero and nothing is learned",
     "untrained": "untrained: at no offset better than chance",
-    "copying": "copying: the model predicts the frame it is given, not the next one; the labels are not shifted",
+    "frequencies": "frequencies: the model knows which codes are common, not yet which comes next",
+    "copying": "copying: the model expects the frame it is given once more, far oftener than frames repeat; the labels are not shifted",
     "misaligned": "misaligned: the model is best at a frame that is neither its input nor the next one; check the delay pattern and the shift of the labels",
-    "learning": "learning: the model is best at the next frame",
+    "learning": "learning: the model predicts the next frame better than those around it",
 }
 
-# %% ../nbs/05b_probe.ipynb #ab20a53f
+# %% ../nbs/05b_probe.ipynb #681ff24c
 @torch.no_grad()
 def offset_probe(model,  # a `HiggsAudioForTraining`, or a PeftModel around one
                  batch: dict[str, Tensor],  # padded or packed, on the model's device
                  ) -> OffsetProbe:
     "Score one batch at offsets -1, 0, +1 and +2. One forward; the model's mode is restored."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    frames, targets = probe_index(batch)
+    frames, targets, repeats = probe_index(batch)
     was_training = model.training
     model.eval()
     skip = ("audio_rows", "audio_targets", "text_rows", "text_targets", "labels", "audio_labels")
@@ -73,4 +90,5 @@ def offset_probe(model,  # a `HiggsAudioForTraining`, or a PeftModel around one
     model.train(was_training)
     counts = (targets != IGNORE).sum(0)
     by_codebook = {o: (codebook_loss_sums(base.audio_logits(hidden[frames - o]), targets) / counts.clamp(min=1)).tolist() for o in OFFSETS}
-    return OffsetProbe({o: sum(l) / len(l) for o, l in by_codebook.items()}, by_codebook, int(counts.sum()), math.log(base.config.codebook_size))
+    return OffsetProbe({o: sum(l) / len(l) for o, l in by_codebook.items()}, by_codebook, int(counts.sum()), math.log(base.config.codebook_size),
+                       copy_floor(repeats, targets))

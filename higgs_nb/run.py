@@ -6,6 +6,7 @@
 from __future__ import annotations
 import argparse
 import difflib
+import itertools
 import logging
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 
 # %% auto #0
-__all__ = ['RUNS', 'run_notebooks', 'parameters_of', 'check_parameters', 'run', 'main']
+__all__ = ['RUNS', 'RESULTS', 'run_notebooks', 'parameters_of', 'check_parameters', 'set_aside', 'run', 'main']
 
 # %% ../nbs/12_run.ipynb #fc5666b6
 RUNS = Path(__file__).parent / "runs" if "__file__" in globals() else Path("runs")
@@ -38,7 +39,21 @@ def check_parameters(name: str, given: dict) -> None:
         near = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"{name} has no parameter {key!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" It has {', '.join(known)}.")
 
-# %% ../nbs/12_run.ipynb #650322d3
+# %% ../nbs/12_run.ipynb #4ff17cc3
+RESULTS = ("checkpoint-*", "adapter", "base", "samples", "log.jsonl", "run.json")
+
+def set_aside(out: str | Path,  # directory of a run
+              names: tuple[str, ...] = RESULTS,  # patterns of what is moved
+              ) -> Path | None:
+    "Move the results of an earlier run to `earlier-1`, `earlier-2`, ... in the same directory; returns where, or None if there were none."
+    found = [p for name in names for p in sorted(Path(out).glob(name))]
+    if not found: return None
+    target = next(t for n in itertools.count(1) if not (t := Path(out) / f"earlier-{n}").exists())
+    target.mkdir()
+    for p in found: p.rename(target / p.name)
+    return target
+
+# %% ../nbs/12_run.ipynb #073ff163
 def run(name: str,  # of a notebook in `nbs/runs`
         out: str | Path,  # directory for everything the run makes, the executed notebook too
         parameters: dict | None = None) -> Path:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import cached_property
+import numpy as np
 import torch
 from torch import Tensor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -71,18 +72,15 @@ def delay_pattern(codes: Tensor,  # (codebooks, frames), clips one after the oth
     """Wrap clips in `bos` and `eos` and shift codebook k by k frames; returns `(audio_ids, audio_labels)`, both
     `(sum(lengths) + clips * (codebooks + 1), codebooks)`, without `delay` `(sum(lengths) + clips * 2, codebooks)`.
     The pattern is that of MusicGen (Copet et al. 2023, arXiv:2306.05284)."""
-    num_codebooks = len(codes)
-    extra = num_codebooks + 1 if delay else 2
-    clip = torch.repeat_interleave(torch.arange(len(lengths)), lengths + extra)  # (out_frames,)
-    first = torch.cumsum(lengths + extra, 0) - lengths - extra
-    shift = torch.arange(num_codebooks) if delay else torch.zeros(num_codebooks, dtype=torch.long)
-    entry = (torch.arange(len(clip)) - first[clip])[:, None] - shift  # (out_frames, codebooks)
-    length, start = lengths[clip, None], (torch.cumsum(lengths, 0) - lengths)[clip, None]
-    is_code = (entry >= 1) & (entry <= length)
-    audio_ids = torch.where(entry < 1, bos, eos)
-    source = torch.where(is_code, start + entry - 1, 0)
-    if codes.shape[1]: audio_ids = torch.where(is_code, codes.long().t().gather(0, source), audio_ids)
-    return audio_ids, torch.where(is_code | (entry == length + 1), audio_ids, IGNORE)
+    shift = np.arange(len(codes)) if delay else np.zeros(len(codes), int)
+    codes, lengths = codes.numpy(), lengths.numpy()
+    frames = lengths + 2 + shift[-1]  # (clips,) of the wrapped clips
+    entry = np.arange(frames.sum()) - (frames.cumsum() - frames).repeat(frames) - shift[:, None]  # (codebooks, out_frames)
+    last = (lengths + 1).repeat(frames)
+    is_code = (entry > 0) & (entry < last)
+    audio_ids = np.where(entry < 1, bos, eos)
+    audio_ids[is_code] = codes.reshape(-1)  # codebook by codebook, each in its own order
+    return torch.from_numpy(audio_ids.T), torch.from_numpy(np.where(is_code | (entry == last), audio_ids, IGNORE).T)
 
 # %% ../nbs/03_samples.ipynb #7086a18a
 def undelay(audio_ids: Tensor,  # (frames, codebooks) as generated, with or without the leading BOS frame
@@ -155,10 +153,10 @@ class ChatMLDatasetSample:
         return cls(**{f.name: get(f.name, None) for f in fields(cls)})
 
     @cached_property
-    def code_lengths(self) -> Tensor:
+    def code_lengths(self) -> np.ndarray:
         "(recordings,) frames of each."
-        ends = torch.cat([self.audio_ids_start[1:].long(), torch.tensor([self.audio_ids_concat.shape[-1]])])
-        return (ends - self.audio_ids_start.long())[:len(self.audio_ids_start)]
+        starts = [*self.audio_ids_start.tolist(), self.audio_ids_concat.shape[-1]]
+        return np.array([end - start for start, end in zip(starts, starts[1:])], dtype=np.int64)
 
     def codes(self, index: int) -> Tensor:
         "(codebooks, frames) of recording `index`."
@@ -202,23 +200,25 @@ def expand(sample: ChatMLDatasetSample,  # one placeholder a recording
            audio_in_codes: bool = True,  # False: what is heard has no frames, as when only a Whisper tower hears it
            ) -> Sample:
     "Write out the frames; a recording is supervised if its `<|AUDIO_OUT|>` label is, recordings that are heard never are."
-    ids, lengths = sample.input_ids, sample.code_lengths
-    clips = ((ids == tokens.audio_in) | (ids == tokens.audio_out)).nonzero().flatten()
-    if len(clips) != len(lengths): raise ValueError(f"sample {id!r} has {len(clips)} audio placeholders and codes for {len(lengths)} recordings")
-    labels = sample.label_ids if sample.label_ids is not None else torch.full_like(ids, IGNORE)
-    coded = torch.full_like(clips, True, dtype=torch.bool) if audio_in_codes else ids[clips] == tokens.audio_out
-    codes = sample.audio_ids_concat[:tokens.num_codebooks] if len(clips) else torch.zeros(tokens.num_codebooks, 0, dtype=torch.long)
-    audio_ids, audio_labels = delay_pattern(codes[:, coded.repeat_interleave(lengths)], lengths[coded], tokens.stream_bos, tokens.stream_eos, delay)
+    ids, lengths = sample.input_ids.numpy(), sample.code_lengths
+    is_clip = (ids == tokens.audio_in) | (ids == tokens.audio_out)
+    spoken = ids[is_clip] == tokens.audio_out  # (clips,)
+    if len(spoken) != len(lengths): raise ValueError(f"sample {id!r} has {len(spoken)} audio placeholders and codes for {len(lengths)} recordings")
+    labels = sample.label_ids.numpy() if sample.label_ids is not None else np.full_like(ids, IGNORE)
+    coded = spoken | audio_in_codes
+    codes = sample.audio_ids_concat[:tokens.num_codebooks] if len(lengths) else torch.zeros(tokens.num_codebooks, 0, dtype=torch.long)
+    if not coded.all(): codes = codes[:, torch.from_numpy(coded.repeat(lengths))]
+    audio_ids, audio_labels = delay_pattern(codes, torch.from_numpy(lengths[coded]), tokens.stream_bos, tokens.stream_eos, delay)
     frames = (lengths + (tokens.num_codebooks + 1 if delay else 2)) * coded  # (clips,)
-    repeats = torch.ones_like(ids)
-    repeats[clips] = frames
-    is_frame = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, clips, True).repeat_interleave(repeats)
-    from_end = frames.cumsum(0).repeat_interleave(frames) - torch.arange(int(frames.sum())) - 1  # 0 at the last frame of a clip
-    input_ids = ids.repeat_interleave(repeats)
-    input_ids[is_frame] = torch.where(from_end < tokens.num_codebooks - 1, tokens.audio_delay, tokens.audio_out)
-    trained = ((ids == tokens.audio_out) & (labels != IGNORE))[clips].repeat_interleave(frames)
-    return Sample(input_ids, labels.repeat_interleave(repeats).masked_fill(is_frame, IGNORE), audio_ids,
-                  audio_labels.masked_fill(~trained[:, None], IGNORE), id)
+    repeats = np.ones_like(ids)
+    repeats[is_clip] = frames
+    is_frame = is_clip.repeat(repeats)
+    from_end = frames.cumsum().repeat(frames) - np.arange(frames.sum()) - 1  # 0 at the last frame of a clip
+    input_ids = ids.repeat(repeats)
+    input_ids[is_frame] = np.where(from_end < tokens.num_codebooks - 1, tokens.audio_delay, tokens.audio_out)
+    trained = (spoken & (labels[is_clip] != IGNORE)).repeat(frames)
+    return Sample(torch.from_numpy(input_ids), torch.from_numpy(np.where(is_frame, IGNORE, labels.repeat(repeats))), audio_ids,
+                  audio_labels.masked_fill(torch.from_numpy(~trained)[:, None], IGNORE), id)
 
 # %% ../nbs/03_samples.ipynb #cc73c3b1
 class SampleDataset(torch.utils.data.Dataset):

@@ -211,8 +211,7 @@ def before_training(self: HiggsTrainer):
     "Raise `CheckpointError` if nothing could be saved, `LabelError` if the labels of the first batch are impossible; describe the base once."
     size = sum(t.numel() * t.element_size() for t in adapter_tensors(self.model).values())
     if self.args.should_save: preflight(self.args.output_dir, size * ((self.args.save_total_limit or 3) + 2))
-    first = next(iter(self.get_train_dataloader()))
-    audit({k: v.cpu() for k, v in first.items()}, self.tokenizer, self.tokens)
+    audit(next(iter(self.get_train_dataloader())), self.tokenizer, self.tokens)
     self.base = describe_base(self.model, **{k: self.base.get(k) for k in ("id", "revision")})
 
 @patch

@@ -11,9 +11,9 @@ BIN = Path(sys.executable).parent
 
 
 def run(*command, cwd, **env):
-    "Standard output of `command`; a failure shows all that it wrote."
+    "Standard output of `command`; a failure shows the end of what it wrote."
     done = subprocess.run([*map(str, command)], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **env})
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{(done.stdout + done.stderr)[-3000:]}"
     return done.stdout
 
 
@@ -79,6 +79,14 @@ def test_wheel_holds_package_data_and_runs(wheel):
     wanted = {str(f) for f in committed() if f.parts[0] == "higgs_nb" and f.name != "runs"} | {f"higgs_nb/runs/{f.name}" for f in committed() if f.parts[:2] == ("nbs", "runs") and f.suffix == ".ipynb"}
     package = {name for name in held if ".dist-info/" not in name}
     assert package == wanted, f"missing: {sorted(wanted - package)}, not ours: {sorted(package - wanted)}"
+
+
+def test_wheel_trains_outside_the_repository(wheel, tmp_path):
+    site = tmp_path/"site"
+    run(sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
+    train = "from higgs_nb import run; print(run.__file__); raise SystemExit(run.main(['train', '--out', 'out', '-p', 'steps', '2', '-p', 'max_clips', '4', '-p', 'speak', '0']))"
+    said = run(sys.executable, "-c", train, cwd=tmp_path, PYTHONPATH=str(site))
+    assert str(site/"higgs_nb") in said.splitlines()[0] and (tmp_path/"out/run.json").exists()
 
 
 def test_commands_of_settings_exist():

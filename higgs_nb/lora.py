@@ -12,17 +12,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 # %% auto #0
-__all__ = ['ATTENTION', 'TEXT_FFN', 'AUDIO_FFN', 'PRESETS', 'HEADS', 'EMBEDDINGS', 'create_lora_config', 'Match', 'MatchTable',
-           'match_table', 'apply_lora', 'merge_lora']
+__all__ = ['ATTENTION', 'TEXT_FFN', 'AUDIO_FFN', 'AUDIO_ATTENTION', 'PRESETS', 'HEADS', 'EMBEDDINGS', 'TOWER',
+           'create_lora_config', 'fit_config', 'Match', 'MatchTable', 'match_table', 'apply_lora', 'merge_lora']
 
 # %% ../nbs/06_lora.ipynb #ffc9be33
 ATTENTION = tuple(f"self_attn.{p}_proj" for p in "qkvo")
 TEXT_FFN = tuple(f"mlp.{p}_proj" for p in ("gate", "up", "down"))
 AUDIO_FFN = tuple(f"audio_mlp.{p}_proj" for p in ("gate", "up", "down"))
+AUDIO_ATTENTION = tuple(f"audio_attn.{p}_proj" for p in "qkvo")  # where the model has it
 PRESETS = {
-    "all": ATTENTION + TEXT_FFN + AUDIO_FFN,  # the default: attention and both feed-forward networks
-    "attention": ATTENTION,  # the smallest
-    "audio": ATTENTION + AUDIO_FFN,  # what frames pass through; the text network stays as it is
+    "all": ATTENTION + TEXT_FFN + AUDIO_FFN + AUDIO_ATTENTION,  # the default: attention and both feed-forward networks
+    "attention": ATTENTION + AUDIO_ATTENTION,  # the smallest
+    "audio": ATTENTION + AUDIO_FFN + AUDIO_ATTENTION,  # what frames pass through; the text network stays as it is
 }
 HEADS = ("audio_lm_head", "text_lm_head")
 EMBEDDINGS = ("model.embed_audio_tokens", "model.embed_tokens")
@@ -36,13 +37,33 @@ def create_lora_config(targets: str | tuple[str, ...] = "all",  # a preset ("all
                        **peft_options,  # use_rslora, use_dora, rank_pattern, ...: see peft.LoraConfig
                        ) -> LoraConfig:
     "A PEFT configuration; `ValueError` if `targets` is neither a preset nor a list of names."
-    if isinstance(targets, str):
+    preset = targets if isinstance(targets, str) else None
+    if preset is not None:
         if targets not in PRESETS: raise ValueError(f"no preset {targets!r}: choose one of {sorted(PRESETS)}, or give a list of names such as {PRESETS['all'][:2]}")
         targets = PRESETS[targets]
-    return LoraConfig(r=r, lora_alpha=2 * r if alpha is None else alpha, lora_dropout=dropout, target_modules=list(targets),
-                      modules_to_save=list(train) or None, **peft_options)
+    config = LoraConfig(r=r, lora_alpha=2 * r if alpha is None else alpha, lora_dropout=dropout, target_modules=list(targets),
+                        modules_to_save=list(train) or None, **peft_options)
+    config.preset = preset  # a preset takes what the model has, a list of names is taken at its word
+    return config
 
 # %% ../nbs/06_lora.ipynb #f0a53b36
+TOWER = "audio_tower"
+
+def fit_config(config: LoraConfig, model: nn.Module,  # the base, before it is adapted
+               ) -> LoraConfig:
+    "A copy of `config` that fits what `model` has; `ValueError` if a name asks for LoRA on a module that is new and so has to be trained in full."
+    config, new = copy.copy(config), getattr(model, "new_modules", ())
+    targets, has = list(config.target_modules), {part for name, _ in model.named_modules() for part in name.split(".")}
+    inside = [t for t in targets if set(t.split(".")) & set(new)]
+    if getattr(config, "preset", None): targets = [t for t in targets if t not in AUDIO_ATTENTION or "audio_attn" in has and t not in inside]
+    elif inside: raise ValueError(f"{inside} are not in the base checkpoint, so LoRA factors alone would not bring them back: leave them out and they are trained "
+                                  "in full, or save the model with save_pretrained and use that as the base")
+    config.target_modules = targets
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *new])) or None
+    if TOWER in has and not config.exclude_modules: config.exclude_modules = rf"(.*\.)?{TOWER}\..*"
+    return config
+
+# %% ../nbs/06_lora.ipynb #deee53a7
 @dataclass
 class Match:
     "What one target matched."
@@ -64,17 +85,18 @@ class MatchTable(list):
 
     def __str__(self):
         rows = [("target", "how", "modules", "parameters"), *self.rows()]
-        return "\n".join(f"{t:<28}{k:<18}{n:>8}{p:>14}" for t, k, n, p in rows)
+        width = max(len(r[0]) for r in rows) + 2
+        return "\n".join(f"{t:<{width}}{k:<18}{n:>8}{p:>14}" for t, k, n, p in rows)
 
     def _repr_html_(self):
         body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in self.rows())
         return f"<table><thead><tr><th>target</th><th>how</th><th>modules</th><th>trainable parameters</th></tr></thead><tbody>{body}</tbody></table>"
 
-# %% ../nbs/06_lora.ipynb #9e283d5f
+# %% ../nbs/06_lora.ipynb #909f0d35
 def match_table(model: nn.Module,  # the base, before it is adapted
                 config: LoraConfig) -> MatchTable:
     "What each target and each fully trained module matches on `model`; `ValueError` naming the near misses if one matches nothing."
-    modules = dict(model.named_modules())
+    config, modules = fit_config(config, model), {n: m for n, m in model.named_modules() if TOWER not in n.split(".")}
     linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear)}
     def matching(names, target): return [n for n in names if n == target or n.endswith("." + target)]
     def missing(target, names):
@@ -90,16 +112,16 @@ def match_table(model: nn.Module,  # the base, before it is adapted
     for target in config.modules_to_save or ():
         found = matching(modules, target)
         if not found: raise missing(target, modules)
-        if len(found) > 1: raise ValueError(f"{target!r} matches {found}: give the full name, e.g. {found[0]!r}")
-        table.append(Match(target, "trained in full", found, sum(p.numel() for p in modules[found[0]].parameters())))
+        if len(found) > 1 and target not in getattr(model, "new_modules", ()): raise ValueError(f"{target!r} matches {found}: give the full name, e.g. {found[0]!r}")
+        table.append(Match(target, "trained in full", found, sum(p.numel() for n in found for p in modules[n].parameters())))
     return table
 
-# %% ../nbs/06_lora.ipynb #c8df5f24
+# %% ../nbs/06_lora.ipynb #3e76bc20
 def apply_lora(model: nn.Module,  # changed in place, as PEFT does
                config: LoraConfig) -> PeftModel:
     "Put adapters into `model`; `RuntimeError` if the trainable parameters are not those of `match_table`. Fresh adapters change no output."
     table = match_table(model, config)
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, fit_config(config, model))
     adapted.match_table = table
     lora = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
     expected = {n for m in table if m.kind == "lora" for n in m.modules}
@@ -108,7 +130,9 @@ def apply_lora(model: nn.Module,  # changed in place, as PEFT does
     if trainable != table.trainable and not config.use_dora: raise RuntimeError(f"{trainable:,} parameters are trainable, expected {table.trainable:,}")
     return adapted
 
-# %% ../nbs/06_lora.ipynb #bf9d9f77
+# %% ../nbs/06_lora.ipynb #52e7b2c5
 def merge_lora(model: PeftModel) -> nn.Module:
     "A copy of the base with the adapter added into its weights; `model` is left as it is."
-    return copy.deepcopy(model).merge_and_unload()
+    merged = copy.deepcopy(model).merge_and_unload()
+    merged.new_modules = ()  # they are in its weights now
+    return merged

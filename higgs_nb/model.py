@@ -8,28 +8,36 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+from torch import nn
+from transformers import (AttentionInterface, AttentionMaskInterface, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, WhisperConfig,
+                          WhisperModel)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
+from .layers import AUDIO_ATTENTION_MODULES, AudioEncoderProjector, HiggsDecoder, WhisperTower, start_as_identity
 from .samples import IGNORE, AudioTokens
 
+logger = logging.get_logger(__name__)
+
 # %% auto #0
-__all__ = ['RELEASED', 'text_loss_sum', 'codebook_loss_sums', 'target_counts', 'sdpa_by_sample', 'LossWeights', 'HiggsOutput',
-           'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'load_model']
+__all__ = ['logger', 'RELEASED', 'WHISPER_FIELDS', 'text_loss_sum', 'codebook_loss_sums', 'target_counts', 'sdpa_by_sample',
+           'LossWeights', 'HiggsOutput', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'whisper_settings',
+           'extend_config', 'start_new_modules', 'load_model']
 
 # %% ../nbs/05_model.ipynb #2bbe41b1
 def text_loss_sum(logits: Tensor,  # (rows, vocab)
                   targets: Tensor,  # (rows,)
+                  label_smoothing: float = 0.0,
                   ) -> Tensor:
     "Summed cross-entropy of the text head, in float32; a scalar."
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
 def codebook_loss_sums(logits: Tensor,  # (rows, codebooks, codes)
                        targets: Tensor,  # (rows, codebooks), -100 = not supervised
+                       label_smoothing: float = 0.0,
                        ) -> Tensor:
     "Summed cross-entropy of each codebook, in float32; (codebooks,)."
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none", label_smoothing=label_smoothing)
     return losses.view_as(targets).sum(0)
 
 def target_counts(batch: dict[str, Tensor]) -> Tensor:
@@ -53,6 +61,7 @@ class LossWeights:
     text: float = 1.0  # weight of the text loss
     audio: float = 1.0  # weight of the audio loss, the mean over codebooks
     codebooks: tuple[float, ...] | None = None  # weight of each codebook within the audio loss; None: all 1
+    label_smoothing: float = 0.0  # share of a label that is spread over all classes, in `loss` alone: the parts are reported without
 
 @dataclass
 class HiggsOutput(ModelOutput):
@@ -65,34 +74,74 @@ class HiggsOutput(ModelOutput):
 
 # %% ../nbs/05_model.ipynb #9f618eb4
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
-    """`HiggsAudioV2ForConditionalGeneration` with a text head and the two losses. A batch of `PaddedCollator` or `PackedCollator` gives
-    a `HiggsOutput`; any other input goes to the stock forward, so that generation is unchanged."""
+    """`HiggsAudioV2ForConditionalGeneration` with a text head and the two losses, with audio self-attention where `config.use_audio_out_self_attention`
+    and a Whisper tower where `config.encode_whisper_embed`. A batch of `PaddedCollator` or `PackedCollator` gives a `HiggsOutput`; any other input
+    goes to the stock forward, so that generation is unchanged."""
     _keys_to_ignore_on_load_unexpected = []
+    _no_split_modules = HiggsDecoder._no_split_modules
 
     def __init__(self, config: HiggsAudioV2Config, use_text_head: bool = True):
-        super().__init__(config, use_text_head=use_text_head)
-        self.loss_weights = LossWeights()
+        super(HiggsAudioV2ForConditionalGeneration, self).__init__(config)  # the stock class would build the stock decoder
+        self.model = HiggsDecoder(config)
+        self.audio_lm_head = nn.Linear(config.hidden_size, config.num_codebooks * config.codebook_size, bias=False)
+        self.text_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if use_text_head else None
+        self.audio_tower = self.audio_encoder_proj = None
+        if getattr(config, "encode_whisper_embed", False):
+            self.audio_tower = WhisperTower(WhisperConfig(**config.whisper_config))
+            self.audio_encoder_proj = AudioEncoderProjector(self.audio_tower.config.d_model, config.hidden_size)
+        self.post_init()
+        self.loss_weights, self.new_modules = LossWeights(), ()
         if self.config._attn_implementation == "sdpa": self.set_attn_implementation("sdpa_by_sample")
 
     def forward(self, input_ids=None, attention_mask=None, audio_input_ids=None, audio_input_ids_mask=None, position_ids=None,
                 audio_rows=None, audio_targets=None, text_rows=None, text_targets=None,  # of `target_index`
-                lengths=None,  # of the samples of a packed row
+                audio_features=None, audio_feature_attention_mask=None, whisper_rows=None,  # of what is heard, see `heard`
                 counts=None,  # (1 + codebooks,) supervised cells of the whole optimizer step, all devices; None: this batch is all
                 **inputs):
-        "See the stock model for the other arguments; `counts` makes the losses of several batches add up to that of one."
+        "See the stock model for the other arguments, and `hidden`; `counts` makes the losses of several batches add up to that of one."
         sequence = dict(input_ids=input_ids, attention_mask=attention_mask, audio_input_ids=audio_input_ids,
                         audio_input_ids_mask=audio_input_ids_mask, position_ids=position_ids)
-        if audio_rows is None: return super().forward(**sequence, **inputs)
-        hidden = self.hidden(**sequence, lengths=lengths)
+        recordings = dict(audio_features=audio_features, audio_feature_attention_mask=audio_feature_attention_mask, whisper_rows=whisper_rows)
+        if audio_rows is None: return super().forward(**sequence, **self.heard(input_ids, **recordings), **inputs)
+        hidden = self.hidden(**sequence, **recordings, **inputs)
         return self.losses(self.text_lm_head(hidden[text_rows]), text_targets, self.audio_logits(hidden[audio_rows]), audio_targets, counts)
 
-    def hidden(self, input_ids, attention_mask=None, lengths=None, **sequence) -> Tensor:
-        "The last hidden state of every position of a batch, rows flattened: (rows * positions, hidden)."
-        inputs = {k: sequence.get(k) for k in ("audio_input_ids", "audio_input_ids_mask", "position_ids")}
+    def hidden(self, input_ids, attention_mask=None, lengths=None, audio_features=None, audio_feature_attention_mask=None, whisper_rows=None, **batch) -> Tensor:
+        """The last hidden state of every position of a batch, rows flattened: (rows * positions, hidden). `lengths` are those of the samples of a packed
+        row, `frame_lengths` their frames; what else is in a batch is left alone."""
+        inputs = {k: batch.get(k) for k in ("audio_input_ids", "audio_input_ids_mask", "position_ids", "frame_lengths")}
         if lengths is not None and self.config._attn_implementation == "sdpa_by_sample":
             attention_mask = input_ids.new_ones(1, 1, 1, 1)  # four dimensions: taken as it is, so that no mask of row times row is built
             inputs["lengths"] = lengths
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
+        whisper = self.heard(input_ids, audio_features, audio_feature_attention_mask, whisper_rows)
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, frame_rows=batch.get("audio_positions"), **whisper,
+                          **inputs).last_hidden_state.flatten(0, 1)
+
+    def heard(self, input_ids, audio_features=None,  # (chunks, mel_bins, mel_frames)
+              audio_feature_attention_mask=None,  # (chunks, mel_frames)
+              whisper_rows=None,  # (features,) their flattened positions; None: wherever `<|AUDIO|>` stands
+              ) -> dict[str, Tensor]:
+        "Whisper's features as hidden states, and where they go. `ValueError` if the model cannot hear them or they do not fit."
+        chunks = 0 if audio_features is None else len(audio_features)
+        if self.audio_tower is None:
+            if chunks: raise ValueError("the batch has Whisper features and this model no tower: load it with whisper=..., or collate with encode_whisper_embed=False")
+            return {}
+        if not chunks: audio_features, audio_feature_attention_mask = (self.audio_tower.conv1.weight.new_zeros(0, *n) for n in ((1, 1), (1,)))
+        features = self.audio_encoder_proj(self.audio_tower(audio_features, audio_feature_attention_mask))
+        if whisper_rows is None:
+            whisper_rows = (input_ids.flatten() == self.config.audio_in_token_id).nonzero().flatten() if input_ids is not None else features.new_zeros(0, dtype=torch.long)
+        if len(whisper_rows) != len(features): raise ValueError(f"{chunks} chunks give {len(features)} Whisper features for {len(whisper_rows)} <|AUDIO|> positions")
+        return dict(whisper=features, whisper_rows=whisper_rows)
+
+    def prepare_inputs_for_generation(self, input_ids, audio_input_ids=None, audio_input_ids_mask=None, audio_features=None,
+                                      audio_feature_attention_mask=None, past_key_values=None, **kwargs):
+        "As stock; recordings are heard once, and without a cache the whole prompt is read at every step."
+        inputs = super().prepare_inputs_for_generation(input_ids, audio_input_ids=audio_input_ids, audio_input_ids_mask=audio_input_ids_mask,
+                                                       past_key_values=past_key_values, **kwargs)
+        if past_key_values is None: inputs |= dict(input_ids=input_ids, audio_input_ids=audio_input_ids, audio_input_ids_mask=audio_input_ids_mask)
+        if past_key_values is None or not past_key_values.get_seq_length():
+            inputs |= dict(audio_features=audio_features, audio_feature_attention_mask=audio_feature_attention_mask)
+        return inputs
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
         "(rows, hidden) -> (rows, codebooks, codes)"
@@ -101,9 +150,10 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     def losses(self, text_logits, text_targets, audio_logits, audio_targets, counts=None) -> HiggsOutput:
         "Add up the losses of one batch; see `HiggsOutput`."
         w, here = self.loss_weights, target_counts(dict(text_targets=text_targets, audio_targets=audio_targets))
-        sums = torch.cat([text_loss_sum(text_logits, text_targets)[None], codebook_loss_sums(audio_logits, audio_targets)])
+        def add_up(e): return torch.cat([text_loss_sum(text_logits, text_targets, e)[None], codebook_loss_sums(audio_logits, audio_targets, e)])
+        sums = add_up(w.label_smoothing)
         share = sums.new_tensor([w.text, *(w.audio * c / self.config.num_codebooks for c in w.codebooks or [1.0] * self.config.num_codebooks)])
-        means = (sums / here.clamp(min=1)).detach()
+        with torch.no_grad(): means = (add_up(0.0) if w.label_smoothing else sums.detach()) / here.clamp(min=1)
         return HiggsOutput(loss=(share * sums / (here if counts is None else counts).clamp(min=1)).sum(), text_loss=means[0],
                            audio_loss=means[1:].mean(), codebook_losses=means[1:], counts=here)
 
@@ -127,22 +177,69 @@ def tiny_model(tokenizer, seed: int = 0, **config) -> HiggsAudioForTraining:
         torch.manual_seed(seed)
         return HiggsAudioForTraining(tiny_config(tokenizer, **config))
 
-# %% ../nbs/05_model.ipynb #4943a3c9
+# %% ../nbs/05_model.ipynb #d4958de8
 RELEASED = "bosonai/higgs-audio-v2-generation-3B-base"  # 128256 tokens, 28 layers, 5.77 billion parameters
+WHISPER_FIELDS = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions", "activation_function",
+                  "dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
+
+def whisper_settings(config: HiggsAudioV2Config, whisper: WhisperConfig, audio_in_token_id: int | None = None) -> None:
+    "Say in `config` that the model has a tower like `whisper`'s encoder. `<|AUDIO|>` stands before `<|AUDIO_OUT|>` in the vocabulary unless told otherwise."
+    config.encode_whisper_embed, config.whisper_config = True, {k: getattr(whisper, k) for k in WHISPER_FIELDS}
+    config.audio_in_token_id = config.audio_token_id - 1 if audio_in_token_id is None else audio_in_token_id
+
+def extend_config(config: HiggsAudioV2Config, name: str, use_audio_out_self_attention: bool | None, encode_whisper_embed: bool | None,
+                  whisper: str | None) -> tuple[str, ...]:
+    "Change `config` to what a run asks for; returns the modules that its checkpoint lacks. `ValueError` if that cannot be done."
+    attends, hears = (getattr(config, key, False) for key in ("use_audio_out_self_attention", "encode_whisper_embed"))
+    for key, has, asked in (("use_audio_out_self_attention", attends, use_audio_out_self_attention), ("encode_whisper_embed", hears, encode_whisper_embed)):
+        if has and asked is False: raise ValueError(f"{name} was trained with {key}: without it is another model, so it cannot be switched off")
+    if hears and whisper: raise ValueError(f"{name} has a Whisper tower of its own: leave whisper={whisper!r} out")
+    if encode_whisper_embed and not hears and not whisper:
+        raise ValueError(f"{name} has no Whisper tower: say where its weights come from, e.g. whisper='openai/whisper-large-v3', or leave encode_whisper_embed out")
+    new = ()
+    if use_audio_out_self_attention and not attends: config.use_audio_out_self_attention, new = True, AUDIO_ATTENTION_MODULES
+    if whisper and not hears: whisper_settings(config, WhisperConfig.from_pretrained(whisper)); new += ("audio_encoder_proj",)
+    return new
+
+# %% ../nbs/05_model.ipynb #eb8e7261
+@torch.no_grad()
+def start_new_modules(model: HiggsAudioForTraining, new: tuple[str, ...], whisper: str | None) -> None:
+    "Give modules that a checkpoint lacks their first values, the same every time, and log them."
+    std = model.config.initializer_range
+    if new[:2] == AUDIO_ATTENTION_MODULES:
+        for i, layer in enumerate(model.model.layers): start_as_identity(layer, std, seed=i)
+        added = sum(p.numel() for n, p in model.named_parameters() if any(f".{m}." in n for m in AUDIO_ATTENTION_MODULES))
+        logger.warning(f"audio self-attention: on, and new to this checkpoint. It adds {added:,} parameters, which change nothing until they are trained.")
+    if "audio_encoder_proj" in new:
+        model.audio_tower.load_state_dict(WhisperModel.from_pretrained(whisper).encoder.state_dict())
+        weight = model.audio_encoder_proj.linear.weight
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * std)
+        model.audio_encoder_proj.linear.bias.zero_()
+        tower, projector = (sum(p.numel() for p in m.parameters()) for m in (model.audio_tower, model.audio_encoder_proj))
+        logger.warning(f"Whisper tower: on, from {whisper}, {tower:,} parameters; its projector, {projector:,} parameters, is new to this checkpoint and has to be trained.")
+    model.new_modules = new
 
 def load_model(name_or_path: str,  # directory or hub id
                revision: str | None = None,  # commit of the hub repository; pin it: an early conversion there broke loaders
                dtype: str | torch.dtype = "auto",  # "auto": as saved
                attn_implementation: str = "sdpa",  # or "flash_attention_2", "flex_attention", "eager"
                device: str | torch.device | None = None,  # None: stays on the CPU
+               use_audio_out_self_attention: bool | None = None,  # None: as the checkpoint's config says; True: add it where it is not
+               encode_whisper_embed: bool | None = None,  # None: as the checkpoint's config says; True: insist on a Whisper tower
+               whisper: str | None = None,  # a WhisperModel's directory or hub id: gives a checkpoint without a tower one
                **kwargs) -> HiggsAudioForTraining:
     "Load a checkpoint in transformers' format with its text head; `ValueError` if weights are missing, left over or of another shape."
-    model, info = HiggsAudioForTraining.from_pretrained(name_or_path, revision=revision, dtype=dtype, attn_implementation=attn_implementation,
+    config = HiggsAudioV2Config.from_pretrained(name_or_path, revision=revision)
+    new = extend_config(config, str(name_or_path), use_audio_out_self_attention, encode_whisper_embed, whisper)
+    model, info = HiggsAudioForTraining.from_pretrained(name_or_path, config=config, revision=revision, dtype=dtype, attn_implementation=attn_implementation,
                                                         output_loading_info=True, use_safetensors=True, **kwargs)
     wrong = {what: sorted(map(str, info.get(f"{what}_keys") or ())) for what in ("missing", "unexpected", "mismatched")}
+    started = (*new, "audio_tower") if "audio_encoder_proj" in new else new
+    wrong["missing"] = [k for k in wrong["missing"] if not set(k.split(".")) & set(started)]
     if any(wrong.values()):
         raise ValueError(f"{name_or_path} does not fit the model: " + "; ".join(f"{len(k)} {what} ({', '.join(k[:4])})" for what, k in wrong.items() if k)
                          + ". Is it in transformers' format, saved with its text head?")
     if model.config.codebook_size <= model.config.audio_stream_eos_id:
         raise ValueError(f"{name_or_path}: codebook_size {model.config.codebook_size} has no room for the stream code {model.config.audio_stream_eos_id}")
+    start_new_modules(model, new, whisper)
     return model.to(device) if device is not None else model

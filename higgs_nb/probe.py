@@ -20,13 +20,16 @@ OFFSETS = (-1, 0, 1, 2)
 def probe_index(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The supervised frames that can be scored at every offset: their rows in the flattened hidden states (n,), their labels (n, codebooks), and
     which of those repeat the frame before, bool (n, codebooks). At offset o, the label of row r is scored against the output of row r - o."""
-    frames, rows, positions = batch["audio_rows"] + 1, batch["input_ids"].numel(), batch["audio_positions"]
-    clip_frame = torch.zeros(rows + 3, dtype=torch.bool, device=frames.device)
+    positions, rows, real = batch["audio_positions"], batch["input_ids"].numel(), batch["audio_input_ids_mask"]
+    labels = batch["audio_labels"][real]  # not `audio_targets`: the probe must not trust the index that it judges
+    supervised = (labels != IGNORE).any(1)
+    frames, targets = positions[supervised], labels[supervised]
+    clip_frame = torch.zeros(rows + 3, dtype=torch.bool, device=positions.device)
     clip_frame[positions] = True
     inside = torch.stack([clip_frame[frames - o] for o in OFFSETS]).all(0)
-    frames, targets = frames[inside], batch["audio_targets"][inside]
-    codes = torch.full((rows, targets.shape[1]), IGNORE, device=frames.device)
-    codes[positions] = batch["audio_input_ids"][batch["audio_input_ids_mask"]]
+    frames, targets = frames[inside], targets[inside]
+    codes = torch.full((rows, targets.shape[1]), IGNORE, device=positions.device)
+    codes[positions] = batch["audio_input_ids"][real]
     return frames, targets, codes[frames - 1] == targets
 
 # %% ../nbs/05b_probe.ipynb #8d15dbe1
@@ -36,7 +39,7 @@ def copy_floor(repeats: Tensor,  # (n, codebooks) bool, which labels repeat the 
     "The lowest loss at offset 0, mean over codebooks, of a model that expects repetition as often as it occurs; nats."
     count, labels = repeats.sum(0).double(), (targets != IGNORE).sum(0)
     rate = (count + 3 * (count + 1).sqrt() + 3) / labels.clamp(min=1)
-    return -rate.clamp(max=1).log().mean().item()
+    return rate.clamp(max=1).log().mean().neg().item() + 0.0
 
 @dataclass
 class OffsetProbe:

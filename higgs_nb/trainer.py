@@ -100,7 +100,8 @@ class HiggsTrainer(Trainer):
     def __init__(self, model: PeftModel, args: HiggsTrainingArguments, train_dataset, eval_dataset=None, tokenizer=None,
                  base: dict | None = None,  # where the base comes from: {"id": ..., "revision": ...}; goes into every checkpoint
                  callbacks: list[TrainerCallback] | None = None, **kwargs):
-        model.get_base_model().loss_weights = LossWeights(args.text_loss_weight, args.audio_loss_weight, args.codebook_weights and tuple(args.codebook_weights))
+        model.get_base_model().loss_weights = LossWeights(args.text_loss_weight, args.audio_loss_weight, args.codebook_weights and tuple(args.codebook_weights),
+                                                          args.label_smoothing_factor)
         self.tokens, self.tokenizer = train_dataset.tokens, tokenizer or train_dataset.tokenizer
         args.eval_on_start = eval_dataset is not None
         self.speed = SpeedCallback()

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from transformers import WhisperFeatureExtractor
 
 from higgs_nb.collator import HiggsAudioSampleCollator
+from higgs_nb.convert import from_original, native_batch
 
 
 def collate(samples: list[dict], **kwargs) -> dict:
@@ -11,3 +12,18 @@ def collate(samples: list[dict], **kwargs) -> dict:
     kwargs = {"chunk_size_seconds": 30, **kwargs}
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=kwargs["chunk_size_seconds"])
     return HiggsAudioSampleCollator(SimpleNamespace(feature_extractor=extractor), **kwargs)(samples)
+
+
+def load(config: dict, state_dict: dict):
+    "Our model from the original's configuration and weights."
+    return from_original(config, state_dict)
+
+
+def forward(model, run: dict, inputs: dict) -> dict:
+    """Logits of every position of the original's expanded grid (batch, positions, vocabulary), of its spoken frames (frames, codebooks, codes), and
+    the parts of the loss where there are labels. With gradients, unless the caller turned them off."""
+    batch = native_batch(inputs, model.config)
+    hidden = model.hidden(**batch)
+    audio, text = batch["audio_rows"], batch["text_rows"]
+    losses = model.losses(model.text_lm_head(hidden[text]), batch["text_targets"], model.audio_logits(hidden[audio]), batch["audio_targets"])
+    return dict(logits=model.text_lm_head(hidden).view(*batch["input_ids"].shape, -1), audio_logits=model.audio_logits(hidden[batch["audio_out_rows"]]), **losses)

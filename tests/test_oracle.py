@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle_adapter import collate
+from oracle_adapter import collate, forward, load
 
 from higgs_nb.chatml import Conversation
 from higgs_nb.collator import PaddedCollator
@@ -116,3 +116,59 @@ def test_delay_pattern(name):
     got, _ = delay_pattern(codes, torch.tensor([codes.shape[1]]), delayed[-1, 0], delayed[0, -1])
     assert torch.equal(got.t(), delayed)
     assert torch.equal(undelay(got, int(delayed[-1, 0]), int(delayed[0, -1]))[0], codes)
+
+
+@pytest.fixture(scope="module")
+def models():
+    "Our model of each variant, from the recorded weights under the original's names."
+    return {v: load(config, oracle.weights(v)) for v, config in oracle.model_json["configs"].items()}
+
+
+RUNS = [(v, n) for v in oracle.model_json["configs"] for n, _ in enumerate(oracle.model_runs(v))]
+
+
+@pytest.mark.parametrize("variant", oracle.model_json["configs"])
+def test_model_logits(models, variant):
+    "Text logits at every attended position and audio logits of every spoken frame."
+    with torch.no_grad(): report = oracle.check_model(lambda run, inputs: forward(models[variant], run, inputs), variant)
+    assert report and [r for r in report if not r["ok"]] == []
+
+
+def original_name(name: str) -> str:
+    "The original's name of a parameter of our model."
+    if name.endswith("_lm_head.weight"): return f"audio_decoder_proj.{name}"
+    return name.replace("model.embed_audio_tokens.embed_audio_tokens", "audio_codebook_embeddings").removeprefix("model.")
+
+
+@pytest.mark.parametrize("variant, number", RUNS)
+def test_model_losses_and_gradients(models, variant, number):
+    "Each part of the loss, and the norm of every parameter's gradient; a gradient that the original leaves undefined is zero or undefined here."
+    run, inputs, _ = list(oracle.model_runs(variant))[number]
+    model, recorded = models[variant], run["losses"]
+    got = forward(model, run, inputs)
+    if recorded.get("text_n"): assert abs(got["text_loss"].item() - recorded["text_ce"]) < 1e-4
+    if any(recorded.get("audio_n_per_codebook") or ()):
+        expected = torch.tensor(recorded["audio_ce_per_codebook"])
+        assert (got["codebook_losses"] - expected).abs().max() < 1e-4
+        assert abs(got["audio_loss"] - recorded["audio_ce_mean_over_codebooks"]) < 1e-4
+    if "total_text_plus_audio_mean" in recorded: assert abs(got["loss"].item() - recorded["total_text_plus_audio_mean"]) < 1e-4
+    model.zero_grad()
+    got["loss"].backward()
+    norms = {original_name(n): 0.0 if p.grad is None else p.grad.norm().item() for n, p in model.named_parameters()}
+    assert norms.keys() == run["grad_norm"].keys()
+    for name, norm in run["grad_norm"].items(): assert abs(norms[name] - (norm or 0.0)) <= 1e-4 * (norm or 0.0) + 1e-7, name
+
+
+def test_every_variant_together(models):
+    "Audio self-attention and tower in one model: the union of the recorded weights, padded as one batch and sample by sample."
+    configs = oracle.model_json["configs"]
+    config = next(c for c in configs.values() if not c["skip_audio_tower"]) | dict(use_audio_out_self_attention=True)
+    weights = {k: w for v in configs for k, w in oracle.weights(v).items()}
+    model = load(config, weights)
+    run, inputs, _ = next(r for r in oracle.model_runs("c") if len(r[1]["input_ids"]) > 1)
+    samples = [[oracle.sample(n)] for n in oracle.samples_json["cases"][run["case"]]]
+    kwargs = {**oracle.collator_json["base_kwargs"], **run["kwargs"]}
+    with torch.no_grad():
+        together = forward(model, run, inputs)["audio_logits"]
+        alone = [forward(model, run, collate(s, **kwargs))["audio_logits"] for s in samples]
+    assert len(together) and (together - torch.cat(alone)).abs().max() < 5e-5

@@ -133,7 +133,7 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         "Share of the token budget that holds tokens; 1 - fill is what padding to the budget would add."
         return sum(self.lengths) / (len(self) * self.token_budget)
 
-# %% ../nbs/04_collator.ipynb #05f6131c
+# %% ../nbs/04_collator.ipynb #821efa2f
 class HiggsAudioSampleCollator:
     """The batch of the original implementation, from its `ChatMLDatasetSample`s (attributes or mappings). Parameters, their meaning and the
     fields are those of `boson_multimodal.data_collator.HiggsAudioSampleCollator`; inputs are never changed."""
@@ -179,7 +179,7 @@ class HiggsAudioSampleCollator:
         if labelled and self.mask_audio_out_token_label: labels = labels.masked_fill(input_ids == self.audio_out_token_id, IGNORE)
         return dict(input_ids=input_ids, label_ids=labels, attention_mask=self.pad([torch.ones_like(s.input_ids) for s in samples], 0))
 
-# %% ../nbs/04_collator.ipynb #821efa2f
+# %% ../nbs/04_collator.ipynb #1619284b
 @patch
 def spoken(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample) -> np.ndarray:
     "Which recordings of a sample are spoken: bool (recordings,)."
@@ -225,7 +225,7 @@ def stream(self: HiggsAudioSampleCollator, samples, chosen, labelled) -> tuple[T
         extra = len(codes) + 1 if self.use_delay_pattern else 2
     return ids, (lengths + extra).cumsum(0) - lengths - extra, labels if labelled else None
 
-# %% ../nbs/04_collator.ipynb #1619284b
+# %% ../nbs/04_collator.ipynb #7399e945
 @patch
 def chunk(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample) -> tuple[ChatMLDatasetSample, list[np.ndarray]]:
     "Divide long recordings that are heard: the sample with as many placeholders as chunks, and the chunks' waveforms at Whisper's rate."
@@ -267,7 +267,7 @@ def features(self: HiggsAudioSampleCollator, waves: list[np.ndarray]) -> dict[st
     got = extractor(waves, sampling_rate=self.sampling_rate, return_attention_mask=True, padding="max_length")
     return dict(audio_features=torch.from_numpy(got["input_features"]), audio_feature_attention_mask=torch.from_numpy(got["attention_mask"]))
 
-# %% ../nbs/04_collator.ipynb #39e34334
+# %% ../nbs/04_collator.ipynb #97294547
 def delay_of(config,  # of the model
              use_delay_pattern: bool | None = None,  # None: as the checkpoint was trained
              ) -> bool:

@@ -103,6 +103,8 @@ class HiggsTrainer(Trainer):
         model.get_base_model().loss_weights = LossWeights(args.text_loss_weight, args.audio_loss_weight, args.codebook_weights and tuple(args.codebook_weights),
                                                           args.label_smoothing_factor)
         self.tokens, self.tokenizer = train_dataset.tokens, tokenizer or train_dataset.tokenizer
+        if getattr(model.get_base_model(), "audio_tower", None) is not None:
+            logger.warning("this model has a Whisper tower, and the batches of this trainer carry no Whisper features: what is heard is read as codes alone")
         args.eval_on_start = eval_dataset is not None
         self.speed = SpeedCallback()
         super().__init__(model, args, data_collator=PackedCollator(self.tokens), train_dataset=train_dataset, eval_dataset=eval_dataset,

@@ -212,6 +212,8 @@ class LabelAudit:
     def __str__(self):
         return "\n".join([f"{'reason':<14}{'positions':>10}{'cells':>8}", *(f"{name:<14}{text:>10}{cells:>8}  {says}" for name, text, cells, says in self.rows())])
 
+    def __repr__(self): return str(self)
+
     def _repr_html_(self):
         body = "".join(f"<tr><td><span style='background:{REASONS[name][0]};border:1px solid #999'>&emsp;</span> {name}</td><td>{text}</td><td>{cells}</td><td>{says}</td></tr>"
                        for name, text, cells, says in self.rows())

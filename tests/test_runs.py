@@ -69,7 +69,7 @@ def test_what_a_run_leaves(trained):
     outputs = [o for c in nbformat.read(trained/"train.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs]
     pictures = sum("image/png" in o.get("data", {}) for o in outputs)
     players = sum("<audio" in o.get("data", {}).get("text/html", "") for o in outputs)
-    assert pictures >= 4 and players == 2
+    assert pictures >= 4 and players >= 2  # the recording, and before or after: a model that says nothing has no player
 
 
 def test_stock_peft_reads_the_adapter(trained):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import chain
 import numpy as np
 import soxr
@@ -118,22 +119,39 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         "Which epoch the next iteration gives."
         self.epoch = epoch
 
-    def batches(self, epoch: int) -> list[list[int]]:
-        "The batches of an epoch."
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+    def pack(self, order: np.ndarray) -> list[list[int]]:
+        "Rows of the samples in `order`, window by window."
         windows = [order[i:i + self.window].tolist() for i in range(0, len(order), self.window)]
-        rows = [[w[i] for i in row] for w in windows for row in first_fit_decreasing([self.lengths[i] for i in w], self.token_budget)]
+        return [[w[i] for i in row] for w in windows for row in first_fit_decreasing([self.lengths[i] for i in w], self.token_budget)]
+
+    def permutation(self, epoch: int) -> tuple[np.ndarray, np.random.Generator]:
+        "The samples in the order of an epoch, and the generator that shuffled them."
+        rng = np.random.default_rng((self.seed, epoch))
+        return (rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))), rng
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        "The batches of an epoch, as many in every epoch: a trainer counts them once, and would skip what is more."
+        order, rng = self.permutation(epoch)
+        rows = self.pack(order)
+        if len(rows) > len(self): rows = self.pack(self.permutation(0)[0])  # the packing of the first epoch, in another order
+        while len(rows) < len(self):  # a row too few: divide the one with most samples
+            most = max(range(len(rows)), key=lambda r: len(rows[r]))
+            rows[most:most + 1] = [rows[most][::2], rows[most][1::2]]
         return [rows[i] for i in rng.permutation(len(rows))] if self.shuffle else rows
 
+    @cached_property
+    def count(self) -> int:
+        "Batches of an epoch."
+        return len(self.pack(self.permutation(0)[0]))
+
     def __iter__(self) -> Iterator[list[int]]: return iter(self.batches(self.epoch))
-    def __len__(self) -> int: return len(self.batches(self.epoch))
+    def __len__(self) -> int: return self.count
 
     def fill(self) -> float:
         "Share of the token budget that holds tokens; 1 - fill is what padding to the budget would add."
         return sum(self.lengths) / (len(self) * self.token_budget)
 
-# %% ../nbs/04_collator.ipynb #821efa2f
+# %% ../nbs/04_collator.ipynb #1619284b
 class HiggsAudioSampleCollator:
     """The batch of the original implementation, from its `ChatMLDatasetSample`s (attributes or mappings). Parameters, their meaning and the
     fields are those of `boson_multimodal.data_collator.HiggsAudioSampleCollator`; inputs are never changed."""
@@ -179,7 +197,7 @@ class HiggsAudioSampleCollator:
         if labelled and self.mask_audio_out_token_label: labels = labels.masked_fill(input_ids == self.audio_out_token_id, IGNORE)
         return dict(input_ids=input_ids, label_ids=labels, attention_mask=self.pad([torch.ones_like(s.input_ids) for s in samples], 0))
 
-# %% ../nbs/04_collator.ipynb #1619284b
+# %% ../nbs/04_collator.ipynb #7399e945
 @patch
 def spoken(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample) -> np.ndarray:
     "Which recordings of a sample are spoken: bool (recordings,)."
@@ -225,7 +243,7 @@ def stream(self: HiggsAudioSampleCollator, samples, chosen, labelled) -> tuple[T
         extra = len(codes) + 1 if self.use_delay_pattern else 2
     return ids, (lengths + extra).cumsum(0) - lengths - extra, labels if labelled else None
 
-# %% ../nbs/04_collator.ipynb #7399e945
+# %% ../nbs/04_collator.ipynb #febe051b
 @patch
 def chunk(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample) -> tuple[ChatMLDatasetSample, list[np.ndarray]]:
     "Divide long recordings that are heard: the sample with as many placeholders as chunks, and the chunks' waveforms at Whisper's rate."
@@ -267,7 +285,7 @@ def features(self: HiggsAudioSampleCollator, waves: list[np.ndarray]) -> dict[st
     got = extractor(waves, sampling_rate=self.sampling_rate, return_attention_mask=True, padding="max_length")
     return dict(audio_features=torch.from_numpy(got["input_features"]), audio_feature_attention_mask=torch.from_numpy(got["attention_mask"]))
 
-# %% ../nbs/04_collator.ipynb #97294547
+# %% ../nbs/04_collator.ipynb #c21716b4
 def delay_of(config,  # of the model
              use_delay_pattern: bool | None = None,  # None: as the checkpoint was trained
              ) -> bool:

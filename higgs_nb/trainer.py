@@ -173,9 +173,9 @@ def evaluation_loop(self: HiggsTrainer, dataloader, description, prediction_loss
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
     model.train(was_training)
     metrics = meter.means(lambda x: self.accelerator.reduce(x, "sum"), metric_key_prefix + "_")
-    w = self.args
-    metrics[f"{metric_key_prefix}_loss"] = sum(weight * metrics.get(f"{metric_key_prefix}_{name}", 0.0) for name, weight in
-                                               (("text_loss", w.text_loss_weight), ("audio_loss", w.audio_loss_weight)))
+    weights = self.args.codebook_weights or [1.0] * self.model.config.num_codebooks
+    audio_loss = sum(w * metrics.get(f"{metric_key_prefix}_codebook_{k}", 0.0) for k, w in enumerate(weights)) / len(weights)
+    metrics[f"{metric_key_prefix}_loss"] = self.args.text_loss_weight * metrics.get(f"{metric_key_prefix}_text_loss", 0.0) + self.args.audio_loss_weight * audio_loss
     self.judge_loss(metrics.get(f"{metric_key_prefix}_audio_loss"), "held-out data")
     if self.args.probe != "off": metrics |= self.run_probe(first, metric_key_prefix)
     return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))

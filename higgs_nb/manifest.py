@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 # %% auto #0
 __all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MAX_FILES', 'MAX_HEADER', 'MAX_JSON', 'MACHINE', 'HIDDEN', 'NO_LOCKS',
-           'PICKLE', 'Manifest', 'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'tensor_table', 'describe_files',
+           'PICKLE', 'Manifest', 'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle', 'tensor_table',
            'hidden_name', 'writer_of', 'CheckpointReport', 'Reports', 'read_json', 'check_file', 'check_unknown',
            'check_adapter', 'validate_checkpoint', 'members', 'list_checkpoints', 'latest_checkpoint',
            'find_checkpoints', 'main']
@@ -85,11 +85,14 @@ def sha256(path: Path) -> str:
     "The sha256 of a file, in hexadecimal."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def is_pickle(path: Path) -> bool:
+def is_pickle(name: str, start: bytes) -> bool:
     "By its name, or by how pickles and torch's archives begin."
-    if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}: return True
-    with open(path, "rb") as f: start = f.read(4)
-    return start == b"PK\3\4" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
+    return (PurePosixPath(name).suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"} or start[:4] == b"PK\3\4"
+            or start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
+
+def holds_pickle(path: Path) -> bool:
+    "Whether the file `path` is one."
+    with open(path, "rb") as f: return is_pickle(path.name, f.read(4))
 
 def tensor_table(path: Path) -> dict[str, dict]:
     "name -> {'dtype', 'shape'} of a safetensors file, from its header; ValueError if it is none."
@@ -98,18 +101,6 @@ def tensor_table(path: Path) -> dict[str, dict]:
     try:
         with safe_open(path, "np") as f: return {k: dict(dtype=(s := f.get_slice(k)).get_dtype(), shape=s.get_shape()) for k in f.keys()}
     except SafetensorError as error: raise ValueError(str(error)) from error
-
-def describe_files(directory: Path, meta: dict) -> Manifest:
-    "The manifest of what lies in `directory`; ValueError names what has no place in a checkpoint."
-    sizes, faults = scan(directory)
-    if faults: raise ValueError(str(faults[0]))
-    files = {}
-    for name, size in sorted(sizes.items()):
-        if not inside(name): raise ValueError(f"{name!r} cannot be the name of a file in a checkpoint")
-        if is_pickle(directory/name): raise ValueError(f"{name} is a pickle: store tensors as safetensors and all else as JSON")
-        files[name] = dict(size=size, sha256=sha256(directory/name))
-        if name.endswith(".safetensors"): files[name]["tensors"] = tensor_table(directory/name)
-    return Manifest(files, meta)
 
 # %% ../nbs/06b_manifest.ipynb #ccbf8fcd
 MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
@@ -188,7 +179,7 @@ def check_file(path: Path, name: str, entry: dict, size: int | None) -> Fault | 
     "What is wrong with the file `path`, called `name` in the manifest; its `size` in bytes is None if it is not there."
     if size is None: return Fault("missing", name, "missing", f"{entry['size']} bytes", "nothing")
     if size != entry["size"]: return Fault("corrupt", name, "wrong size", f"{entry['size']} bytes", f"{size}")
-    if is_pickle(path): return Fault("corrupt", name, PICKLE)
+    if holds_pickle(path): return Fault("corrupt", name, PICKLE)
     if (found := sha256(path)) != entry["sha256"]:
         return Fault("corrupt", name, "other content than was saved", f"sha256 {entry['sha256'][:8]}...", f"{found[:8]}...")
     if path.suffix == ".safetensors" and tensor_table(path) != entry.get("tensors"):
@@ -196,7 +187,7 @@ def check_file(path: Path, name: str, entry: dict, size: int | None) -> Fault | 
 
 def check_unknown(path: Path, name: str, owned: bool) -> Fault | None:
     "What to say of a file that no manifest names; `owned`: the directory has a manifest."
-    if is_pickle(path): return Fault("corrupt" if owned else "note", name, PICKLE)
+    if holds_pickle(path): return Fault("corrupt" if owned else "note", name, PICKLE)
     if owned: return Fault("corrupt" if path.suffix == ".safetensors" else "note", name, "not in the manifest")
 
 def check_adapter(directory: Path, names: set[str]) -> list[Fault]:

@@ -9,10 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-import higgs_nb.checkpoint as checkpoint
-from higgs_nb.checkpoint import (CheckpointError, adapter_tensors, describe_base, hidden_name, latest_checkpoint, list_checkpoints, load_lora_adapters,
-                                 preflight, prune_checkpoints, remove_directory, same_bits, save_checkpoint, save_lora_adapters, validate_checkpoint)
-from higgs_nb.manifest import writer_of
+import higgs_nb.manifest, higgs_nb.saving
+from higgs_nb.checkpoint import CheckpointError, adapter_tensors, describe_base, load_lora_adapters, preflight, save_lora_adapters
+from higgs_nb.manifest import hidden_name, latest_checkpoint, list_checkpoints, validate_checkpoint, writer_of
+from higgs_nb.saving import load_files, prune_checkpoints, remove_directory, same_bits, save_checkpoint
 
 CONFIG = HiggsAudioV2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=96,
     vocab_size=320, codebook_size=34, audio_token_id=316, audio_bos_token_id=313, audio_delay_token_id=314, audio_stream_bos_id=32,
@@ -33,13 +33,8 @@ def weights(value: int): return {"a": torch.full((40, 40), float(value)), "b": t
 
 def save(path: Path, value: int = 0):
     "A checkpoint of two files of tensors and one of bytes, in a folder."
-    def write(staging):
-        (staging/"state").mkdir()
-        save_file(weights(value), staging/"weights.safetensors")
-        save_file(weights(-value), staging/"state"/"optimizer.safetensors")
-        (staging/"state"/"position.json").write_bytes(b"{}")
-        return {"weights.safetensors": weights(value), "state/optimizer.safetensors": weights(-value), "state/position.json": b"{}"}
-    return save_checkpoint(path, write, meta=dict(step=value))
+    contents = {"weights.safetensors": weights(value), "state/optimizer.safetensors": weights(-value), "state/position.json": b"{}"}
+    return save_checkpoint(path, contents, meta=dict(step=value))
 
 
 def holds(path: Path, value: int) -> bool:
@@ -58,7 +53,7 @@ def in_child(f, *args) -> int:
 
 def die_at_line(f, fatal: int, seen: Path, first_only: bool):
     "Run `f` and be killed before the `fatal`-th line of the saver; each line of the source counts once with `first_only`. The count goes to `seen`."
-    lines, files = [], {checkpoint.__file__, sys.modules["higgs_nb.manifest"].__file__}
+    lines, files = [], {higgs_nb.saving.__file__, higgs_nb.manifest.__file__}
     def trace(frame, event, _):
         if frame.f_code.co_filename not in files: return None
         where = frame.f_code.co_filename, frame.f_lineno
@@ -210,26 +205,30 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def test_a_vanished_directory(tmp_path):
-    def vanish(staging):
-        save_file(weights(1), staging/"weights.safetensors")
-        shutil.rmtree(tmp_path/"run")
-        return {"weights.safetensors": weights(1)}
-    error = pytest.raises(CheckpointError, save_checkpoint, tmp_path/"run"/"checkpoint-1", vanish, meta={}).value
+    true = os.fsync
+    def vanish(fd):
+        true(fd)
+        if (tmp_path/"run").exists() and os.listdir(tmp_path/"run"): shutil.rmtree(tmp_path/"run")
+    os.fsync = vanish
+    try: error = pytest.raises(CheckpointError, save, tmp_path/"run"/"checkpoint-1").value
+    finally: os.fsync = true
     assert error.errno == errno.ENOENT and error.remedy and not (tmp_path/"run").exists()
 
 
 def test_two_writers_of_one_directory(tmp_path):
     meet, errors = threading.Barrier(2), []
+    rename = os.rename
+    def rename_together(*args):
+        meet.wait()
+        rename(*args)
     def save_together(value):
-        def write(staging):
-            save_file(weights(value), staging/"weights.safetensors")
-            meet.wait()
-            return {"weights.safetensors": weights(value)}
-        try: save_checkpoint(tmp_path/"run"/"checkpoint-1", write, meta=dict(value=value))
+        try: save_checkpoint(tmp_path/"run"/"checkpoint-1", {"weights.safetensors": weights(value)}, meta=dict(value=value))
         except CheckpointError as error: errors.append(error)
+    os.rename = rename_together
     threads = [threading.Thread(target=save_together, args=(value,)) for value in (1, 2)]
     for t in threads: t.start()
     for t in threads: t.join()
+    os.rename = rename
     assert len(errors) == 1 and errors[0].errno in (errno.ENOTEMPTY, errno.EEXIST)
     report = validate_checkpoint(tmp_path/"run"/"checkpoint-1")
     assert report.whole and os.listdir(tmp_path/"run") == ["checkpoint-1"]

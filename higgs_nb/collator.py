@@ -75,7 +75,7 @@ class PackedCollator:
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """`input_ids`, `position_ids`, `labels` (1, positions), `audio_input_ids`, `audio_labels` (1, frames, codebooks), `audio_input_ids_mask`
-        (1, frames), `lengths` and `frame_lengths` of the samples (lists) and `cu_seqlens` (samples + 1,) int32, `text_positions` (n,), `audio_positions`
+        (1, frames), `lengths` and `frame_lengths` of the samples (lists), their borders `cu_seqlens` and `frame_cu_seqlens` (samples + 1,) int32, `text_positions` (n,), `audio_positions`
         (frames,), and the index of `target_index`."""
         input_ids, labels = torch.cat([s.input_ids for s in samples]), torch.cat([s.labels for s in samples])
         codes, audio_labels = torch.cat([s.audio_ids for s in samples]), torch.cat([s.audio_labels for s in samples])
@@ -85,7 +85,8 @@ class PackedCollator:
         audio_positions = frame.nonzero().flatten()
         return dict(input_ids=input_ids[None], position_ids=position_ids[None], labels=labels[None], audio_input_ids=codes[None],
                     audio_labels=audio_labels[None], audio_input_ids_mask=torch.ones(1, len(codes), dtype=torch.bool),
-                    lengths=[*map(len, samples)], frame_lengths=[len(s.audio_ids) for s in samples], cu_seqlens=ends.int(), text_positions=(~frame).nonzero().flatten(), audio_positions=audio_positions,
+                    lengths=[*map(len, samples)], frame_lengths=[len(s.audio_ids) for s in samples], cu_seqlens=ends.int(),
+                    frame_cu_seqlens=torch.tensor([0, *(len(s.audio_ids) for s in samples)]).cumsum(0).int(), text_positions=(~frame).nonzero().flatten(), audio_positions=audio_positions,
                     **target_index(labels[None], audio_positions, audio_labels, ends[:-1]))
 
 # %% ../nbs/04_collator.ipynb #7003779b

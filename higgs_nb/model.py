@@ -5,63 +5,50 @@
 # %% ../nbs/05_model.ipynb #61d90134
 from __future__ import annotations
 from dataclasses import dataclass
+from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch import nn
-from transformers import (AttentionInterface, AttentionMaskInterface, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, WhisperConfig,
-                          WhisperModel)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, WhisperConfig, WhisperModel
 from transformers.utils import ModelOutput, logging
+from .fused import chunked_cross_entropy
 from .layers import AUDIO_ATTENTION_MODULES, AudioEncoderProjector, HiggsDecoder, WhisperTower, start_as_identity
 from .samples import IGNORE, AudioTokens
 
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'RELEASED', 'WHISPER_FIELDS', 'text_loss_sum', 'codebook_loss_sums', 'target_counts', 'sdpa_by_sample',
-           'LossWeights', 'HiggsOutput', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'whisper_settings',
-           'extend_config', 'start_new_modules', 'load_model']
+__all__ = ['logger', 'PACKED_FIELDS', 'RELEASED', 'WHISPER_FIELDS', 'codebook_loss_sums', 'target_counts', 'LossWeights',
+           'HiggsOutput', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'whisper_settings', 'extend_config',
+           'start_new_modules', 'load_model']
 
 # %% ../nbs/05_model.ipynb #2bbe41b1
-def text_loss_sum(logits: Tensor,  # (rows, vocab)
-                  targets: Tensor,  # (rows,)
-                  label_smoothing: float = 0.0,
-                  ) -> Tensor:
-    "Summed cross-entropy of the text head, in float32; a scalar."
-    return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
-
 def codebook_loss_sums(logits: Tensor,  # (rows, codebooks, codes)
                        targets: Tensor,  # (rows, codebooks), -100 = not supervised
-                       label_smoothing: float = 0.0,
                        ) -> Tensor:
-    "Summed cross-entropy of each codebook, in float32; (codebooks,)."
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none", label_smoothing=label_smoothing)
+    "Summed cross-entropy of each codebook, in float32; (codebooks,). The text loss is the same with one codebook, the vocabulary."
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
     return losses.view_as(targets).sum(0)
 
 def target_counts(batch: dict[str, Tensor]) -> Tensor:
     "How many cells a batch supervises: (1 + codebooks,), text first, then each codebook. What the loss of a step is divided by."
-    return torch.cat([batch["text_targets"].new_tensor([len(batch["text_targets"])]), (batch["audio_targets"] != IGNORE).sum(0)])
-
-# %% ../nbs/05_model.ipynb #015f2dfc
-def sdpa_by_sample(module, query, key, value, attention_mask, lengths=None, **kwargs):
-    "SDPA over (batch, heads, positions, head_dim); with `lengths`, each sample of the one packed row by itself. (batch, positions, heads, head_dim)"
-    if lengths is None: return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    samples = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
-    return torch.cat([sdpa_attention_forward(module, *qkv, None, **kwargs)[0] for qkv in samples], dim=1), None
-
-AttentionInterface.register("sdpa_by_sample", sdpa_by_sample)
-AttentionMaskInterface.register("sdpa_by_sample", sdpa_mask)
+    text = batch["text_targets"]
+    return torch.cat([text.new_full((1,), len(text)), (batch["audio_targets"] != IGNORE).sum(0)])
 
 # %% ../nbs/05_model.ipynb #75b4ba3a
-@dataclass
+@dataclass(frozen=True)
 class LossWeights:
     "How the parts of the loss are added up."
     text: float = 1.0  # weight of the text loss
     audio: float = 1.0  # weight of the audio loss, the mean over codebooks
     codebooks: tuple[float, ...] | None = None  # weight of each codebook within the audio loss; None: all 1
     label_smoothing: float = 0.0  # share of a label that is spread over all classes, in `loss` alone: the parts are reported without
+
+    @lru_cache
+    def shares(self, num_codebooks: int, device: torch.device) -> Tensor:
+        "The weight of the mean text loss and of each codebook's mean loss in the sum: (1 + codebooks,). Kept, so that no step waits for a copy."
+        return torch.tensor([self.text, *(self.audio * w / num_codebooks for w in self.codebooks or [1.0] * num_codebooks)], device=device)
 
 @dataclass
 class HiggsOutput(ModelOutput):
@@ -73,10 +60,12 @@ class HiggsOutput(ModelOutput):
     counts: Tensor | None = None  # (1 + codebooks,) supervised cells of this batch, text first
 
 # %% ../nbs/05_model.ipynb #9f618eb4
+PACKED_FIELDS = ("text_positions", "audio_positions", "lengths", "frame_lengths", "cu_seqlens", "frame_cu_seqlens")  # of `PackedCollator`, for the decoder
+
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     """`HiggsAudioV2ForConditionalGeneration` with a text head and the two losses, with audio self-attention where `config.use_audio_out_self_attention`
-    and a Whisper tower where `config.encode_whisper_embed`. A batch of `PaddedCollator` or `PackedCollator` gives a `HiggsOutput`; any other input
-    goes to the stock forward, so that generation is unchanged."""
+    and a Whisper tower where `config.encode_whisper_embed`. A batch of `PaddedCollator` or `PackedCollator` gives a `HiggsOutput`, the packed one several
+    times as fast; any other input goes to the stock forward, so that generation is unchanged."""
     _keys_to_ignore_on_load_unexpected = []
     _no_split_modules = HiggsDecoder._no_split_modules
 
@@ -91,7 +80,6 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
             self.audio_encoder_proj = AudioEncoderProjector(self.audio_tower.config.d_model, config.hidden_size)
         self.post_init()
         self.loss_weights, self.new_modules = LossWeights(), ()
-        if self.config._attn_implementation == "sdpa": self.set_attn_implementation("sdpa_by_sample")
 
     def forward(self, input_ids=None, attention_mask=None, audio_input_ids=None, audio_input_ids_mask=None, position_ids=None,
                 audio_rows=None, audio_targets=None, text_rows=None, text_targets=None,  # of `target_index`
@@ -103,19 +91,16 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
                         audio_input_ids_mask=audio_input_ids_mask, position_ids=position_ids)
         recordings = dict(audio_features=audio_features, audio_feature_attention_mask=audio_feature_attention_mask, whisper_rows=whisper_rows)
         if audio_rows is None: return super().forward(**sequence, **self.heard(input_ids, **recordings), **inputs)
-        hidden = self.hidden(**sequence, **recordings, **inputs)
-        return self.losses(self.text_lm_head(hidden[text_rows]), text_targets, self.audio_logits(hidden[audio_rows]), audio_targets, counts)
+        return self.losses(self.hidden(**sequence, **recordings, **inputs), text_rows, text_targets, audio_rows, audio_targets, counts)
 
-    def hidden(self, input_ids, attention_mask=None, lengths=None, audio_features=None, audio_feature_attention_mask=None, whisper_rows=None, **batch) -> Tensor:
-        """The last hidden state of every position of a batch, rows flattened: (rows * positions, hidden). `lengths` are those of the samples of a packed
-        row, `frame_lengths` their frames; what else is in a batch is left alone."""
-        inputs = {k: batch.get(k) for k in ("audio_input_ids", "audio_input_ids_mask", "position_ids", "frame_lengths")}
-        if lengths is not None and self.config._attn_implementation == "sdpa_by_sample":
-            attention_mask = input_ids.new_ones(1, 1, 1, 1)  # four dimensions: taken as it is, so that no mask of row times row is built
-            inputs["lengths"] = lengths
-        whisper = self.heard(input_ids, audio_features, audio_feature_attention_mask, whisper_rows)
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, frame_rows=batch.get("audio_positions"), **whisper,
-                          **inputs).last_hidden_state.flatten(0, 1)
+    def hidden(self, input_ids, attention_mask=None, audio_input_ids=None, audio_input_ids_mask=None, position_ids=None, audio_features=None,
+               audio_feature_attention_mask=None, whisper_rows=None, **batch) -> Tensor:
+        "The last hidden state of every position of a batch, rows flattened: (rows * positions, hidden). What else is in a batch is left alone."
+        inputs = dict(input_ids=input_ids, audio_input_ids=audio_input_ids, position_ids=position_ids,
+                      **self.heard(input_ids, audio_features, audio_feature_attention_mask, whisper_rows))
+        if "lengths" in batch: inputs["packed"] = {k: batch[k] for k in PACKED_FIELDS}
+        else: inputs |= dict(attention_mask=attention_mask, audio_input_ids_mask=audio_input_ids_mask, use_cache=False)
+        return self.model(**inputs).last_hidden_state.flatten(0, 1)
 
     def heard(self, input_ids, audio_features=None,  # (chunks, mel_bins, mel_frames)
               audio_feature_attention_mask=None,  # (chunks, mel_frames)
@@ -147,15 +132,14 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         "(rows, hidden) -> (rows, codebooks, codes)"
         return self.audio_lm_head(hidden).unflatten(-1, (self.config.num_codebooks, self.config.codebook_size))
 
-    def losses(self, text_logits, text_targets, audio_logits, audio_targets, counts=None) -> HiggsOutput:
-        "Add up the losses of one batch; see `HiggsOutput`."
+    def losses(self, hidden: Tensor, text_rows, text_targets, audio_rows, audio_targets, counts=None) -> HiggsOutput:
+        "The losses of one batch from its hidden states, (rows, hidden), and the index of `target_index`; see `HiggsOutput`."
         w, here = self.loss_weights, target_counts(dict(text_targets=text_targets, audio_targets=audio_targets))
-        def add_up(e): return torch.cat([text_loss_sum(text_logits, text_targets, e)[None], codebook_loss_sums(audio_logits, audio_targets, e)])
-        sums = add_up(w.label_smoothing)
-        share = sums.new_tensor([w.text, *(w.audio * c / self.config.num_codebooks for c in w.codebooks or [1.0] * self.config.num_codebooks)])
-        with torch.no_grad(): means = (add_up(0.0) if w.label_smoothing else sums.detach()) / here.clamp(min=1)
-        return HiggsOutput(loss=(share * sums / (here if counts is None else counts).clamp(min=1)).sum(), text_loss=means[0],
-                           audio_loss=means[1:].mean(), codebook_losses=means[1:], counts=here)
+        share = w.shares(self.config.num_codebooks, hidden.device) / (here if counts is None else counts).clamp(min=1)
+        text, text_sum = chunked_cross_entropy(hidden.index_select(0, text_rows), self.text_lm_head, text_targets[:, None], share[:1], w.label_smoothing)
+        audio, audio_sums = chunked_cross_entropy(hidden.index_select(0, audio_rows), self.audio_lm_head, audio_targets, share[1:], w.label_smoothing)
+        means = torch.cat([text_sum, audio_sums]) / here.clamp(min=1)
+        return HiggsOutput(loss=text + audio, text_loss=means[0], audio_loss=means[1:].mean(), codebook_losses=means[1:], counts=here)
 
 # %% ../nbs/05_model.ipynb #7d2dca18
 def tiny_config(tokenizer,  # gives the vocabulary and the special ids

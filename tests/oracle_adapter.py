@@ -24,6 +24,5 @@ def forward(model, run: dict, inputs: dict) -> dict:
     the parts of the loss where there are labels. With gradients, unless the caller turned them off."""
     batch = native_batch(inputs, model.config)
     hidden = model.hidden(**batch)
-    audio, text = batch["audio_rows"], batch["text_rows"]
-    losses = model.losses(model.text_lm_head(hidden[text]), batch["text_targets"], model.audio_logits(hidden[audio]), batch["audio_targets"])
+    losses = model.losses(hidden, *(batch[k] for k in ("text_rows", "text_targets", "audio_rows", "audio_targets")))
     return dict(logits=model.text_lm_head(hidden).view(*batch["input_ids"].shape, -1), audio_logits=model.audio_logits(hidden[batch["audio_out_rows"]]), **losses)

@@ -176,10 +176,10 @@ class ShortAttention(Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):  # (heads, rows, head_dim), (key-value heads, rows, head_dim) twice
         (heads, rows, _), groups, wide = q.shape, len(k), torch.promote_types(q.dtype, torch.float32)
-        later = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
+        later = torch.full((rows, rows), -torch.inf, dtype=q.dtype, device=q.device).triu_(1).repeat(heads // groups, 1)
         with torch.autocast(q.device.type, enabled=False):
-            scores = torch.bmm(q.reshape(groups, -1, q.shape[2]), k.transpose(1, 2)).view(heads, rows, rows)
-            weights = torch.softmax(scores.to(wide).mul_(scale).masked_fill_(later, -torch.inf), -1).to(q.dtype).view(groups, -1, rows)
+            scores = torch.baddbmm(later, q.reshape(groups, -1, q.shape[2]), k.transpose(1, 2), alpha=scale)  # (key-value heads, heads of each * rows, rows)
+            weights = torch.softmax(scores, -1, dtype=wide).to(q.dtype)
             out = torch.bmm(weights, v).view_as(q)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale

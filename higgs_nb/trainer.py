@@ -4,30 +4,37 @@
 
 # %% ../nbs/08_trainer.ipynb #c8f0b309
 from __future__ import annotations
+import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from peft import PeftModel
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from .audit import audit
-from .checkpoint import describe_base, preflight, prune_checkpoints, save_lora_adapters, adapter_tensors
+from .callbacks import EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
+from .checkpoint import CheckpointError, describe_base, preflight, prune_checkpoints, save_lora_adapters, adapter_tensors
 from .collator import PackedBatchSampler, PackedCollator
+from .manifest import MANIFEST, Manifest, read_json
 from .model import LossWeights, target_counts
 from .probe import OffsetProbe, offset_probe
+from .resume import (checkpoint_to_resume, describe_adapter, describe_data, differences, load_optimizer_state, of_every_process, on_first_process,
+                             optimizer_state, pack, read_state, restore_adapter, rng_state, set_rng_state, state_files, unpack)
+from .samples import IGNORE
 
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'IMPLAUSIBLE', 'HiggsTrainingArguments', 'LossMeter', 'SpeedCallback', 'LogFileCallback', 'EndCallback',
-           'HiggsTrainer', 'NotLearningSpeech']
+__all__ = ['logger', 'IMPLAUSIBLE', 'HiggsTrainingArguments', 'LossMeter', 'Shard', 'CollateOrBlank', 'HiggsTrainer',
+           'TakeUpCallback', 'NotLearningSpeech']
 
 # %% ../nbs/08_trainer.ipynb #d4c9580a
 @dataclass
@@ -39,6 +46,8 @@ class HiggsTrainingArguments(TrainingArguments):
     codebook_weights: list[float] | None = field(default=None, metadata={"help": "weight of each codebook in the audio loss; None: all 1"})
     probe: str = field(default="stop", metadata={"help": "what the offset probe does to a run that does not learn speech: stop | warn | off"})
     probe_after: int = field(default=20, metadata={"help": "steps before the probe judges"})
+    on_save_error: str = field(default="stop", metadata={"help": "what a checkpoint that could not be saved does to the run: stop | warn"})
+    measure_peak: bool = field(default=False, metadata={"help": "measure a large matrix product before the first step, to log the share of it that training reaches"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "batches are made by our collator"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a loss that is not a number must be seen"})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "see transformers"})
@@ -47,7 +56,8 @@ class HiggsTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.probe not in ("stop", "warn", "off"): raise ValueError(f"probe={self.probe!r}: choose stop, warn or off")
+        for name, choices in (("probe", ("stop", "warn", "off")), ("on_save_error", ("stop", "warn"))):
+            if getattr(self, name) not in choices: raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 # %% ../nbs/08_trainer.ipynb #b64107ec
 class LossMeter:
@@ -70,28 +80,27 @@ class LossMeter:
         return {prefix + name: value for name, value in named.items() if value is not None}
 
 # %% ../nbs/08_trainer.ipynb #bbb88ff2
-class SpeedCallback(TrainerCallback):
-    "Adds `tokens_per_second` to the training log: tokens of optimizer steps over the time they took, evaluation and saving left out."
-    def __init__(self): self.tokens, self.seconds = 0, 0.0
-    def on_step_begin(self, args, state, control, **kwargs): self.start = time.perf_counter()
-    def on_step_end(self, args, state, control, **kwargs): self.seconds += time.perf_counter() - self.start
+class Shard(torch.utils.data.Sampler):
+    "Every `processes`-th batch of `sampler`, from `rank` on, and an empty one where others have one more."
+    def __init__(self, sampler: PackedBatchSampler, rank: int, processes: int):
+        self.batch_sampler, self.rank, self.processes = sampler, rank, processes
 
-    def rate(self) -> float:
-        "Tokens per second since the last call."
-        rate = self.tokens / self.seconds if self.seconds else 0.0
-        self.tokens, self.seconds = 0, 0.0
-        return rate
+    def set_epoch(self, epoch: int): self.batch_sampler.set_epoch(epoch)
+    def __len__(self): return math.ceil(len(self.batch_sampler) / self.processes)
 
-class LogFileCallback(TrainerCallback):
-    "Writes every log entry as a line of `log.jsonl` in the output directory, as it happens."
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero: return
-        with open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+    def __iter__(self):
+        batches = list(self.batch_sampler)
+        return iter((batches + [[]] * (-len(batches) % self.processes))[self.rank::self.processes])
 
-class EndCallback(TrainerCallback):
-    "Logs and evaluates at the last step, whatever the intervals."
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps: control.should_log, control.should_evaluate = True, args.eval_strategy != "no"
+class CollateOrBlank:
+    "`collate`; of no samples, a batch of `dataset`'s shortest one in which nothing is supervised."
+    def __init__(self, collate, dataset):
+        self.collate, self.dataset, self.shortest = collate, dataset, min(range(len(dataset)), key=dataset.lengths.__getitem__)
+
+    def __call__(self, samples):
+        if samples: return self.collate(samples)
+        s = self.dataset[self.shortest]
+        return self.collate([dataclasses.replace(s, labels=torch.full_like(s.labels, IGNORE), audio_labels=torch.full_like(s.audio_labels, IGNORE))])
 
 # %% ../nbs/08_trainer.ipynb #fbe064ec
 class HiggsTrainer(Trainer):
@@ -105,20 +114,21 @@ class HiggsTrainer(Trainer):
         self.tokens, self.tokenizer = train_dataset.tokens, tokenizer or train_dataset.tokenizer
         if getattr(model.get_base_model(), "audio_tower", None) is not None:
             logger.warning("this model has a Whisper tower, and the batches of this trainer carry no Whisper features: what is heard is read as codes alone")
-        args.eval_on_start = eval_dataset is not None
-        self.speed = SpeedCallback()
+        self.speed, self.stop = SpeedCallback(model.config, args.token_budget, args.world_size), StopCallback(args.output_dir)
         super().__init__(model, args, data_collator=PackedCollator(self.tokens), train_dataset=train_dataset, eval_dataset=eval_dataset,
-                         callbacks=[self.speed, EndCallback(), *(callbacks or []), LogFileCallback()], **kwargs)
+                         callbacks=[self.speed, EndCallback(), self.stop, *(callbacks or []), LogFileCallback()], **kwargs)
+        self.add_callback(TakeUpCallback(self))
         self.loss_is_scaled_for_ga = True  # counts are those of the whole step
-        self.meter, self.probes, self.base = LossMeter(), [], base or {}
+        self.meter, self.probes, self.base, self.resumed, self.earlier_seconds = LossMeter(), [], base or {}, None, 0.0
 
     def loader(self, dataset, shuffle: bool) -> torch.utils.data.DataLoader:
-        "Packed batches of a dataset; the order depends on the seed and the epoch alone."
+        "This process's packed batches of a dataset; the order depends on the seed and the epoch alone."
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = PackedBatchSampler(dataset.lengths, self.args.token_budget, seed, shuffle, ids=[c.id for c in dataset.conversations])
-        return self.accelerator.prepare(torch.utils.data.DataLoader(
-            dataset, batch_sampler=sampler, collate_fn=self.data_collator, num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(), persistent_workers=self.args.dataloader_persistent_workers))
+        return torch.utils.data.DataLoader(
+            dataset, batch_sampler=Shard(sampler, self.args.process_index, self.args.world_size), collate_fn=CollateOrBlank(self.data_collator, dataset),
+            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.args.dataloader_persistent_workers)
 
     def get_train_dataloader(self): return self.loader(self.train_dataset, shuffle=True)
     def get_eval_dataloader(self, eval_dataset=None): return self.loader(eval_dataset or self.eval_dataset, shuffle=False)
@@ -126,7 +136,7 @@ class HiggsTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of one optimizer step and the cells they supervise, on all devices: (1 + codebooks,)."
         batches = list(islice(epoch_iterator, num_batches))
-        self.speed.tokens += sum(b["input_ids"].numel() for b in batches) * self.accelerator.num_processes
+        self.speed.add(batches)
         return batches, self.accelerator.reduce(sum(target_counts(b) for b in batches).to(device), "sum") if batches else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -141,21 +151,139 @@ class HiggsTrainer(Trainer):
         if "loss" in logs and torch.is_tensor(self.meter.sums):
             parts = self.meter.means(lambda x: self.accelerator.reduce(x, "sum"))
             self.meter.reset()
-            logs.update(parts, tokens_per_second=self.speed.rate())
+            logs.update(parts, **self.speed.report())
             if self.state.epoch is not None and self.state.epoch <= 1: self.judge_loss(parts.get("audio_loss"), "training data that it sees for the first time")
         super().log(logs, start_time)
 
-    def train(self, *args, **kwargs):
-        "Check the output directory and the labels of the first batch, then train; see `transformers.Trainer.train`."
+    def train(self, resume: str | Path | None = None,  # a checkpoint, or "auto": the newest whole one in the output directory, if there is one
+              resume_force: bool = False,  # go on although it belongs to a run with other data, model, adapter, precision or settings
+              **kwargs):
+        "Check the output directory and the labels of the first batch, then train, see `transformers.Trainer.train`; `Preempted` if it was asked to stop."
         self.before_training()
-        return super().train(*args, **kwargs)
+        path = resume and on_first_process(lambda: checkpoint_to_resume(self.args.output_dir, resume))
+        self.resumed = path and self.read_checkpoint(Path(path), resume_force)
+        self.args.eval_on_start, self.started = self.eval_dataset is not None and not path, time.time()
+        with self.stop: result = super().train(resume_from_checkpoint=str(path) if path else None, **kwargs)
+        if self.stop.reason and self.state.global_step < self.state.max_steps:
+            raise Preempted(f"{self.stop.reason}: stopped after step {self.state.global_step} of {self.state.max_steps}; start the run again with resume='auto' to go on")
+        return result
 
-    def _save_checkpoint(self, model, trial):
-        "Save a verified checkpoint of this step, then prune older ones."
-        if self.args.should_save:
-            self.save_adapter(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-            if self.args.save_total_limit: prune_checkpoints(self.args.output_dir, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
+# %% ../nbs/08_trainer.ipynb #5c1de0a3
+@patch
+def training_state(self: HiggsTrainer) -> dict:
+    "What a resumed run needs beside the adapter; all processes have to call this."
+    mine = pack(dict(rng=rng_state(), loss=self._tr_loss, sums=self.meter.sums, counts=self.meter.counts))
+    probes = [[step, {**asdict(p), "losses": list(p.losses.items()), "codebook_losses": list(p.codebook_losses.items())}] for step, p in self.probes]
+    scaler = getattr(self.accelerator, "scaler", None)
+    return dict(optimizer=optimizer_state(self.model, self.optimizer), schedule=self.lr_scheduler.state_dict(), scaler=scaler and scaler.state_dict(),
+                processes=[unpack(*state) for state in of_every_process(mine)], probes=probes, logged_step=self._globalstep_last_logged,
+                loss_sum=self._total_loss_scalar, seconds=self.earlier_seconds + time.time() - self.started)
+
+@patch
+def _save_checkpoint(self: HiggsTrainer, model, trial):
+    "Save a verified checkpoint of this step, then prune older ones, never the best; see `on_save_error`."
+    self.store_flos()
+    state, run_dir = self.training_state(), Path(self.args.output_dir)
+    self.state.stateful_callbacks = TrainerState(stateful_callbacks=[c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]).stateful_callbacks
+    best = self.state.best_global_step and run_dir / f"checkpoint-{self.state.best_global_step}"
+    if best and (best.exists() or self.state.best_global_step == self.state.global_step): self.state.best_model_checkpoint = str(best)
+    try:
+        on_first_process(lambda: self.save_adapter(run_dir / f"checkpoint-{self.state.global_step}", state))
+        if self.args.save_total_limit: on_first_process(lambda: prune_checkpoints(run_dir, self.args.save_total_limit, protect=[best] if best else ()))
+    except CheckpointError:
+        if self.args.on_save_error == "stop": raise
+        logger.error(f"step {self.state.global_step}: the checkpoint is not saved, and the run goes on because on_save_error='warn'", exc_info=self.is_world_process_zero())
+
+@patch
+def _determine_best_metric(self: HiggsTrainer, metrics, trial) -> bool:
+    "Whether this evaluation is the best by `metric_for_best_model`; then a checkpoint is saved, which stays."
+    best = Trainer._determine_best_metric(self, metrics, trial)
+    if best and self.args.save_strategy != "no": self.control.should_save = True
+    return best
+
+# %% ../nbs/08_trainer.ipynb #5c1de0a5
+@patch
+def describe_run(self: HiggsTrainer) -> dict:
+    "What must be the same for a run to be resumed, besides the base."
+    settings = ("token_budget", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "text_loss_weight", "audio_loss_weight", "codebook_weights", "label_smoothing_factor",
+                "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+    trained = {str(p.dtype) for p in self.model.parameters() if p.requires_grad}
+    precision = dict(base=str(self.model.get_base_model().dtype), trained=sorted(trained), computed=self.args.mixed_precision)
+    described = dict(data=describe_data(self.train_dataset), held_out_data=self.eval_dataset and describe_data(self.eval_dataset), adapter=describe_adapter(self.model),
+                     precision=precision, settings={k: getattr(self.args, k) for k in settings})
+    return json.loads(json.dumps(described, default=str))
+
+@patch
+def read_checkpoint(self: HiggsTrainer, path: Path, force: bool) -> dict:
+    "The training state of a checkpoint; `CheckpointError` names what differs if it is that of another run, unless `force`."
+    meta, base = Manifest.loads(read_json(path / MANIFEST)).meta, ("config", "weights_fingerprint")
+    then, here = ({**run, "model": {k: of.get(k) for k in base}} for run, of in ((meta.get("run", {}), meta["base"]), (self.run, self.base)))
+    if found := differences(then, here):
+        said = "another run: " + "; ".join(found)
+        if not force: raise CheckpointError(f"training not resumed: the checkpoint belongs to {said}", path, remedy="start as that run was started, or pass resume_force=True")
+        logger.warning(f"resuming from {path}, although it belongs to {said}")
+    return read_state(path)
+
+@patch
+def _load_from_checkpoint(self: HiggsTrainer, path, model=None): restore_adapter(self.model, Path(path))
+
+@patch
+def _load_best_model(self: HiggsTrainer): restore_adapter(self.model, Path(self.state.best_model_checkpoint))
+
+@patch
+def _load_optimizer_and_scheduler(self: HiggsTrainer, path):
+    if self.resumed is None: return
+    load_optimizer_state(self.model, self.optimizer, self.resumed["optimizer"])
+    self.lr_scheduler.load_state_dict(self.resumed["schedule"])
+
+@patch
+def _load_scaler(self: HiggsTrainer, path):
+    if self.resumed and self.resumed["scaler"]: self.accelerator.scaler.load_state_dict(self.resumed["scaler"])
+
+@patch
+def _load_callback_state(self: HiggsTrainer):
+    for name, states in self.state.stateful_callbacks.items():
+        same = [c for c in self.callback_handler.callbacks if type(c).__name__ == name]
+        for callback, state in zip(same, states if isinstance(states, list) else [states]): vars(callback).update(state["attributes"])
+
+@patch
+def _load_rng_state(self: HiggsTrainer, path):
+    if mine := self.own_state(): set_rng_state(mine["rng"])
+
+@patch
+def own_state(self: HiggsTrainer) -> dict | None:
+    "What the checkpoint says of this process; None, and a warning, if there were fewer."
+    if self.resumed is None: return None
+    if self.args.process_index < len(states := self.resumed["processes"]): return states[self.args.process_index]
+    logger.warning(f"the checkpoint knows {len(states)} processes, this is number {self.args.process_index}: its generators start anew")
+
+# %% ../nbs/08_trainer.ipynb #5c1de0a6
+class TakeUpCallback(TrainerCallback):
+    "Gives a resumed trainer the sums and the history that its checkpoint holds."
+    def __init__(self, trainer): self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        t = self.trainer
+        t.probes, t.earlier_seconds = [], 0.0
+        t.meter.reset()
+        if (then := t.resumed) is None: return
+        t.probes = [(step, OffsetProbe(**{**p, "losses": dict(p["losses"]), "codebook_losses": dict(p["codebook_losses"])})) for step, p in then["probes"]]
+        t.earlier_seconds, t._total_loss_scalar, t._globalstep_last_logged, t._initial_global_step = then["seconds"], then["loss_sum"], then["logged_step"], 0
+        if mine := t.own_state():
+            t._tr_loss, t.meter.sums, t.meter.counts = (x.to(args.device) if torch.is_tensor(x) else x for x in (mine["loss"], mine["sums"], mine["counts"]))
+
+@patch
+def _run_epoch(self: HiggsTrainer, **kwargs):
+    "An epoch, or what is left of it; nothing if all steps are done."
+    if self.state.global_step < self.state.max_steps: return Trainer._run_epoch(self, **kwargs)
+    self.control.should_training_stop = True
+
+@patch
+def _finalize_training(self: HiggsTrainer, trial, num_train_samples, start_time):
+    "Log what the whole run was, earlier sessions included; leave pruning to `prune_checkpoints`."
+    limit, self.args.save_total_limit = self.args.save_total_limit, None
+    try: return Trainer._finalize_training(self, trial, num_train_samples, start_time - self.earlier_seconds)
+    finally: self.args.save_total_limit = limit
 
 # %% ../nbs/08_trainer.ipynb #8c3bdf16
 @patch
@@ -163,7 +291,7 @@ class HiggsTrainer(Trainer):
 def evaluation_loop(self: HiggsTrainer, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
     "The losses over a whole dataset, and the offset probe on its first batch."
     model, meter = self._wrap_model(self.model, training=False), LossMeter()
-    was_training = model.training
+    was_training, chance = model.training, rng_state()
     model.eval()
     self.callback_handler.eval_dataloader = dataloader
     for i, batch in enumerate(dataloader):
@@ -172,6 +300,7 @@ def evaluation_loop(self: HiggsTrainer, dataloader, description, prediction_loss
         if i == 0: first = batch
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
     model.train(was_training)
+    set_rng_state(chance)  # to look is not to change
     metrics = meter.means(lambda x: self.accelerator.reduce(x, "sum"), metric_key_prefix + "_")
     weights = self.args.codebook_weights or [1.0] * self.model.config.num_codebooks
     audio_loss = sum(w * metrics.get(f"{metric_key_prefix}_codebook_{k}", 0.0) for k, w in enumerate(weights)) / len(weights)
@@ -203,7 +332,7 @@ def judge_loss(self: HiggsTrainer, audio_loss: float | None, data: str):
 @patch
 def run_probe(self: HiggsTrainer, batch: dict[str, Tensor], prefix: str = "eval") -> dict[str, float]:
     "Run the offset probe on a batch, keep it in `self.probes`, and complain if it says that the model does not learn the next frame."
-    probe = offset_probe(self.accelerator.unwrap_model(self.model), batch)
+    probe = of_every_process(offset_probe(self.accelerator.unwrap_model(self.model), batch))[0]  # one verdict for all
     self.probes.append((self.state.global_step, probe))
     if self.state.global_step >= self.args.probe_after and probe.verdict in ("masked", "copying", "misaligned"): self.complain(str(probe))
     return {f"{prefix}_probe_{o:+d}": loss for o, loss in probe.losses.items()}
@@ -211,16 +340,20 @@ def run_probe(self: HiggsTrainer, batch: dict[str, Tensor], prefix: str = "eval"
 # %% ../nbs/08_trainer.ipynb #0eb68b72
 @patch
 def before_training(self: HiggsTrainer):
-    "Raise `CheckpointError` if nothing could be saved, `LabelError` if the labels of the first batch are impossible; describe the base once."
-    size = sum(t.numel() * t.element_size() for t in adapter_tensors(self.model).values())
-    if self.args.should_save: preflight(self.args.output_dir, size * ((self.args.save_total_limit or 3) + 2))
+    """Raise `CheckpointError` if nothing could be saved, `LabelError` if the labels of the first batch are impossible; describe base and run once; measure
+    the device if asked to."""
+    trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+    size = sum(t.numel() * t.element_size() for t in adapter_tensors(self.model).values()) + 8 * trained  # Adam keeps two numbers for each
+    on_first_process(lambda: preflight(self.args.output_dir, size * ((self.args.save_total_limit or 3) + 2)))
     audit(next(iter(self.get_train_dataloader())), self.tokenizer, self.tokens)
     self.base = describe_base(self.model, **{k: self.base.get(k) for k in ("id", "revision")})
+    self.run = self.describe_run()
+    if self.args.measure_peak: self.speed.peak = matmul_rate(self.args.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.mixed_precision, self.model.dtype))
 
 @patch
-def save_adapter(self: HiggsTrainer, path: str | Path):
-    "Save the adapter and the trainer's log to `path`, verified; `CheckpointError` if that fails."
+def save_adapter(self: HiggsTrainer, path: str | Path, state: dict | None = None):
+    "Save the adapter and the trainer's log to `path`, verified, with a training `state` if there is one; `CheckpointError` if that fails."
     losses = {k: v for entry in self.state.log_history for k, v in entry.items() if "loss" in k}
     probe = self.probes and str(self.probes[-1][1])
-    return save_lora_adapters(self.model, path, base=self.base, meta=dict(step=self.state.global_step, losses=losses, probe=probe or None),
-                              files={"trainer_state.json": json.dumps({"global_step": self.state.global_step, "log_history": self.state.log_history}).encode()})
+    return save_lora_adapters(self.model, path, base=self.base, meta=dict(step=self.state.global_step, losses=losses, probe=probe or None, run=self.run),
+                              files={"trainer_state.json": json.dumps(asdict(self.state)).encode(), **(state_files(state) if state else {})})

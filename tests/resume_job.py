@@ -1,0 +1,120 @@
+"Training on a made-up corpus, in processes of their own: what test_resume.py and test_ranks.py start, stop and compare."
+import json, multiprocessing, os, signal, socket, time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from higgs_nb.chatml import Conversation
+from higgs_nb.lora import apply_lora, create_lora_config
+from higgs_nb.model import tiny_model
+from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.trainer import HiggsTrainer, HiggsTrainingArguments
+
+SMALL = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, codebook_size=34)
+TIMES = ("tokens_per_second", "budget_filled", "memory_mb", "share_of_peak", "train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
+         "eval_samples_per_second", "eval_steps_per_second")
+
+
+class Melodies:
+    "Made-up codes: one melody, cut to different lengths and begun at different notes."
+    period = torch.randint(0, 32, (8, 5), generator=torch.Generator().manual_seed(0))
+
+    def get(self, audio):
+        n = int(audio.path)
+        return self.period.roll(n, 1).repeat(1, n // 5 + 1)[:, :n]
+
+
+def sentence(n):
+    return Conversation.from_dict(dict(messages=[dict(role="user", content="La " * (n % 4 + 1)), dict(role="assistant", content={"type": "audio", "path": str(n)})]), id=f"s{n}")
+
+
+def make_trainer(folder, frames=range(20, 60, 2), held_out=range(21, 60, 8), model=(), adapter=(), dtype="float32", callbacks=(), **args):
+    "A trainer of 40 steps of two micro-batches, 6 steps an epoch; `frames`: lengths of the training clips."
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = byte_tokenizer()
+    base = tiny_model(tokenizer, **{**SMALL, **dict(model)}).to(getattr(torch, dtype))
+    torch.manual_seed(0)  # adapters start at random
+    adapted = apply_lora(base, create_lora_config(**{**dict(targets="all", r=4, dropout=0.2, train=("audio_lm_head",)), **dict(adapter)}))
+    tokens = AudioTokens.from_config(base.config, tokenizer)
+    data, held = (SampleDataset([sentence(n) for n in numbers], tokenizer, Melodies(), tokens) for numbers in (frames, held_out))
+    settings = dict(token_budget=220, gradient_accumulation_steps=2, learning_rate=3e-3, warmup_steps=5, max_steps=40, logging_steps=3, eval_strategy="steps", eval_steps=10,
+                    save_strategy="steps", save_steps=100, disable_tqdm=True, use_cpu=True, seed=1, probe="warn")
+    trainer = HiggsTrainer(adapted, HiggsTrainingArguments(output_dir=str(folder), **{**settings, **args}), data, held if len(held) else None, callbacks=list(callbacks))
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+class Die(TrainerCallback):
+    "Sends a signal to this process between the two micro-batches of step `step` + 1."
+    def __init__(self, step, number, times=1): self.step, self.number, self.times = step, number, times
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for _ in range(self.times): os.kill(os.getpid(), self.number)
+
+
+def train(folder, resume=None, force=False, die=None, **settings):
+    "One process of a run; `die`: arguments of `Die`."
+    torch.set_num_threads(1)
+    make_trainer(folder, callbacks=[Die(*die)] if die else [], **settings).train(resume=resume, resume_force=force)
+
+
+def _process(function, rank, world, port, args, kwargs):
+    with open(Path(args[0]) / f"said-{rank}.txt", "a") as said: os.dup2(said.fileno(), 2)
+    if world > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    function(*args, **kwargs)
+
+
+def _server():
+    "Forks processes that have imported everything already."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["resume_job"])
+    here = str(Path(__file__).parent)  # the server looks for its preloads where PYTHONPATH says
+    if here not in os.environ.get("PYTHONPATH", ""): os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    return context
+
+
+def start(function, folder, *args, ranks=1, **kwargs):
+    "Start `function(folder, ...)` in `ranks` new processes; `said-RANK.txt` in `folder` gets what they say."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    found = [_server().Process(target=_process, args=(function, rank, ranks, port, (str(folder), *args), kwargs)) for rank in range(ranks)]
+    for p in found: p.start()
+    return found
+
+
+def finish(processes, timeout=120):
+    "Exit codes; when one process ends badly the others, which would wait for it, are ended, as launchers do."
+    until = time.monotonic() + timeout
+    while any(p.is_alive() for p in processes):
+        if time.monotonic() > until or any(p.exitcode not in (None, 0, 75) for p in processes):
+            time.sleep(1)
+            for p in processes: p.kill()
+        time.sleep(0.05)
+    return [p.exitcode for p in processes]
+
+
+def run(folder, ranks=1, **settings):
+    "Exit codes of a run."
+    return finish(start(train, folder, ranks=ranks, **settings))
+
+
+def said(folder): return "".join(f.read_text() for f in sorted(Path(folder).glob("said-*.txt")))
+
+
+def log(folder):
+    "The log of a run without what a clock says."
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def whole_state(checkpoint):
+    "All that a checkpoint holds, to the bit, but the seconds that it took."
+    state = json.loads((checkpoint / "training_state.json").read_text())
+    state.pop("seconds")
+    return state, *((checkpoint / name).read_bytes() for name in ("training_state.safetensors", "adapter_model.safetensors"))

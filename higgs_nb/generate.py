@@ -135,7 +135,8 @@ class SpeechCallback(TrainerCallback):
         out.mkdir(parents=True, exist_ok=True)
         for s in said: s.save(out / f"{s.id}.wav")
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs): self.speak(state, model)
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not state.global_step: self.speak(state, model)  # a resumed run has spoken
     def on_train_end(self, args, state, control, model=None, **kwargs): self.speak(state, model)
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.every and state.global_step % self.every == 0: self.speak(state, model)

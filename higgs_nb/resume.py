@@ -122,11 +122,11 @@ def describe_data(dataset, looked_at: int = 64) -> dict:
 
 def describe_adapter(model: PeftModel) -> dict:
     "Settings of an adapter, and what it is made of."
-    config = adapter_config(model, {}).to_dict()
+    config = {k: sorted(v) if isinstance(v, (list, set)) else v for k, v in adapter_config(model, {}).to_dict().items()}  # PEFT keeps no order
     left_out = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
     settings = {k: v for k, v in config.items() if k not in left_out and v not in (None, {}, [])}
     trained = [p for p in model.parameters() if p.requires_grad]
-    return dict(settings=json.loads(json.dumps(settings, default=sorted)), parameters=sum(p.numel() for p in trained))
+    return dict(settings=json.loads(json.dumps(settings, default=str)), parameters=sum(p.numel() for p in trained))
 
 def differences(then: dict, here: dict, name: str = "") -> list[str]:
     "What differs between two nested descriptions, a line each."

@@ -7,15 +7,24 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
+import json
 import logging
+import os
+import signal
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from .manifest import latest_checkpoint
 
 # %% auto #0
-__all__ = ['RUNS', 'RESULTS', 'run_notebooks', 'parameters_of', 'check_parameters', 'set_aside', 'run', 'main']
+__all__ = ['RUNS', 'RESULTS', 'STOP_FILE', 'TRY_AGAIN', 'run_notebooks', 'parameters_of', 'check_parameters', 'set_aside',
+           'goes_on', 'run', 'StopSignals', 'main']
 
 # %% ../nbs/12_run.ipynb #fc5666b6
 RUNS = Path(__file__).parent / "runs" if "__file__" in globals() else Path("runs")
@@ -40,7 +49,7 @@ def check_parameters(name: str, given: dict) -> None:
         raise ValueError(f"{name} has no parameter {key!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" It has {', '.join(known)}.")
 
 # %% ../nbs/12_run.ipynb #4ff17cc3
-RESULTS = ("checkpoint-*", "adapter", "base", "samples", "log.jsonl", "run.json")
+RESULTS = ("checkpoint-*", "adapter", "base", "samples", "log.jsonl", "run.json", "parameters.json")
 
 def set_aside(out: str | Path,  # directory of a run
               names: tuple[str, ...] = RESULTS,  # patterns of what is moved
@@ -52,6 +61,26 @@ def set_aside(out: str | Path,  # directory of a run
     target.mkdir()
     for p in found: p.rename(target / p.name)
     return target
+
+# %% ../nbs/12_run.ipynb #a7d3c2e2
+def goes_on(out: str | Path,  # directory of a run; made if it is not there
+            parameters: dict) -> bool:
+    """Whether `out` holds a run of the same `parameters` that was cut off and can be resumed. If not, whatever results are there are set aside, and the parameters of the run
+    that begins are noted. Prints what it finds."""
+    out = Path(out)
+    noted, here = out / "parameters.json", {k: v for k, v in json.loads(json.dumps(parameters, default=str)).items() if k != "out"}
+    then = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else None
+    cut_off = then is not None and not (out / "run.json").exists()
+    if cut_off and then == here and (found := latest_checkpoint(out)[0]):
+        print(f"this run was cut off and goes on from {found.path}")
+        return True
+    changed = [f"{k} was {then.get(k)!r} and is {here.get(k)!r}" for k in {**then, **here} if then.get(k) != here.get(k)] if cut_off else []
+    if changed: print(f"the run that was cut off here is another, so it is not continued: {'; '.join(changed)}")
+    if earlier := set_aside(out): print(f"the results of an earlier run are now in {earlier}")
+    out.mkdir(parents=True, exist_ok=True)
+    noted.with_suffix(".new").write_text(json.dumps(here, indent=1), encoding="utf-8")
+    noted.with_suffix(".new").replace(noted)
+    return False
 
 # %% ../nbs/12_run.ipynb #073ff163
 def run(name: str,  # of a notebook in `nbs/runs`
@@ -68,20 +97,62 @@ def run(name: str,  # of a notebook in `nbs/runs`
                                progress_bar=True, autosave_cell_every=30)
     return executed
 
+# %% ../nbs/12_run.ipynb #a7d3c2e5
+STOP_FILE, TRY_AGAIN = "STOP", 75  # those of `higgs_nb.callbacks`, whose imports take seconds
+
+class StopSignals:
+    "Within `with`, the first SIGTERM or SIGUSR1 puts a file `STOP` into `out`, and a second ends this process; `asked` says which it was."
+    def __init__(self, out: str | Path): self.file, self.asked, self.before = Path(out) / STOP_FILE, None, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread(): self.before = {s: signal.signal(s, self.notice) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        if self.file.exists(): self.file.unlink()  # it was meant for an earlier run
+        return self
+
+    def __exit__(self, *error):
+        for s, handler in self.before.items(): signal.signal(s, handler)
+        if self.file.exists(): self.file.unlink()
+
+    def notice(self, number, frame):
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = signal.Signals(number).name
+        os.write(sys.__stderr__.fileno(), f"{self.asked}: saving and stopping after this step; a second signal ends at once\n".encode())
+        if self.file.parent.is_dir(): self.file.touch()
+
+    def wait_for(self, do: Callable):
+        "Run `do` in a thread, where papermill installs no signal handlers of its own, and return its result."
+        result = Future()
+        def work():
+            try: result.set_result(do())
+            except BaseException as error: result.set_exception(error)  # raised by `result()`
+        threading.Thread(target=work, daemon=True).start()
+        return result.result()
+
+# %% ../nbs/12_run.ipynb #a7d3c2e7
 def main(argv: list[str] | None = None) -> int:
-    "`higgs_run NAME -p KEY VALUE ... -f FILE.yaml --out DIR`; 0: done, 1: the run failed, 2: it could not start."
-    parser = argparse.ArgumentParser(prog="higgs_run", description="Run a notebook of nbs/runs with papermill.")
+    """`higgs_run NAME -p KEY VALUE ... -f FILE.yaml --out DIR`; 0: done, 1: the run failed, 2: it could not start, 75: it was asked to stop, and the same
+    command goes on."""
+    parser = argparse.ArgumentParser(prog="higgs_run", description="Run a notebook of nbs/runs with papermill.",
+                                     epilog="exit code: 0 done, 1 failed, 2 could not start, 75 stopped when asked: the same command goes on")
     parser.add_argument("name", help=f"one of {', '.join(run_notebooks())}")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter; the value is read as YAML")
     parser.add_argument("-f", "--file", type=Path, help="a YAML file of parameters; -p wins over it")
     parser.add_argument("--out", default=None, help="directory for everything the run makes (runs/NAME)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    out = Path(args.out or f"runs/{args.name}")
     try:
         from_file = yaml.safe_load(args.file.read_text(encoding="utf-8")) if args.file else {}
-        executed = run(args.name, args.out or f"runs/{args.name}", {**(from_file or {}), **{k: yaml.safe_load(v) for k, v in args.parameter}})
-    except PapermillExecutionError as error:
-        print(f"\n{args.name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}", file=sys.stderr)
+        given = {**(from_file or {}), **{k: yaml.safe_load(v) for k, v in args.parameter}}
+        with StopSignals(out) as stop: executed = stop.wait_for(lambda: run(args.name, out, given))
+    except (PapermillExecutionError, DeadKernelError) as error:
+        if getattr(error, "ename", None) == "Preempted" or stop.asked and isinstance(error, DeadKernelError):
+            print(f"\n{args.name} stopped before its end, {stop.asked or 'as asked'}: the same command goes on\n{getattr(error, 'evalue', '')}", file=sys.stderr)
+            return TRY_AGAIN
+        failed = f"in cell {error.cell_index}: {error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else f"{error}"
+        print(f"\n{args.name} failed {failed}", file=sys.stderr)
         return 1
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"higgs_run: {error}", file=sys.stderr)

@@ -163,10 +163,8 @@ class HiggsTrainer(Trainer):
         path = resume and on_first_process(lambda: checkpoint_to_resume(self.args.output_dir, resume))
         self.resumed = path and self.read_checkpoint(Path(path), resume_force)
         self.args.eval_on_start, self.started = self.eval_dataset is not None and not path, time.time()
-        with self.stop: result = super().train(resume_from_checkpoint=str(path) if path else None, **kwargs)
-        if self.stop.reason and self.state.global_step < self.state.max_steps:
-            raise Preempted(f"{self.stop.reason}: stopped after step {self.state.global_step} of {self.state.max_steps}; start the run again with resume='auto' to go on")
-        return result
+        with self.stop: return super().train(resume_from_checkpoint=str(path) if path else None, **kwargs)
+
 
 # %% ../nbs/08_trainer.ipynb #5c1de0a3
 @patch
@@ -267,6 +265,7 @@ class TakeUpCallback(TrainerCallback):
         t.probes, t.earlier_seconds = [], 0.0
         t.meter.reset()
         if (then := t.resumed) is None: return
+        state.compute_steps(args, state.max_steps)  # intervals are this run's, not the checkpoint's
         t.probes = [(step, OffsetProbe(**{**p, "losses": dict(p["losses"]), "codebook_losses": dict(p["codebook_losses"])})) for step, p in then["probes"]]
         t.earlier_seconds, t._total_loss_scalar, t._globalstep_last_logged, t._initial_global_step = then["seconds"], then["loss_sum"], then["logged_step"], 0
         if mine := t.own_state():
@@ -280,7 +279,10 @@ def _run_epoch(self: HiggsTrainer, **kwargs):
 
 @patch
 def _finalize_training(self: HiggsTrainer, trial, num_train_samples, start_time):
-    "Log what the whole run was, earlier sessions included; leave pruning to `prune_checkpoints`."
+    "Log what the whole run was, earlier sessions included, and leave pruning to `prune_checkpoints`; `Preempted` if it was asked to stop."
+    if self.stop.reason and self.state.global_step < self.state.max_steps:
+        on_first_process(lambda: self.stop.file.unlink(missing_ok=True))
+        raise Preempted(f"{self.stop.reason}: stopped after step {self.state.global_step} of {self.state.max_steps}; train(resume='auto') goes on")
     limit, self.args.save_total_limit = self.args.save_total_limit, None
     try: return Trainer._finalize_training(self, trial, num_train_samples, start_time - self.earlier_seconds)
     finally: self.args.save_total_limit = limit

@@ -1,15 +1,14 @@
 "Training on a made-up corpus, in processes of their own: what test_resume.py and test_ranks.py start, stop and compare."
-import json, multiprocessing, os, signal, socket, time
-from contextlib import contextmanager
+import json, multiprocessing, os, resource, socket, time
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from higgs_nb.chatml import Conversation
 from higgs_nb.lora import apply_lora, create_lora_config
-from higgs_nb.model import tiny_model
+from higgs_nb.model import HiggsAudioForTraining, tiny_config
 from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
 from higgs_nb.trainer import HiggsTrainer, HiggsTrainingArguments
 
@@ -31,13 +30,15 @@ def sentence(n):
     return Conversation.from_dict(dict(messages=[dict(role="user", content="La " * (n % 4 + 1)), dict(role="assistant", content={"type": "audio", "path": str(n)})]), id=f"s{n}")
 
 
-def make_trainer(folder, frames=range(20, 60, 2), held_out=range(21, 60, 8), model=(), adapter=(), dtype="float32", callbacks=(), **args):
+def make_trainer(folder, frames=range(20, 60, 2), held_out=range(21, 60, 8), model=(), adapter=(), dtype="float32", audio_attention=False, callbacks=(), **args):
     "A trainer of 40 steps of two micro-batches, 6 steps an epoch; `frames`: lengths of the training clips."
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = byte_tokenizer()
-    base = tiny_model(tokenizer, **{**SMALL, **dict(model)}).to(getattr(torch, dtype))
-    torch.manual_seed(0)  # adapters start at random
+    config = tiny_config(tokenizer, **{**SMALL, **dict(model)})
+    config.use_audio_out_self_attention = audio_attention
+    torch.manual_seed(0)
+    base = HiggsAudioForTraining(config).to(getattr(torch, dtype))
     adapted = apply_lora(base, create_lora_config(**{**dict(targets="all", r=4, dropout=0.2, train=("audio_lm_head",)), **dict(adapter)}))
     tokens = AudioTokens.from_config(base.config, tokenizer)
     data, held = (SampleDataset([sentence(n) for n in numbers], tokenizer, Melodies(), tokens) for numbers in (frames, held_out))
@@ -49,18 +50,30 @@ def make_trainer(folder, frames=range(20, 60, 2), held_out=range(21, 60, 8), mod
 
 
 class Die(TrainerCallback):
-    "Sends a signal to this process between the two micro-batches of step `step` + 1."
-    def __init__(self, step, number, times=1): self.step, self.number, self.times = step, number, times
+    "Sends a signal to this process, `times` times, between the two micro-batches of step `step` + 1; with a `rank`, only in that process."
+    def __init__(self, step, number, times=1, rank=None): self.step, self.number, self.times, self.rank = step, number, times, rank
 
     def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
+        if state.global_step == self.step and self.rank in (None, args.process_index):
             for _ in range(self.times): os.kill(os.getpid(), self.number)
 
 
-def train(folder, resume=None, force=False, die=None, **settings):
-    "One process of a run; `die`: arguments of `Die`."
+class FullDisk(TrainerCallback):
+    "From step `first` to step `last`, no file of this process can become larger than 40 kB."
+    def __init__(self, first, last): self.first, self.last = first, last
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        full = self.first <= state.global_step + 1 <= self.last
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def train(folder, resume=None, force=False, die=None, full=None, patience=None, **settings):
+    "One process of a run; `die`, `full` and `patience`: arguments of callbacks."
     torch.set_num_threads(1)
-    make_trainer(folder, callbacks=[Die(*die)] if die else [], **settings).train(resume=resume, resume_force=force)
+    callbacks = [kind(*given) for kind, given in ((Die, die), (FullDisk, full), (EarlyStoppingCallback, patience)) if given]
+    trainer = make_trainer(folder, callbacks=callbacks, **settings)
+    trainer.train(resume, resume_force=force)
+    return trainer
 
 
 def _process(function, rank, world, port, args, kwargs):

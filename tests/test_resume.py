@@ -1,0 +1,183 @@
+"A run that was cut off goes on to the bit; one that is asked to stop saves first; one that cannot save says so. One process; test_ranks.py has several."
+import shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from resume_job import log, make_trainer, run, said, train, whole_state
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
+from transformers.integrations import is_tensorboard_available
+from transformers.utils import is_bitsandbytes_available
+
+from higgs_nb.checkpoint import CheckpointError, adapter_tensors
+from higgs_nb.manifest import list_checkpoints, main as higgs_validate
+from higgs_nb.model import load_model
+
+KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "40 steps without interruption: two micro-batches each, dropout on, 5 steps an epoch, the last of them with one micro-batch."
+    folder = tmp_path_factory.mktemp("resume")/"whole"
+    assert run(folder) == [0], said(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    "13 steps, a checkpoint, three more steps, and a kill in the middle of the next."
+    folder = tmp_path_factory.mktemp("resume")/"cut"
+    assert run(folder, save_steps=13, die=(16, KILL)) == [-KILL], said(folder)
+    return folder
+
+
+def same_run(folder, whole):
+    "Losses, adapter, optimizer, generators and sums at step 40 are those of the run without interruption, to the bit."
+    assert log(folder) == log(whole)
+    assert whole_state(folder/"checkpoint-40") == whole_state(whole/"checkpoint-40")
+
+
+def test_13_kill_27(whole, cut, tmp_path):
+    folder = shutil.copytree(cut, tmp_path/"run")
+    assert [entry["step"] for entry in log(folder)][-1] == 15, "it had logged beyond its checkpoint"
+    assert run(folder, resume="auto") == [0], said(folder)
+    assert f"resuming from {folder}/checkpoint-13" in said(folder)
+    same_run(folder, whole)
+
+
+def test_7_9_24(whole, tmp_path):
+    "A kill in the middle of step 8, and a SIGUSR1 in the middle of step 16, after which it is saved."
+    assert run(tmp_path, save_steps=7, die=(7, KILL)) == [-KILL]
+    assert run(tmp_path, resume="auto", die=(15, USR1)) == [75], said(tmp_path)
+    assert [r.step for r in list_checkpoints(tmp_path)] == [7, 16] and higgs_validate([str(tmp_path)]) == 0
+    assert "step 16: SIGUSR1: saving a checkpoint and stopping" in said(tmp_path)
+    assert run(tmp_path, resume="auto") == [0], said(tmp_path)
+    same_run(tmp_path, whole)
+
+
+def test_a_finished_run_is_not_trained_further(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path/"run")
+    assert run(folder, resume="auto") == [0], said(folder)
+    same_run(folder, whole)
+
+
+def test_a_broken_checkpoint_is_passed_over(whole, cut, tmp_path):
+    "Whoever resumes hears which, and why; named itself, it is refused."
+    folder = shutil.copytree(cut, tmp_path/"run")
+    broken = shutil.copytree(folder/"checkpoint-13", folder/"checkpoint-14")
+    data = bytearray((broken/"training_state.safetensors").read_bytes())
+    data[-1] ^= 1
+    (broken/"training_state.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="training_state.safetensors"): make_trainer(folder).train(broken)
+    assert run(folder, resume="auto") == [0]
+    assert f"passed over: corrupt: {broken}" in said(folder) and "training_state.safetensors: other content than was saved" in said(folder)
+    same_run(folder, whole)
+
+
+def test_nothing_in_a_checkpoint_can_run_code(whole):
+    assert {f.suffix for f in (whole/"checkpoint-40").iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(frames=range(20, 58, 2)), r"data.samples: 20 then, 19 here"),
+    (dict(frames=range(22, 62, 2)), r"data.sha256"),
+    (dict(held_out=(21,)), r"held_out_data.samples: 5 then, 1 here"),
+    (dict(model=dict(intermediate_size=64)), r"model.config.intermediate_size: 48 then, 64 here"),
+    (dict(adapter=dict(r=8)), r"adapter.settings.r: 4 then, 8 here"),
+    (dict(dtype="bfloat16"), r"precision.base: torch.float32 then, torch.bfloat16 here"),
+    (dict(bf16=True), r"precision.computed: no then, bf16 here"),
+    (dict(learning_rate=1e-3, token_budget=300), r"settings.learning_rate: 0.003 then, 0.001 here; settings.token_budget: 220 then, 300 here"),
+])
+def test_another_run_is_refused(cut, tmp_path, change, named):
+    with pytest.raises(CheckpointError, match=named): make_trainer(tmp_path, **change).train(cut/"checkpoint-13")
+
+
+def test_another_run_is_resumed_if_forced(cut, tmp_path):
+    trainer = make_trainer(tmp_path, frames=range(20, 58, 2), max_steps=15)
+    assert trainer.train(cut/"checkpoint-13", resume_force=True).global_step == 15
+
+
+def test_two_signals_end_at_once(cut, tmp_path):
+    folder = shutil.copytree(cut, tmp_path/"run")
+    assert run(folder, resume="auto", die=(20, TERM, 2)) == [-TERM]
+    assert [r.step for r in list_checkpoints(folder)] == [13] and higgs_validate([str(folder)]) == 0
+
+
+def test_a_stop_file(cut, tmp_path):
+    folder = shutil.copytree(cut, tmp_path/"run")
+    (folder/"STOP").touch()
+    assert run(folder, resume="auto") == [75]
+    assert [r.step for r in list_checkpoints(folder)] == [13, 14] and not (folder/"STOP").exists() and f"found {folder}/STOP" in said(folder)
+
+
+@pytest.mark.parametrize("policy, code, steps", [("stop", 1, [13]), ("warn", 0, [13, 40])])
+def test_a_save_that_fails(cut, tmp_path, policy, code, steps):
+    "The disk is full when step 26 is saved, and has room again later. What was saved before stays; what went wrong is in the log, all of it."
+    folder = shutil.copytree(cut, tmp_path/"run")
+    assert run(folder, resume="auto", save_steps=13, full=(26, 39), on_save_error=policy) == [code]
+    assert [r.step for r in list_checkpoints(folder)] == steps and higgs_validate([str(folder)]) == 0
+    for part in ("CheckpointError: checkpoint not saved", "Errno 27", f"{folder}/checkpoint-26", "MB free", "Traceback", "ulimit -f"): assert part in said(folder), part
+
+
+def test_the_best_checkpoint_stays_and_patience_is_remembered(tmp_path):
+    "At a rate that only harms the first look stays the best. Its checkpoint outlives newer ones, and a resumed run counts on the looks that brought nothing."
+    settings = dict(learning_rate=0.3, warmup_steps=0, eval_steps=2, save_steps=2, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="audio_loss", patience=[3])
+    assert run(tmp_path, die=(5, KILL), **settings) == [-KILL]
+    trainer = train(tmp_path, resume="auto", **settings)
+    losses = [entry["eval_audio_loss"] for entry in log(tmp_path) if "eval_audio_loss" in entry]
+    assert min(losses[1:]) == losses[1] and trainer.state.global_step == 8, losses
+    assert [r.step for r in list_checkpoints(tmp_path)] == [2, 8] and higgs_validate([str(tmp_path)]) == 0
+    best = load_file(tmp_path/"checkpoint-2"/"adapter_model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in adapter_tensors(trainer.model).items())
+
+
+def test_tensorboard_or_a_clear_word(tmp_path):
+    "transformers' own reporting, which says what to install where it is missing."
+    if is_tensorboard_available():
+        train(tmp_path, max_steps=2, report_to="tensorboard")
+        assert list(tmp_path.rglob("events.out.tfevents.*"))
+    else:
+        with pytest.raises(RuntimeError, match="tensorboard"): make_trainer(tmp_path, report_to="tensorboard")
+
+
+def test_checkpointed_activations_and_mixed_precision(tmp_path):
+    "Activations computed anew give the same adapter; bfloat16 autocast trains, and goes on to the bit."
+    plain, again = (train(tmp_path/name, max_steps=4, adapter=dict(dropout=0.0), **args) for name, args in (("plain", {}), ("again", dict(gradient_checkpointing=True))))
+    assert again.model.get_base_model().is_gradient_checkpointing
+    for a, b in zip(adapter_tensors(plain.model).values(), adapter_tensors(again.model).values()): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    for name in ("whole", "cut"): train(tmp_path/name, bf16=True, max_steps=6, save_steps=3)
+    shutil.rmtree(tmp_path/"cut"/"checkpoint-6")
+    train(tmp_path/"cut", resume="auto", bf16=True, max_steps=6)
+    assert log(tmp_path/"cut") == log(tmp_path/"whole") and whole_state(tmp_path/"cut"/"checkpoint-6") == whole_state(tmp_path/"whole"/"checkpoint-6")
+
+
+@pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is here: nothing to complain of")
+def test_eight_bits_say_what_they_need(tmp_path):
+    with pytest.raises(ImportError, match="bitsandbytes"): train(tmp_path/"optimizer", optim="adamw_bnb_8bit", max_steps=1)
+    make_trainer(tmp_path/"any").model.get_base_model().save_pretrained(tmp_path/"base")
+    with pytest.raises(ImportError, match="bitsandbytes"): load_model(str(tmp_path/"base"), quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+
+
+def command(out, *more):
+    small = dict(steps=8, max_clips=3, speak=0, token_budget=1024, save_every=2, eval_every=4, warmup=1)
+    return [Path(sys.executable).with_name("higgs_run"), "train", "--out", out, *more, *[x for key, value in small.items() for x in ("-p", key, str(value))]]
+
+
+@pytest.mark.parametrize("number, code", [(KILL, -KILL), (TERM, 75)])
+def test_a_notebook_run_goes_on(tmp_path, number, code):
+    "`higgs_run train`, cut off after its first checkpoint and started again with the same parameters, goes on and is whole."
+    with open(tmp_path/"said.txt", "w") as words:
+        process = subprocess.Popen(command(tmp_path/"run"), stdout=words, stderr=words)
+        while process.poll() is None and not list(tmp_path.glob("run/checkpoint-*")): time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(120) == code, (tmp_path/"said.txt").read_text()
+    time.sleep(2)  # the notebook's own process looks once a second whether the one that started it lives
+    saved = max(r.step for r in list_checkpoints(tmp_path/"run") if r.whole)
+    assert not (tmp_path/"run"/"run.json").exists() and not (tmp_path/"run"/"STOP").exists()
+    if saved == 8: pytest.skip("the run was faster than the signal")
+    again = subprocess.run(command(tmp_path/"run"), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"this run was cut off and goes on from {tmp_path}/run/checkpoint-{saved}" in again.stdout + again.stderr
+    assert [e["step"] for e in log(tmp_path/"run") if "eval_audio_loss" in e] == [0, 4, 8] and (tmp_path/"run"/"run.json").exists()
+    assert higgs_validate([str(tmp_path/"run")]) == 0 and not (tmp_path/"run"/"earlier-1").exists()

@@ -14,24 +14,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.utils import logging
-from .checkpoint import CheckpointError, adapter_config, adapter_state, explained
-from .manifest import ADAPTER_FILES, latest_checkpoint, read_json, validate_checkpoint
+from .checkpoint import adapter_config
+from .manifest import CheckpointReport, latest_checkpoint
+from .saving import CheckpointError, load_files, verified
 
 logger = logging.get_logger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'STATE_FILES', 'pack', 'unpack', 'state_files', 'read_state', 'device_module', 'rng_state', 'set_rng_state',
-           'optimizer_state', 'load_optimizer_state', 'restore_adapter', 'describe_data', 'describe_adapter',
-           'differences', 'checkpoint_to_resume', 'host_group', 'several', 'any_process', 'of_every_process',
-           'on_first_process']
+           'optimizer_state', 'load_optimizer_state', 'describe_data', 'describe_adapter', 'differences',
+           'checkpoint_to_resume', 'host_group', 'several', 'any_process', 'of_every_process', 'on_first_process']
 
 # %% ../nbs/07c_resume.ipynb #54881f63
 def pack(state, name: str = "state") -> tuple[object, dict[str, Tensor]]:
-    "Divide nested dicts, lists and tuples into what JSON can hold, and copies of the tensors on the CPU by name; `TypeError` says what is neither."
-    if torch.is_tensor(state): return {"$tensor": name}, {name: state.detach().to("cpu", copy=True).contiguous()}
+    "Divide nested dicts, lists and tuples into what JSON can hold and the tensors by name, which are not copied; `TypeError` says what is neither."
+    if torch.is_tensor(state): return {"$tensor": name}, {name: state.detach()}
     if state is None or isinstance(state, (bool, int, float, str)): return state, {}
     if isinstance(state, dict) and all(isinstance(k, str) for k in state): items = state.items()
     elif isinstance(state, (list, tuple)): items = enumerate(state)
@@ -49,18 +48,18 @@ def unpack(plain, tensors: dict[str, Tensor]):
 # %% ../nbs/07c_resume.ipynb #48afea8b
 STATE_FILES = ("training_state.json", "training_state.safetensors")
 
-def state_files(state: dict) -> dict[str, bytes]:
-    "The files of a checkpoint that hold a training state; what they hold is a copy."
+def state_files(state: dict) -> dict[str, bytes | dict[str, Tensor]]:
+    "The files of a checkpoint that hold a training state, see `save_lora_adapters`."
     plain, tensors = pack(state)
-    return {STATE_FILES[0]: json.dumps(plain).encode(), STATE_FILES[1]: save(tensors)}
+    return {STATE_FILES[0]: json.dumps(plain).encode(), STATE_FILES[1]: tensors}
 
-def read_state(path: Path) -> dict:
-    "The training state of a checkpoint; `CheckpointError` if it has none or it cannot be read."
-    if missing := [name for name in STATE_FILES if not (path/name).is_file()]:
-        raise CheckpointError(f"training not resumed: the checkpoint has no {missing[0]}, so it holds an adapter and no training state", path,
+def read_state(report: CheckpointReport) -> dict:
+    "The training state of a whole checkpoint; `CheckpointError` if it has none."
+    if missing := [name for name in STATE_FILES if name not in report.manifest.files]:
+        raise CheckpointError(f"training not resumed: the checkpoint has no {missing[0]}, so it holds an adapter and no training state", report.path,
                               remedy="resume from a checkpoint that the trainer saved, or load this adapter and start a new run from it")
-    with explained("training not resumed: the training state cannot be read", path):
-        return unpack(json.loads(read_json(path/STATE_FILES[0])), load_file(path/STATE_FILES[1]))
+    plain, tensors = load_files(report, *STATE_FILES).values()
+    return unpack(json.loads(plain), tensors)
 
 # %% ../nbs/07c_resume.ipynb #5556e00f
 def device_module():
@@ -101,16 +100,6 @@ def load_optimizer_state(model: nn.Module, optimizer, saved: dict) -> None:
     optimizer.load_state_dict(dict(state={number[name]: s for name, s in saved["state"].items()},
                                    param_groups=[{**group, "params": [number[name] for name in group["params"]]} for group in saved["param_groups"]]))
 
-# %% ../nbs/07c_resume.ipynb #83e159e4
-@torch.no_grad()
-def restore_adapter(model: PeftModel, path: Path) -> None:
-    "Give the adapter of `model` the values of a checkpoint; `CheckpointError` if names, shapes or types differ."
-    here, saved = adapter_state(model), load_file(path/ADAPTER_FILES[1])
-    kind = lambda tensors, name: (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else "nothing"
-    if odd := [name for name in sorted(here | saved) if kind(here, name) != kind(saved, name)]:
-        raise CheckpointError(f"adapter not restored: {len(odd)} tensors differ, such as {odd[0]}: {kind(saved, odd[0])} then, {kind(here, odd[0])} here", path)
-    for name, tensor in saved.items(): here[name].copy_(tensor)
-
 # %% ../nbs/07c_resume.ipynb #ed51469d
 def describe_data(dataset, looked_at: int = 64) -> dict:
     "Number of samples and tokens of a `SampleDataset`, and a sha256 over what is in it."
@@ -138,16 +127,13 @@ def differences(then: dict, here: dict, name: str = "") -> list[str]:
     return found
 
 # %% ../nbs/07c_resume.ipynb #2bce7406
-def checkpoint_to_resume(run_dir: Path | str, resume: str | Path) -> Path | None:
+def checkpoint_to_resume(run_dir: Path | str, resume: str | Path) -> CheckpointReport | None:
     "The checkpoint that `resume` names; for 'auto' the newest whole one of `run_dir`, or None. Logs what was passed over; `CheckpointError` if it is not whole."
-    if resume != "auto":
-        report = validate_checkpoint(resume)
-        if not report.whole: raise CheckpointError(f"training not resumed: {report}", report.path, remedy="take a whole checkpoint, or resume='auto' for the newest")
-        return report.path
+    if resume != "auto": return verified(resume)
     report, passed = latest_checkpoint(run_dir)
     for other in passed: logger.warning(f"passed over: {other}")
     logger.warning(f"resuming from {report.path}" if report else f"nothing to resume in {run_dir}: starting at step 0")
-    return report and report.path
+    return report
 
 # %% ../nbs/07c_resume.ipynb #4e4a66db
 @cache

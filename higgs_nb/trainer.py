@@ -20,15 +20,17 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from .audit import audit
+from .background import BackgroundSaver
 from .callbacks import EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
-from .checkpoint import CheckpointError, describe_base, preflight, prune_checkpoints, save_lora_adapters, adapter_tensors
+from .checkpoint import adapter_tensors, describe_base, preflight, restore_adapter, snapshot_adapter
 from .collator import PackedBatchSampler, PackedCollator
-from .manifest import MANIFEST, Manifest, read_json
+from .manifest import CheckpointReport, Manifest
 from .model import LossWeights, target_counts
 from .probe import OffsetProbe, offset_probe
 from .resume import (checkpoint_to_resume, describe_adapter, describe_data, differences, load_optimizer_state, of_every_process, on_first_process,
-                             optimizer_state, pack, read_state, restore_adapter, rng_state, set_rng_state, state_files, unpack)
+                             any_process, optimizer_state, pack, read_state, rng_state, set_rng_state, state_files, unpack)
 from .samples import IGNORE
+from .saving import CheckpointError, prune_checkpoints
 
 logger = logging.get_logger(__name__)
 
@@ -119,7 +121,7 @@ class HiggsTrainer(Trainer):
                          callbacks=[self.speed, EndCallback(), self.stop, *(callbacks or []), LogFileCallback()], **kwargs)
         self.add_callback(TakeUpCallback(self))
         self.loss_is_scaled_for_ga = True  # counts are those of the whole step
-        self.meter, self.probes, self.base, self.resumed, self.earlier_seconds = LossMeter(), [], base or {}, None, 0.0
+        self.meter, self.probes, self.base, self.resumed, self.earlier_seconds, self.saver = LossMeter(), [], base or {}, None, 0.0, BackgroundSaver()
 
     def loader(self, dataset, shuffle: bool) -> torch.utils.data.DataLoader:
         "This process's packed batches of a dataset; the order depends on the seed and the epoch alone."
@@ -160,10 +162,10 @@ class HiggsTrainer(Trainer):
               **kwargs):
         "Check the output directory and the labels of the first batch, then train, see `transformers.Trainer.train`; `Preempted` if it was asked to stop."
         self.before_training()
-        path = resume and on_first_process(lambda: checkpoint_to_resume(self.args.output_dir, resume))
-        self.resumed = path and self.read_checkpoint(Path(path), resume_force)
-        self.args.eval_on_start, self.started = self.eval_dataset is not None and not path, time.time()
-        with self.stop: return super().train(resume_from_checkpoint=str(path) if path else None, **kwargs)
+        self.found = resume and on_first_process(lambda: checkpoint_to_resume(self.args.output_dir, resume))
+        self.resumed = self.found and self.read_checkpoint(self.found, resume_force)
+        self.args.eval_on_start, self.started = self.eval_dataset is not None and not self.found, time.time()
+        with self.stop: return super().train(resume_from_checkpoint=str(self.found.path) if self.found else None, **kwargs)
 
 
 # %% ../nbs/08_trainer.ipynb #5c1de0a3
@@ -179,18 +181,26 @@ def training_state(self: HiggsTrainer) -> dict:
 
 @patch
 def _save_checkpoint(self: HiggsTrainer, model, trial):
-    "Save a verified checkpoint of this step, then prune older ones, never the best; see `on_save_error`."
+    "Copy this step, and save the copy in the background: verified, then older ones are pruned, never the best."
     self.store_flos()
     state, run_dir = self.training_state(), Path(self.args.output_dir)
     self.state.stateful_callbacks = TrainerState(stateful_callbacks=[c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]).stateful_callbacks
     best = self.state.best_global_step and run_dir / f"checkpoint-{self.state.best_global_step}"
     if best and (best.exists() or self.state.best_global_step == self.state.global_step): self.state.best_model_checkpoint = str(best)
-    try:
-        on_first_process(lambda: self.save_adapter(run_dir / f"checkpoint-{self.state.global_step}", state))
-        if self.args.save_total_limit: on_first_process(lambda: prune_checkpoints(run_dir, self.args.save_total_limit, protect=[best] if best else ()))
+    protect, keep = [best] if best else (), self.args.save_total_limit
+    def begin():
+        snapshot = snapshot_adapter(self.model, base=self.base, meta=self.meta(), files={"trainer_state.json": json.dumps(asdict(self.state)).encode(), **state_files(state)})
+        self.saver.submit(snapshot, run_dir / f"checkpoint-{self.state.global_step}", then=keep and (lambda: prune_checkpoints(run_dir, keep, protect)))
+    self.settle(self.saver.wait)
+    self.settle(begin)
+
+@patch
+def settle(self: HiggsTrainer, do):
+    "Do something about saving in the first process; a `CheckpointError` ends the run in every process, or is logged, as `on_save_error` says."
+    try: on_first_process(lambda: do() and None)
     except CheckpointError:
         if self.args.on_save_error == "stop": raise
-        logger.error(f"step {self.state.global_step}: the checkpoint is not saved, and the run goes on because on_save_error='warn'", exc_info=self.is_world_process_zero())
+        if self.is_world_process_zero(): logger.error(f"step {self.state.global_step}: a checkpoint is not saved, and the run goes on because on_save_error='warn'", exc_info=True)
 
 @patch
 def _determine_best_metric(self: HiggsTrainer, metrics, trial) -> bool:
@@ -212,21 +222,22 @@ def describe_run(self: HiggsTrainer) -> dict:
     return json.loads(json.dumps(described, default=str))
 
 @patch
-def read_checkpoint(self: HiggsTrainer, path: Path, force: bool) -> dict:
+def read_checkpoint(self: HiggsTrainer, report: CheckpointReport, force: bool) -> dict:
     "The training state of a checkpoint; `CheckpointError` names what differs if it is that of another run, unless `force`."
-    meta, base = Manifest.loads(read_json(path / MANIFEST)).meta, ("config", "weights_fingerprint")
+    meta, base = report.manifest.meta, ("config", "weights_fingerprint")
     then, here = ({**run, "model": {k: of.get(k) for k in base}} for run, of in ((meta.get("run", {}), meta["base"]), (self.run, self.base)))
     if found := differences(then, here):
         said = "another run: " + "; ".join(found)
-        if not force: raise CheckpointError(f"training not resumed: the checkpoint belongs to {said}", path, remedy="start as that run was started, or pass resume_force=True")
-        logger.warning(f"resuming from {path}, although it belongs to {said}")
-    return read_state(path)
+        if not force: raise CheckpointError(f"training not resumed: the checkpoint belongs to {said}", report.path, remedy="start as that run was started, or pass resume_force=True")
+        logger.warning(f"resuming from {report.path}, although it belongs to {said}")
+        self.found = dataclasses.replace(report, manifest=Manifest(report.manifest.files, {**meta, "base": self.base}))  # as if it were made for this base
+    return read_state(report)
 
 @patch
-def _load_from_checkpoint(self: HiggsTrainer, path, model=None): restore_adapter(self.model, Path(path))
+def _load_from_checkpoint(self: HiggsTrainer, path, model=None): restore_adapter(self.model, self.found, self.base)
 
 @patch
-def _load_best_model(self: HiggsTrainer): restore_adapter(self.model, Path(self.state.best_model_checkpoint))
+def _load_best_model(self: HiggsTrainer): restore_adapter(self.model, self.state.best_model_checkpoint, self.base)
 
 @patch
 def _load_optimizer_and_scheduler(self: HiggsTrainer, path):
@@ -257,7 +268,7 @@ def own_state(self: HiggsTrainer) -> dict | None:
 
 # %% ../nbs/08_trainer.ipynb #5c1de0a6
 class TakeUpCallback(TrainerCallback):
-    "Gives a resumed trainer the sums and the history that its checkpoint holds."
+    "Gives a resumed trainer the sums and the history that its checkpoint holds, and tells every process of a save that failed."
     def __init__(self, trainer): self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -271,6 +282,10 @@ class TakeUpCallback(TrainerCallback):
         if mine := t.own_state():
             t._tr_loss, t.meter.sums, t.meter.counts = (x.to(args.device) if torch.is_tensor(x) else x for x in (mine["loss"], mine["sums"], mine["counts"]))
 
+    def on_step_end(self, args, state, control, **kwargs):
+        pending = self.trainer.saver.pending
+        if any_process(bool(pending and pending.done() and pending.exception())): self.trainer.settle(self.trainer.saver.wait)
+
 @patch
 def _run_epoch(self: HiggsTrainer, **kwargs):
     "An epoch, or what is left of it; nothing if all steps are done."
@@ -280,6 +295,7 @@ def _run_epoch(self: HiggsTrainer, **kwargs):
 @patch
 def _finalize_training(self: HiggsTrainer, trial, num_train_samples, start_time):
     "Log what the whole run was, earlier sessions included, and leave pruning to `prune_checkpoints`; `Preempted` if it was asked to stop."
+    self.settle(self.saver.wait)
     if self.stop.reason and self.state.global_step < self.state.max_steps:
         on_first_process(lambda: self.stop.file.unlink(missing_ok=True))
         raise Preempted(f"{self.stop.reason}: stopped after step {self.state.global_step} of {self.state.max_steps}; train(resume='auto') goes on")
@@ -349,13 +365,17 @@ def before_training(self: HiggsTrainer):
     on_first_process(lambda: preflight(self.args.output_dir, size * ((self.args.save_total_limit or 3) + 2)))
     audit(next(iter(self.get_train_dataloader())), self.tokenizer, self.tokens)
     self.base = describe_base(self.model, **{k: self.base.get(k) for k in ("id", "revision")})
+    on_first_process(lambda: preflight(self.args.output_dir, 0, self.model, self.base))
     self.run = self.describe_run()
     if self.args.measure_peak: self.speed.peak = matmul_rate(self.args.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.mixed_precision, self.model.dtype))
 
 @patch
-def save_adapter(self: HiggsTrainer, path: str | Path, state: dict | None = None):
-    "Save the adapter and the trainer's log to `path`, verified, with a training `state` if there is one; `CheckpointError` if that fails."
+def meta(self: HiggsTrainer) -> dict:
+    "What the manifest of a checkpoint says of the run."
     losses = {k: v for entry in self.state.log_history for k, v in entry.items() if "loss" in k}
-    probe = self.probes and str(self.probes[-1][1])
-    return save_lora_adapters(self.model, path, base=self.base, meta=dict(step=self.state.global_step, losses=losses, probe=probe or None, run=self.run),
-                              files={"trainer_state.json": json.dumps(asdict(self.state)).encode(), **(state_files(state) if state else {})})
+    return dict(step=self.state.global_step, losses=losses, probe=str(self.probes[-1][1]) if self.probes else None, run=self.run)
+
+@patch
+def save_adapter(self: HiggsTrainer, path: str | Path):
+    "Save the adapter and the trainer's log to `path`, verified; `CheckpointError` if that fails. To go on from it, see the checkpoints of `train`."
+    return snapshot_adapter(self.model, base=self.base, meta=self.meta(), files={"trainer_state.json": json.dumps(asdict(self.state)).encode()}).save(path)

@@ -50,11 +50,14 @@ def make_trainer(folder, frames=range(20, 60, 2), held_out=range(21, 60, 8), mod
 
 
 class Die(TrainerCallback):
-    "Sends a signal to this process, `times` times, between the two micro-batches of step `step` + 1; with a `rank`, only in that process."
+    """Sends a signal to this process, `times` times, between the two micro-batches of step `step` + 1; with a `rank`, only in that process. What is being saved then in the background
+    is there before."""
     def __init__(self, step, number, times=1, rank=None): self.step, self.number, self.times, self.rank = step, number, times, rank
 
     def on_substep_end(self, args, state, control, **kwargs):
         if state.global_step == self.step and self.rank in (None, args.process_index):
+            due = Path(args.output_dir) / f"checkpoint-{self.step - self.step % state.save_steps}"
+            while due.name != "checkpoint-0" and not due.exists(): time.sleep(0.01)
             for _ in range(self.times): os.kill(os.getpid(), self.number)
 
 

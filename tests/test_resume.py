@@ -1,5 +1,5 @@
 "A run that was cut off goes on to the bit; one that is asked to stop saves first; one that cannot save says so. One process; test_ranks.py has several."
-import shutil, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig
 from transformers.integrations import is_tensorboard_available
 from transformers.utils import is_bitsandbytes_available
 
+from higgs_nb.chatml import embedded_corpus
 from higgs_nb.checkpoint import CheckpointError, adapter_tensors
 from higgs_nb.manifest import list_checkpoints, main as higgs_validate
 from higgs_nb.model import load_model
@@ -159,25 +160,36 @@ def test_eight_bits_say_what_they_need(tmp_path):
     with pytest.raises(ImportError, match="bitsandbytes"): load_model(str(tmp_path/"base"), quantization_config=BitsAndBytesConfig(load_in_4bit=True))
 
 
-def command(out, *more):
-    small = dict(steps=8, max_clips=3, speak=0, token_budget=1024, save_every=2, eval_every=4, warmup=1)
-    return [Path(sys.executable).with_name("higgs_run"), "train", "--out", out, *more, *[x for key, value in small.items() for x in ("-p", key, str(value))]]
+def newest(folder): return max((r.step for r in list_checkpoints(folder) if r.whole), default=0)
 
 
-@pytest.mark.parametrize("number, code", [(KILL, -KILL), (TERM, 75)])
-def test_a_notebook_run_goes_on(tmp_path, number, code):
-    "`higgs_run train`, cut off after its first checkpoint and started again with the same parameters, goes on and is whole."
-    with open(tmp_path/"said.txt", "w") as words:
-        process = subprocess.Popen(command(tmp_path/"run"), stdout=words, stderr=words)
-        while process.poll() is None and not list(tmp_path.glob("run/checkpoint-*")): time.sleep(0.1)
+def cut_off(command, folder, number):
+    "The exit code of a command that gets a signal when the run in `folder` has saved once more, and the step that it had reached."
+    before = newest(folder)
+    with open(folder.parent/"said.txt", "a") as words:
+        process = subprocess.Popen(command, stdout=words, stderr=words)
+        while process.poll() is None and newest(folder) == before: time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(120) == code, (tmp_path/"said.txt").read_text()
+        code = process.wait(120)
     time.sleep(2)  # the notebook's own process looks once a second whether the one that started it lives
-    saved = max(r.step for r in list_checkpoints(tmp_path/"run") if r.whole)
-    assert not (tmp_path/"run"/"run.json").exists() and not (tmp_path/"run"/"STOP").exists()
-    if saved == 8: pytest.skip("the run was faster than the signal")
-    again = subprocess.run(command(tmp_path/"run"), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert f"this run was cut off and goes on from {tmp_path}/run/checkpoint-{saved}" in again.stdout + again.stderr
-    assert [e["step"] for e in log(tmp_path/"run") if "eval_audio_loss" in e] == [0, 4, 8] and (tmp_path/"run"/"run.json").exists()
-    assert higgs_validate([str(tmp_path/"run")]) == 0 and not (tmp_path/"run"/"earlier-1").exists()
+    return code, newest(folder)
+
+
+def test_a_notebook_run_goes_on(tmp_path):
+    "`higgs_run train`, killed, started again with the same parameters, asked to stop, and started again: each goes on from the last checkpoint, and in the end all is there."
+    corpus = json.loads((embedded_corpus()/"metadata.json").read_text())
+    corpus["samples"] = [{**s, "audio_file": str(embedded_corpus()/s["audio_file"]), "split": "held_out" if i > 3 else "train"} for i, s in enumerate(corpus["samples"][:6])]
+    (tmp_path/"metadata.json").write_text(json.dumps(corpus))
+    small = dict(data=tmp_path/"metadata.json", steps=40, speak=0, token_budget=512, save_every=2, eval_every=20, warmup=1)
+    command = [Path(sys.executable).with_name("higgs_run"), "train", "--out", tmp_path/"run", *[x for key, value in small.items() for x in ("-p", key, str(value))]]
+    words = lambda: (tmp_path/"said.txt").read_text()
+    code, saved = cut_off(command, tmp_path/"run", KILL)
+    assert code == -KILL and 0 < saved < 40, words()
+    code, stopped = cut_off(command, tmp_path/"run", TERM)
+    assert code == 75 and saved < stopped < 40, words()
+    assert f"this run was cut off and goes on from {tmp_path}/run/checkpoint-{saved}" in words() and not (tmp_path/"run"/"run.json").exists()
+    last = subprocess.run(command, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert f"this run was cut off and goes on from {tmp_path}/run/checkpoint-{stopped}" in last.stdout + last.stderr
+    assert [e["step"] for e in log(tmp_path/"run") if "eval_audio_loss" in e] == [0, 20, 40] and (tmp_path/"run"/"run.json").exists()
+    assert higgs_validate([str(tmp_path/"run")]) == 0 and not (tmp_path/"run"/"earlier-1").exists() and not (tmp_path/"run"/"STOP").exists()

@@ -1,0 +1,87 @@
+"Several processes train what one would, stop together, fail together, and go on to the bit. Gloo, on the CPU."
+import os, signal, subprocess, sys
+from pathlib import Path
+
+import pytest
+from resume_job import log, make_trainer, run, said, whole_state
+from safetensors.torch import load_file
+
+from higgs_nb.collator import PackedBatchSampler
+from higgs_nb.manifest import list_checkpoints, main as higgs_validate
+
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "40 steps of two processes without interruption."
+    folder = tmp_path_factory.mktemp("ranks")/"whole"
+    assert run(folder, ranks=2) == [0, 0], said(folder)
+    return folder
+
+
+def same_run(folder, whole):
+    assert log(folder) == log(whole)
+    assert whole_state(folder/"checkpoint-40") == whole_state(whole/"checkpoint-40")
+
+
+def test_13_kill_27(whole, tmp_path):
+    assert run(tmp_path, ranks=2, save_steps=13, die=(16, KILL)) == [-KILL, -KILL], said(tmp_path)
+    assert run(tmp_path, ranks=2, resume="auto") == [0, 0], said(tmp_path)
+    same_run(tmp_path, whole)
+
+
+def test_7_9_24_and_one_process_is_asked_to_stop(whole, tmp_path):
+    "The second process alone gets a SIGTERM in step 16: both stop after it, with one checkpoint."
+    assert run(tmp_path, ranks=2, save_steps=7, die=(7, KILL)) == [-KILL, -KILL], said(tmp_path)
+    assert run(tmp_path, ranks=2, resume="auto", die=(15, TERM, 1, 1)) == [75, 75], said(tmp_path)
+    assert [r.step for r in list_checkpoints(tmp_path)] == [7, 16] and higgs_validate([str(tmp_path)]) == 0
+    assert "step 16: another process was asked to: saving a checkpoint and stopping" in said(tmp_path)
+    assert run(tmp_path, ranks=2, resume="auto") == [0, 0], said(tmp_path)
+    same_run(tmp_path, whole)
+
+
+def test_a_save_that_fails_fails_everywhere(tmp_path):
+    "Only the first process writes; the other says what happened to it."
+    assert run(tmp_path, ranks=2, save_steps=3, full=(3, 9), max_steps=9) == [1, 1]
+    assert not list_checkpoints(tmp_path)
+    other = (tmp_path/"said-1.txt").read_text()
+    for part in ("CheckpointError: in the first process: checkpoint not saved", "Errno 27", f"{tmp_path}/checkpoint-3", "MB free"): assert part in other, other
+
+
+FRAMES = (20, 22, 24, 26, 28, 30, 32, 34)  # eight sentences: one row of all, or two rows of four
+
+
+def budget_of_two_rows(folder):
+    lengths = make_trainer(folder, frames=FRAMES, token_budget=10_000).train_dataset.lengths
+    return next(b for b in range(max(lengths), 10_000) if [len(row) for row in PackedBatchSampler(lengths, b, 1).batches(0)] == [4, 4])
+
+
+def test_two_processes_train_what_one_would(tmp_path):
+    """2 processes x batch 4 = 1 process x batch 8, in packed rows; and nine rows in two processes, where one row is nobody's, are nine rows in one process that accumulates two. Audio
+    self-attention on. Adapters equal to 1e-6 after 10 steps, and the losses on five held-out sentences in three batches: each counts once."""
+    same = dict(adapter=dict(dropout=0.0), audio_attention=True, max_steps=10, eval_steps=5)
+    eight = dict(same, frames=FRAMES, gradient_accumulation_steps=1)
+    runs = dict(one_of_8=(1, dict(eight, token_budget=10_000)), two_of_4=(2, dict(eight, token_budget=budget_of_two_rows(tmp_path/"any"))),
+                one_by_2=(1, dict(same, gradient_accumulation_steps=2)), two_by_1=(2, dict(same, gradient_accumulation_steps=1)))
+    for name, (ranks, settings) in runs.items(): assert run(tmp_path/name, ranks=ranks, **settings) == [0] * ranks, said(tmp_path/name)
+    for a, b in (("one_of_8", "two_of_4"), ("one_by_2", "two_by_1")):
+        one, two = (load_file(tmp_path/name/"checkpoint-10"/"adapter_model.safetensors") for name in (a, b))
+        worst = max((one[name] - two[name]).abs().max().item() for name in one)
+        print(f"{a}, {b}: largest difference of an adapter {worst:.1e}")
+        assert worst < 1e-6 and any("audio_attn" in name for name in one)
+        for x, y in zip(log(tmp_path/a), log(tmp_path/b), strict=True):
+            assert all(abs(x[k] - y[k]) < 1e-5 for k in x if "loss" in k), (x, y)
+
+
+@pytest.mark.parametrize("launcher", [
+    [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0", "--num_cpu_threads_per_process", "1"],
+    [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+], ids=["accelerate launch", "torchrun"])
+def test_launchers(tmp_path, launcher):
+    (tmp_path/"script.py").write_text("import sys; from resume_job import train; train(sys.argv[1], max_steps=4, save_steps=2, eval_steps=4)")
+    done = subprocess.run([*launcher, tmp_path/"script.py", tmp_path/"run"], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [r.step for r in list_checkpoints(tmp_path/"run")] == [2, 4] and higgs_validate([str(tmp_path/"run")]) == 0
+    assert len((whole_state(tmp_path/"run"/"checkpoint-4")[0])["processes"]) == 2

@@ -75,7 +75,7 @@ def test_two_processes_train_what_one_would(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [
-    [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0", "--num_cpu_threads_per_process", "1"],
+    [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "--num_cpu_threads_per_process", "1"],
     [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
 ], ids=["accelerate launch", "torchrun"])
 def test_launchers(tmp_path, launcher):

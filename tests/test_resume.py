@@ -122,12 +122,12 @@ def test_a_save_that_fails(cut, tmp_path, policy, code, steps):
 
 
 def test_the_best_checkpoint_stays_and_patience_is_remembered(tmp_path):
-    "At a rate that only harms the first look stays the best. Its checkpoint outlives newer ones, and a resumed run counts on the looks that brought nothing."
-    settings = dict(learning_rate=0.3, warmup_steps=0, eval_steps=2, save_steps=2, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="audio_loss", patience=[3])
+    "Where the highest loss is called the best, the first one stays it. Its checkpoint outlives newer ones, and a resumed run counts on the looks that brought nothing."
+    settings = dict(eval_steps=2, save_steps=2, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="audio_loss", greater_is_better=True, patience=[3])
     assert run(tmp_path, die=(5, KILL), **settings) == [-KILL]
     trainer = train(tmp_path, resume="auto", **settings)
     losses = [entry["eval_audio_loss"] for entry in log(tmp_path) if "eval_audio_loss" in entry]
-    assert min(losses[1:]) == losses[1] and trainer.state.global_step == 8, losses
+    assert max(losses[1:]) == losses[1] and trainer.state.global_step == 8, losses
     assert [r.step for r in list_checkpoints(tmp_path)] == [2, 8] and higgs_validate([str(tmp_path)]) == 0
     best = load_file(tmp_path/"checkpoint-2"/"adapter_model.safetensors")
     assert all(torch.equal(tensor, best[name]) for name, tensor in adapter_tensors(trainer.model).items())

@@ -72,7 +72,8 @@ class Clips:
         begins = torch.ones(len(flat.frames), dtype=torch.bool)
         begins[1:] = (flat.frames.diff() != 1) | (flat.sample[flat.frames].diff() != 0)
         of, first = begins.cumsum(0) - 1, flat.frames[begins]
-        before = torch.where(flat.position[first] > 0, flat.ids[first - 1], -1)
+        mark = torch.where(flat.ids != tokens.audio_in, torch.arange(len(flat.ids)), 0).cummax(0).values  # the last position that is no Whisper feature
+        before = torch.where(flat.position[first] > 0, flat.ids[mark[first - 1]], -1)
         heard, spoken = (before == tokenizer.convert_tokens_to_ids(t) for t in ("<|audio_bos|>", "<|audio_out_bos|>"))
         bos, eos, same = flat.codes == tokens.stream_bos, flat.codes == tokens.stream_eos, (of.diff() == 0)[:, None]
         opens = bos & ~F.pad(bos[1:] & same, (0, 0, 0, 1))[:len(bos)]

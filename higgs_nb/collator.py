@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 import numpy as np
-import soxr
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from .samples import IGNORE, AudioTokens, ChatMLDatasetSample, Sample, delay_pattern
+from transformers import WhisperFeatureExtractor
+from .samples import IGNORE, AudioTokens, ChatMLDatasetSample, Sample, chunk_heard, delay_pattern, whisper_frames
 
 # %% auto #0
-__all__ = ['ExtendedHiggsAudioSampleCollator', 'target_index', 'is_frame', 'PaddedCollator', 'PackedCollator',
-           'first_fit_decreasing', 'PackedBatchSampler', 'HiggsAudioSampleCollator', 'delay_of', 'create_collator']
+__all__ = ['ExtendedHiggsAudioSampleCollator', 'target_index', 'log_mel', 'whisper_inputs', 'is_frame', 'PaddedCollator',
+           'PackedCollator', 'first_fit_decreasing', 'PackedBatchSampler', 'HiggsAudioSampleCollator', 'delay_of',
+           'create_collator']
 
 # %% ../nbs/04_collator.ipynb #735d18b1
 def target_index(labels: Tensor,  # (rows, positions), text labels, -100 = not supervised
@@ -35,6 +36,29 @@ def target_index(labels: Tensor,  # (rows, positions), text labels, -100 = not s
     frames = (audio_labels != IGNORE).any(1).nonzero().flatten()
     return dict(text_rows=text - 1, text_targets=labels[text], audio_rows=audio_positions[frames] - 1, audio_targets=audio_labels.index_select(0, frames))
 
+# %% ../nbs/04_collator.ipynb #03e1f166
+def log_mel(waves: list[np.ndarray],  # (samples,) of each chunk, at the extractor's rate
+            extractor: WhisperFeatureExtractor) -> dict[str, Tensor]:
+    "`audio_features` (chunks, mel bins, mel frames) and `audio_feature_attention_mask` (chunks, mel frames), 1 where there is sound."
+    if not waves:
+        return dict(audio_features=torch.zeros(0, extractor.feature_size, extractor.nb_max_frames),
+                    audio_feature_attention_mask=torch.zeros(0, extractor.nb_max_frames, dtype=torch.int32))
+    got = extractor(waves, sampling_rate=extractor.sampling_rate, return_attention_mask=True, padding="max_length")
+    return dict(audio_features=torch.from_numpy(got["input_features"]), audio_feature_attention_mask=torch.from_numpy(got["attention_mask"]))
+
+def whisper_inputs(samples: list[Sample], input_ids: Tensor, tokens: AudioTokens, extractor: WhisperFeatureExtractor | None) -> dict[str, Tensor]:
+    """What a batch with Whisper adds: `log_mel`, `whisper_rows` (features,) where they go in the flattened `input_ids`, and `feature_rows` (features,)
+    which of the tower's outputs (chunks * outputs of a chunk) they are. Nothing without `extractor`; `ValueError` if samples have waveforms then."""
+    waves = list(chain(*(s.waveforms for s in samples)))
+    if extractor is None:
+        if waves: raise ValueError(f"sample {next(s.id for s in samples if s.waveforms)!r} has places for Whisper features, and this collator no extractor: pass that of the dataset")
+        return {}
+    counts, window = [whisper_frames(len(w), extractor.hop_length) for w in waves], extractor.nb_max_frames // 4
+    feature_rows = torch.cat([torch.zeros(0, dtype=torch.long), *(i * window + torch.arange(n) for i, n in enumerate(counts))])
+    whisper_rows = (input_ids.flatten() == tokens.audio_in).nonzero().flatten()
+    if len(whisper_rows) != len(feature_rows): raise ValueError(f"the samples have {len(whisper_rows)} places for {len(feature_rows)} Whisper features: were they made without an extractor?")
+    return dict(**log_mel(waves, extractor), whisper_rows=whisper_rows, feature_rows=feature_rows)
+
 # %% ../nbs/04_collator.ipynb #92e8da82
 def is_frame(input_ids: Tensor, tokens: AudioTokens) -> Tensor:
     "Where frames stand in `input_ids`, a bool tensor of its shape."
@@ -44,8 +68,9 @@ class PaddedCollator:
     "Samples of any length, one a row: the batch of transformers' own forward, and the index of targets."
     def __init__(self, tokens: AudioTokens,
                  pad_left: bool = False,  # pad the text on the left, for generation
-                 round_to: int = 1):  # round the length up to a multiple
-        self.tokens, self.pad_left, self.round_to = tokens, pad_left, round_to
+                 round_to: int = 1,  # round the length up to a multiple
+                 extractor: WhisperFeatureExtractor | None = None):  # that of the samples, for a model with a Whisper tower
+        self.tokens, self.pad_left, self.round_to, self.extractor = tokens, pad_left, round_to, extractor
 
     def pad(self, rows: list[Tensor], value: int) -> Tensor:
         "(batch, positions)"
@@ -55,7 +80,7 @@ class PaddedCollator:
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` (batch, positions), `audio_input_ids`, `audio_labels` (batch, frames, codebooks),
-        `audio_input_ids_mask` (batch, frames), `audio_positions` (all frames,), and the index of `target_index`."""
+        `audio_input_ids_mask` (batch, frames), `audio_positions` (all frames,), the index of `target_index`, and `whisper_inputs`."""
         input_ids = self.pad([s.input_ids for s in samples], self.tokens.pad)
         labels = self.pad([s.labels for s in samples], IGNORE)
         mask = self.pad([torch.ones_like(s.input_ids) for s in samples], 0)
@@ -66,17 +91,20 @@ class PaddedCollator:
         starts = torch.arange(len(samples)) * input_ids.shape[1] + mask.argmax(1)
         return dict(input_ids=input_ids, attention_mask=mask, labels=labels, audio_input_ids=codes, audio_labels=audio_labels,
                     audio_input_ids_mask=torch.arange(codes.shape[1]) < frames[:, None], audio_positions=positions,
-                    **target_index(labels, positions, torch.cat([s.audio_labels for s in samples]), starts))
+                    **target_index(labels, positions, torch.cat([s.audio_labels for s in samples]), starts),
+                    **whisper_inputs(samples, input_ids, self.tokens, self.extractor))
 
 # %% ../nbs/04_collator.ipynb #8bf5b91d
 class PackedCollator:
     "Samples one behind the other in one row: no padding, no attention across samples."
-    def __init__(self, tokens: AudioTokens): self.tokens = tokens
+    def __init__(self, tokens: AudioTokens,
+                 extractor: WhisperFeatureExtractor | None = None):  # that of the samples, for a model with a Whisper tower
+        self.tokens, self.extractor = tokens, extractor
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """`input_ids`, `position_ids`, `labels` (1, positions), `audio_input_ids`, `audio_labels` (1, frames, codebooks), `audio_input_ids_mask`
         (1, frames), `lengths` and `frame_lengths` of the samples (lists), their borders `cu_seqlens` and `frame_cu_seqlens` (samples + 1,) int32, `text_positions` (n,), `audio_positions`
-        (frames,), and the index of `target_index`."""
+        (frames,), the index of `target_index`, and `whisper_inputs`."""
         input_ids, labels = torch.cat([s.input_ids for s in samples]), torch.cat([s.labels for s in samples])
         codes, audio_labels = torch.cat([s.audio_ids for s in samples]), torch.cat([s.audio_labels for s in samples])
         ends = torch.tensor([0, *map(len, samples)]).cumsum(0)
@@ -87,7 +115,8 @@ class PackedCollator:
                     audio_labels=audio_labels[None], audio_input_ids_mask=torch.ones(1, len(codes), dtype=torch.bool),
                     lengths=[*map(len, samples)], frame_lengths=[len(s.audio_ids) for s in samples], cu_seqlens=ends.int(),
                     frame_cu_seqlens=torch.tensor([0, *(len(s.audio_ids) for s in samples)]).cumsum(0).int(), text_positions=(~frame).nonzero().flatten(), audio_positions=audio_positions,
-                    **target_index(labels[None], audio_positions, audio_labels, ends[:-1]))
+                    **target_index(labels[None], audio_positions, audio_labels, ends[:-1]),
+                    **whisper_inputs(samples, input_ids, self.tokens, self.extractor))
 
 # %% ../nbs/04_collator.ipynb #7003779b
 def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
@@ -247,44 +276,15 @@ def stream(self: HiggsAudioSampleCollator, samples, chosen, labelled) -> tuple[T
 # %% ../nbs/04_collator.ipynb #febe051b
 @patch
 def chunk(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample) -> tuple[ChatMLDatasetSample, list[np.ndarray]]:
-    "Divide long recordings that are heard: the sample with as many placeholders as chunks, and the chunks' waveforms at Whisper's rate."
-    heard = (s.input_ids == self.audio_in_token_id).nonzero().flatten().tolist()
-    if not heard: return s, []
-    size = int(self.chunk_size_seconds * self.sampling_rate)
-    waves = []
-    for i, (start, rate) in enumerate(zip(s.audio_waveforms_start.tolist(), s.audio_sample_rate.tolist())):
-        end = s.audio_waveforms_start[i + 1] if i + 1 < len(s.audio_waveforms_start) else None
-        wave = s.audio_waveforms_concat[start:end].cpu().numpy()
-        waves.append(wave if rate == self.sampling_rate else soxr.resample(wave, rate, self.sampling_rate, quality="HQ"))
-    if len(waves) < len(heard): raise ValueError(f"a sample hears {len(heard)} recordings and has {len(waves)} waveforms, which Whisper needs")
-    pieces = [[w[i:i + size] for i in range(0, max(len(w), 1), size)] for w in waves[:len(heard)]]
-    return (self.repeat(s, heard, pieces) if any(len(p) > 1 for p in pieces) else s), list(chain(*pieces))
-
-@patch
-def repeat(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample, heard: list[int], pieces: list[list]) -> ChatMLDatasetSample:
-    "A copy of the sample with the three tokens of each recording, and the start of its codes, once for every chunk."
-    order, last = [], 0
-    for position, chunks in zip(heard, pieces):
-        order += [*range(last, position - 1), *([position - 1, position, position + 1] * len(chunks))]
-        last = position + 2
-    order = torch.tensor([*order, *range(last, len(s.input_ids))])
-    starts, shares = [], iter(pieces)
-    for start, length, is_spoken in zip(s.audio_ids_start.tolist(), s.code_lengths.tolist(), self.spoken(s).tolist()):
-        ends = [1] if is_spoken else np.cumsum([len(c) for c in next(shares)]).tolist()
-        starts += [start, *(start + round(length * end / ends[-1]) for end in ends[:-1])]
-    return ChatMLDatasetSample(**{**{f: getattr(s, f) for f in s.__dataclass_fields__}, "input_ids": s.input_ids[order],
-                                  "label_ids": None if s.label_ids is None else s.label_ids[order], "audio_ids_start": torch.tensor(starts)})
+    "See `chunk_heard`."
+    if not (s.input_ids == self.audio_in_token_id).any(): return s, []
+    return chunk_heard(s, self.spoken(s), self.audio_in_token_id, self.sampling_rate, int(self.chunk_size_seconds * self.sampling_rate))
 
 @patch
 def features(self: HiggsAudioSampleCollator, waves: list[np.ndarray]) -> dict[str, Tensor | None]:
     "Log-mel features of the chunks, (chunks, mel bins, mel frames), and their mask."
     if not self.encode_whisper_embed: return dict(audio_features=None, audio_feature_attention_mask=None)
-    extractor = self.whisper_processor.feature_extractor
-    if not waves:
-        return dict(audio_features=torch.zeros(0, extractor.feature_size, extractor.nb_max_frames),
-                    audio_feature_attention_mask=torch.zeros(0, extractor.nb_max_frames, dtype=torch.int32))
-    got = extractor(waves, sampling_rate=self.sampling_rate, return_attention_mask=True, padding="max_length")
-    return dict(audio_features=torch.from_numpy(got["input_features"]), audio_feature_attention_mask=torch.from_numpy(got["attention_mask"]))
+    return log_mel(waves, self.whisper_processor.feature_extractor)
 
 # %% ../nbs/04_collator.ipynb #c21716b4
 def delay_of(config,  # of the model

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from .chatml import Audio, Conversation, Text, load_audio, tts_conversation
 from .codec import Codec
 from .collator import PaddedCollator
-from .samples import AudioTokens, Sample, encode_conversation, expand, undelay
+from .samples import AudioTokens, Sample, encode_with, expand, sample_options, undelay
 
 # %% auto #0
 __all__ = ['prompt_of', 'as_mp3', 'Speech', 'generate_speech', 'generate_codes', 'Encoder', 'SpeechCallback']
@@ -28,6 +28,7 @@ __all__ = ['prompt_of', 'as_mp3', 'Speech', 'generate_speech', 'generate_codes',
 def prompt_of(conversation: Conversation,  # a trained answer at its end is left out
               tokenizer, tokens: AudioTokens,
               store=None,  # gives the codes of recordings in the prompt
+              **options,  # of `sample_options`: how the model reads recordings
               ) -> Sample:
     "The sequence up to and with `<|audio_out_bos|>`, as in training."
     messages = conversation.messages
@@ -35,7 +36,7 @@ def prompt_of(conversation: Conversation,  # a trained answer at its end is left
     if not messages: raise ValueError(f"conversation {conversation.id} has nothing to answer: it needs a user message")
     context = dataclasses.replace(conversation, messages=messages, start_index=len(messages))
     if context.audio and store is None: raise ValueError(f"conversation {conversation.id} has {len(context.audio)} recordings in its prompt: pass a store that gives their codes")
-    sample = expand(encode_conversation(context, tokenizer, [store.get(a) for a in context.audio]), tokens, conversation.id)
+    sample = expand(encode_with(context, tokenizer, store, options.get("extractor")), tokens, conversation.id, **options)
     opening = tokenizer.encode("<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|>", add_special_tokens=False)
     return dataclasses.replace(sample, input_ids=torch.cat([sample.input_ids, torch.tensor(opening)]), labels=torch.cat([sample.labels, torch.full((len(opening),), -100)]))
 
@@ -90,11 +91,13 @@ def generate_speech(model,  # a `HiggsAudioForTraining`, a PeftModel around one,
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     tokens = AudioTokens.from_config(base.config, tokenizer)
     talks = [p if isinstance(p, Conversation) else tts_conversation(p, id=str(i)) for i, p in enumerate(prompts)]
-    samples = [prompt_of(t, tokenizer, tokens, store or (codec and Encoder(codec))) for t in talks]
+    options = sample_options(base.config)
+    samples = [prompt_of(t, tokenizer, tokens, store or (codec and Encoder(codec)), **options) for t in talks]
+    collate = PaddedCollator(tokens, pad_left=True, extractor=options["extractor"])
     was_training, speech = model.training, []
     model.eval()
     for i in tqdm(range(0, len(samples), batch_size), desc="speaking", disable=not progress):
-        codes = generate_codes(base, PaddedCollator(tokens, pad_left=True)(samples[i:i + batch_size]), max_frames, do_sample=do_sample, **generation)
+        codes = generate_codes(base, collate(samples[i:i + batch_size]), max_frames, do_sample=do_sample, **generation)
         for talk, frames in zip(talks[i:i + batch_size], codes):
             clip, stopped = undelay(frames.cpu(), tokens.stream_bos, tokens.stream_eos)
             text = "".join(p.text for m in talk.messages if m.role == "user" for p in m.content if isinstance(p, Text))
@@ -106,7 +109,8 @@ def generate_speech(model,  # a `HiggsAudioForTraining`, a PeftModel around one,
 def generate_codes(model, batch: dict[str, Tensor], max_frames: int, **generation) -> Tensor:
     "Frames that follow each prompt of a left-padded batch, delayed, (batch, frames, codebooks)."
     keys = ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
-    inputs = {k: batch[k].to(model.device) for k in (keys if batch["audio_input_ids"].shape[1] else keys[:2])}
+    keys = (keys if batch["audio_input_ids"].shape[1] else keys[:2]) + (("audio_features", "audio_feature_attention_mask") if "audio_features" in batch else ())
+    inputs = {k: batch[k].to(model.device) for k in keys}
     out = model.generate(**inputs, max_new_tokens=max_frames + model.config.num_codebooks + 1, **generation)
     return out[:, batch["audio_input_ids"].shape[1]:]
 

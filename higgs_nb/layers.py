@@ -247,6 +247,7 @@ class WhisperTower(WhisperEncoder):
 
     def forward(self, input_features: Tensor,  # (chunks, mel_bins, mel_frames), log-mel of at most 30 s
                 attention_mask: Tensor,  # (chunks, mel_frames) 1 where there is sound
+                rows: Tensor | None = None,  # (features,) those outputs, of all chunks in a line, that are sound; None: counted by the mask
                 ) -> Tensor:
         "The features of all chunks, one behind the other: (features, d_model)"
         if not len(input_features): return zero_gradient(self, (0, self.config.d_model))
@@ -259,6 +260,7 @@ class WhisperTower(WhisperEncoder):
         mask = create_bidirectional_mask(self.config, hidden, inside)
         for layer in self.layers: hidden = layer(hidden, mask)
         hidden = self.layer_norm(self.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
+        if rows is not None: return hidden.flatten(0, 1)[rows]
         return hidden[torch.arange(hidden.shape[1], device=hidden.device) < self.lengths(attention_mask)[:, None]]
 
 class AudioEncoderProjector(nn.Module):

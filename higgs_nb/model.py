@@ -83,21 +83,21 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
 
     def forward(self, input_ids=None, attention_mask=None, audio_input_ids=None, audio_input_ids_mask=None, position_ids=None,
                 audio_rows=None, audio_targets=None, text_rows=None, text_targets=None,  # of `target_index`
-                audio_features=None, audio_feature_attention_mask=None, whisper_rows=None,  # of what is heard, see `heard`
+                audio_features=None, audio_feature_attention_mask=None, whisper_rows=None, feature_rows=None,  # of what is heard, see `heard`
                 counts=None,  # (1 + codebooks,) supervised cells of the whole optimizer step, all devices; None: this batch is all
                 **inputs):
         "See the stock model for the other arguments, and `hidden`; `counts` makes the losses of several batches add up to that of one."
         sequence = dict(input_ids=input_ids, attention_mask=attention_mask, audio_input_ids=audio_input_ids,
                         audio_input_ids_mask=audio_input_ids_mask, position_ids=position_ids)
-        recordings = dict(audio_features=audio_features, audio_feature_attention_mask=audio_feature_attention_mask, whisper_rows=whisper_rows)
+        recordings = dict(audio_features=audio_features, audio_feature_attention_mask=audio_feature_attention_mask, whisper_rows=whisper_rows, feature_rows=feature_rows)
         if audio_rows is None: return super().forward(**sequence, **self.heard(input_ids, **recordings), **inputs)
         return self.losses(self.hidden(**sequence, **recordings, **inputs), text_rows, text_targets, audio_rows, audio_targets, counts)
 
     def hidden(self, input_ids, attention_mask=None, audio_input_ids=None, audio_input_ids_mask=None, position_ids=None, audio_features=None,
-               audio_feature_attention_mask=None, whisper_rows=None, **batch) -> Tensor:
+               audio_feature_attention_mask=None, whisper_rows=None, feature_rows=None, **batch) -> Tensor:
         "The last hidden state of every position of a batch, rows flattened: (rows * positions, hidden). What else is in a batch is left alone."
         inputs = dict(input_ids=input_ids, audio_input_ids=audio_input_ids, position_ids=position_ids,
-                      **self.heard(input_ids, audio_features, audio_feature_attention_mask, whisper_rows))
+                      **self.heard(input_ids, audio_features, audio_feature_attention_mask, whisper_rows, feature_rows))
         if "lengths" in batch: inputs["packed"] = {k: batch[k] for k in PACKED_FIELDS}
         else: inputs |= dict(attention_mask=attention_mask, audio_input_ids_mask=audio_input_ids_mask, use_cache=False)
         return self.model(**inputs).last_hidden_state.flatten(0, 1)
@@ -105,6 +105,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     def heard(self, input_ids, audio_features=None,  # (chunks, mel_bins, mel_frames)
               audio_feature_attention_mask=None,  # (chunks, mel_frames)
               whisper_rows=None,  # (features,) their flattened positions; None: wherever `<|AUDIO|>` stands
+              feature_rows=None,  # (features,) which outputs of the tower they are; None: those that the mask counts
               ) -> dict[str, Tensor]:
         "Whisper's features as hidden states, and where they go. `ValueError` if the model cannot hear them or they do not fit."
         chunks = 0 if audio_features is None else len(audio_features)
@@ -112,7 +113,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
             if chunks: raise ValueError("the batch has Whisper features and this model no tower: load it with whisper=..., or collate with encode_whisper_embed=False")
             return {}
         if not chunks: audio_features, audio_feature_attention_mask = (self.audio_tower.conv1.weight.new_zeros(0, *n) for n in ((1, 1), (1,)))
-        features = self.audio_encoder_proj(self.audio_tower(audio_features, audio_feature_attention_mask))
+        features = self.audio_encoder_proj(self.audio_tower(audio_features, audio_feature_attention_mask, feature_rows))
         if whisper_rows is None:
             whisper_rows = (input_ids.flatten() == self.config.audio_in_token_id).nonzero().flatten() if input_ids is not None else features.new_zeros(0, dtype=torch.long)
         if len(whisper_rows) != len(features): raise ValueError(f"{chunks} chunks give {len(features)} Whisper features for {len(whisper_rows)} <|AUDIO|> positions")

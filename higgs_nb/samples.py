@@ -4,19 +4,22 @@
 
 # %% ../nbs/03_samples.ipynb #bf2e692d
 from __future__ import annotations
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import chain
 import numpy as np
+import soxr
 import torch
 from torch import Tensor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from .chatml import Audio, Conversation, Text, tts_conversation
+from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
+from .chatml import Audio, Conversation, Text, load_audio, tts_conversation
 
 # %% auto #0
 __all__ = ['IGNORE', 'AUDIO_IN', 'AUDIO_OUT', 'AUDIO_DELAY', 'SPECIAL_TOKENS', 'SCENE', 'byte_tokenizer', 'AudioTokens',
            'delay_pattern', 'undelay', 'merge_scene', 'prepare_chatml_sample', 'ChatMLDatasetSample',
-           'encode_conversation', 'Sample', 'expand', 'SampleDataset']
+           'encode_conversation', 'whisper_extractor', 'sample_options', 'whisper_frames', 'chunk_heard',
+           'repeat_heard', 'Sample', 'expand', 'SampleDataset', 'encode_with']
 
 # %% ../nbs/03_samples.ipynb #683994c1
 IGNORE = -100  # the label of a position that is not supervised, as in torch.nn.functional.cross_entropy
@@ -181,6 +184,51 @@ def encode_conversation(conversation: Conversation, tokenizer,
         torch.tensor([0, *[len(w) for w, _ in heard]], dtype=torch.long).cumsum(0)[:-1],
         torch.tensor([rate for _, rate in heard], dtype=torch.long), torch.full((len(codes),), -1))
 
+# %% ../nbs/03_samples.ipynb #730d1521
+def whisper_extractor(config,  # of the model
+                      ) -> WhisperFeatureExtractor | None:
+    "What turns a waveform into the log-mel features that the model's tower reads; None if it has no tower."
+    if not getattr(config, "encode_whisper_embed", False): return None
+    settings = config.whisper_config
+    return WhisperFeatureExtractor(feature_size=settings["num_mel_bins"], chunk_length=settings["max_source_positions"] // 50)
+
+def sample_options(config) -> dict:
+    "How a checkpoint reads recordings, as arguments of `SampleDataset` and `expand`: what its config says, and as the released one where it says nothing."
+    return dict(delay=getattr(config, "use_delay_pattern", True), extractor=whisper_extractor(config), audio_in_codes=getattr(config, "encode_audio_in_tokens", True))
+
+def whisper_frames(samples: int,  # of a chunk
+                   hop: int = 160) -> int:  # samples from one mel frame to the next
+    "Features that the tower makes of a chunk, one in 40 ms: a convolution halves the mel frames rounding up, a pooling halves those rounding down."
+    return (-(-samples // hop) + 1) // 4
+
+def chunk_heard(sample: ChatMLDatasetSample,
+                spoken: np.ndarray,  # (recordings,) bool, those that have codes
+                audio_in: int, sampling_rate: int,  # Whisper's, in Hz
+                size: int,  # samples of a chunk, at most
+                ) -> tuple[ChatMLDatasetSample, list[np.ndarray]]:
+    "Divide long recordings that are heard: the sample with as many placeholders as chunks, and the chunks' waveforms at Whisper's rate."
+    heard = (sample.input_ids == audio_in).nonzero().flatten().tolist()
+    waves, bounds = [], [*sample.audio_waveforms_start.tolist(), None] if heard else []
+    for start, end, rate in zip(bounds, bounds[1:], sample.audio_sample_rate.tolist()):
+        wave = sample.audio_waveforms_concat[start:end].cpu().numpy()
+        waves.append(wave if rate == sampling_rate else soxr.resample(wave, rate, sampling_rate, quality="HQ"))
+    if len(waves) < len(heard): raise ValueError(f"a sample hears {len(heard)} recordings and has {len(waves)} waveforms, which Whisper needs")
+    pieces = [[w[i:i + size] for i in range(0, max(len(w), 1), size)] for w in waves[:len(heard)]]
+    return (repeat_heard(sample, spoken, heard, pieces) if any(len(p) > 1 for p in pieces) else sample), list(chain(*pieces))
+
+def repeat_heard(sample: ChatMLDatasetSample, spoken: np.ndarray, heard: list[int], pieces: list[list]) -> ChatMLDatasetSample:
+    "A copy of the sample with the three tokens of each recording, and the start of its codes, once for every chunk."
+    order, last = [], 0
+    for position, chunks in zip(heard, pieces):
+        order += [*range(last, position - 1), *([position - 1, position, position + 1] * len(chunks))]
+        last = position + 2
+    order = torch.tensor([*order, *range(last, len(sample.input_ids))])
+    starts, shares = [], iter(pieces)
+    for start, length, is_spoken in zip(sample.audio_ids_start.tolist(), sample.code_lengths.tolist(), spoken.tolist()):
+        ends = [1] if is_spoken else np.cumsum([len(c) for c in next(shares)]).tolist()
+        starts += [start, *(start + round(length * end / ends[-1]) for end in ends[:-1])]
+    return replace(sample, input_ids=sample.input_ids[order], label_ids=None if sample.label_ids is None else sample.label_ids[order], audio_ids_start=torch.tensor(starts))
+
 # %% ../nbs/03_samples.ipynb #54ea4e71
 @dataclass
 class Sample:
@@ -190,6 +238,7 @@ class Sample:
     audio_ids: Tensor  # (frames, codebooks) int64, delayed, with BOS and EOS
     audio_labels: Tensor  # (frames, codebooks) -100 = not supervised
     id: str = ""
+    waveforms: list[np.ndarray] = field(default_factory=list)  # (samples,) of each chunk that Whisper hears, at its rate
 
     def __len__(self): return len(self.input_ids)
 
@@ -198,45 +247,61 @@ def expand(sample: ChatMLDatasetSample,  # one placeholder a recording
            id: str = "",  # named in errors
            delay: bool = True,  # as the checkpoint was trained
            audio_in_codes: bool = True,  # False: what is heard has no frames, as when only a Whisper tower hears it
+           extractor: WhisperFeatureExtractor | None = None,  # of `whisper_extractor`: what is heard has a place for each feature too, before its frames
            ) -> Sample:
     "Write out the frames; a recording is supervised if its `<|AUDIO_OUT|>` label is, recordings that are heard never are."
+    def placeholders(ids): return ids[(ids == tokens.audio_in) | (ids == tokens.audio_out)] == tokens.audio_out  # (clips,) is it spoken
+    spoken, waves = placeholders(sample.input_ids.numpy()), []
+    if len(spoken) != len(sample.code_lengths): raise ValueError(f"sample {id!r} has {len(spoken)} audio placeholders and codes for {len(sample.code_lengths)} recordings")
+    if extractor is not None: sample, waves = chunk_heard(sample, spoken, tokens.audio_in, extractor.sampling_rate, extractor.n_samples)
     ids, lengths = sample.input_ids.numpy(), sample.code_lengths
-    is_clip = (ids == tokens.audio_in) | (ids == tokens.audio_out)
-    spoken = ids[is_clip] == tokens.audio_out  # (clips,)
-    if len(spoken) != len(lengths): raise ValueError(f"sample {id!r} has {len(spoken)} audio placeholders and codes for {len(lengths)} recordings")
+    spoken, is_clip = placeholders(ids), (ids == tokens.audio_in) | (ids == tokens.audio_out)
     labels = sample.label_ids.numpy() if sample.label_ids is not None else np.full_like(ids, IGNORE)
     coded = spoken | audio_in_codes
     codes = sample.audio_ids_concat[:tokens.num_codebooks] if len(lengths) else torch.zeros(tokens.num_codebooks, 0, dtype=torch.long)
     if not coded.all(): codes = codes[:, torch.from_numpy(coded.repeat(lengths))]
     audio_ids, audio_labels = delay_pattern(codes, torch.from_numpy(lengths[coded]), tokens.stream_bos, tokens.stream_eos, delay)
-    frames = (lengths + (tokens.num_codebooks + 1 if delay else 2)) * coded  # (clips,)
+    frames, features = (lengths + (tokens.num_codebooks + 1 if delay else 2)) * coded, np.zeros_like(lengths)  # (clips,)
+    if waves: features[~spoken] = [whisper_frames(len(w), extractor.hop_length) for w in waves]
     repeats = np.ones_like(ids)
-    repeats[is_clip] = frames
-    is_frame = is_clip.repeat(repeats)
+    repeats[is_clip] = features + frames
+    in_clip = is_clip.repeat(repeats)
+    is_frame = np.zeros_like(in_clip)
+    is_frame[in_clip] = np.tile([False, True], len(frames)).repeat(np.stack([features, frames], 1).flatten())
     from_end = frames.cumsum().repeat(frames) - np.arange(frames.sum()) - 1  # 0 at the last frame of a clip
     input_ids = ids.repeat(repeats)
     input_ids[is_frame] = np.where(from_end < tokens.num_codebooks - 1, tokens.audio_delay, tokens.audio_out)
     trained = (spoken & (labels[is_clip] != IGNORE)).repeat(frames)
-    return Sample(torch.from_numpy(input_ids), torch.from_numpy(np.where(is_frame, IGNORE, labels.repeat(repeats))), audio_ids,
-                  audio_labels.masked_fill(torch.from_numpy(~trained)[:, None], IGNORE), id)
+    return Sample(torch.from_numpy(input_ids), torch.from_numpy(np.where(in_clip, IGNORE, labels.repeat(repeats))), audio_ids,
+                  audio_labels.masked_fill(torch.from_numpy(~trained)[:, None], IGNORE), id, waves)
 
 # %% ../nbs/03_samples.ipynb #cc73c3b1
 class SampleDataset(torch.utils.data.Dataset):
     "Conversations as `Sample`s. `store` gives the codes of a recording: `get(Audio) -> (codebooks, frames)`, see `higgs_nb.codec.CodeStore`."
-    def __init__(self, conversations: list[Conversation], tokenizer, store, tokens: AudioTokens, delay: bool = True):
+    def __init__(self, conversations: list[Conversation], tokenizer, store, tokens: AudioTokens,
+                 delay: bool = True,  # of the codebooks, as the checkpoint was trained
+                 extractor: WhisperFeatureExtractor | None = None,  # of `whisper_extractor`: recordings that are heard bring their waveforms
+                 audio_in_codes: bool = True):  # False: recordings that are heard bring no codes
         self.conversations, self.tokenizer, self.store, self.tokens, self.delay = list(conversations), tokenizer, store, tokens, delay
+        self.extractor, self.audio_in_codes = extractor, audio_in_codes
 
     def __len__(self): return len(self.conversations)
 
     def encoded(self, index: int) -> ChatMLDatasetSample:
         "Conversation `index` with one placeholder a recording."
-        c = self.conversations[index]
-        return encode_conversation(c, self.tokenizer, [self.store.get(a) for a in c.audio])
+        return encode_with(self.conversations[index], self.tokenizer, self.store, self.extractor)
 
     def __getitem__(self, index: int) -> Sample:
-        return expand(self.encoded(index), self.tokens, self.conversations[index].id, self.delay)
+        return expand(self.encoded(index), self.tokens, self.conversations[index].id, self.delay, self.audio_in_codes, self.extractor)
 
     @cached_property
     def lengths(self) -> list[int]:
         "Tokens of every sample, frames included: what a sampler needs to fill batches. Encodes whatever the store does not hold yet."
         return [len(self[i]) for i in range(len(self))]
+
+def encode_with(conversation: Conversation, tokenizer, store, extractor: WhisperFeatureExtractor | None = None) -> ChatMLDatasetSample:
+    "`encode_conversation` with codes from a store, and with the waveforms of what is heard where an `extractor` wants them."
+    heard = [m.role != "assistant" for m in conversation.messages for part in m.content if isinstance(part, Audio)]
+    def wave(audio): return torch.from_numpy(load_audio(audio, extractor.sampling_rate, None)), extractor.sampling_rate
+    waveforms = {i: wave(a) for i, (a, hears) in enumerate(zip(conversation.audio, heard)) if hears} if extractor else None
+    return encode_conversation(conversation, tokenizer, [store.get(a) for a in conversation.audio], waveforms)

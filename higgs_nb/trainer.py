@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from .audit import audit
+from .chatml import Audio
 from .background import BackgroundSaver
 from .callbacks import EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
 from .checkpoint import adapter_tensors, describe_base, preflight, restore_adapter, snapshot_adapter
@@ -35,8 +36,8 @@ from .saving import CheckpointError, prune_checkpoints
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'IMPLAUSIBLE', 'HiggsTrainingArguments', 'LossMeter', 'Shard', 'CollateOrBlank', 'HiggsTrainer',
-           'TakeUpCallback', 'NotLearningSpeech']
+__all__ = ['logger', 'IMPLAUSIBLE', 'HiggsTrainingArguments', 'LossMeter', 'Shard', 'CollateOrBlank', 'check_hearing',
+           'HiggsTrainer', 'TakeUpCallback', 'NotLearningSpeech']
 
 # %% ../nbs/08_trainer.ipynb #d4c9580a
 @dataclass
@@ -104,6 +105,15 @@ class CollateOrBlank:
         s = self.dataset[self.shortest]
         return self.collate([dataclasses.replace(s, labels=torch.full_like(s.labels, IGNORE), audio_labels=torch.full_like(s.audio_labels, IGNORE))])
 
+# %% ../nbs/08_trainer.ipynb #56a0f2a0
+def check_hearing(model, dataset) -> None:
+    "`ValueError` if a model with a Whisper tower gets no waveforms, or one without a tower gets some; a warning if there is nothing to hear."
+    if (getattr(model, "audio_tower", None) is None) != (dataset.extractor is None):
+        raise ValueError("the dataset gives waveforms and the model has no Whisper tower: load it with whisper=..., or leave the dataset's extractor out" if dataset.extractor else
+                         "the model has a Whisper tower and the dataset gives it no waveforms: make it with extractor=whisper_extractor(model.config)")
+    if dataset.extractor and not any(isinstance(part, Audio) for c in dataset.conversations for m in c.messages if m.role != "assistant" for part in m.content):
+        logger.warning(f"the model has a Whisper tower and none of the {len(dataset)} conversations has a recording to hear: its projector learns nothing from them")
+
 # %% ../nbs/08_trainer.ipynb #fbe064ec
 class HiggsTrainer(Trainer):
     """Trains a LoRA adapter on packed batches. `train_dataset` and `eval_dataset` are `SampleDataset`s. Logs `text_loss`, `audio_loss` and
@@ -114,10 +124,9 @@ class HiggsTrainer(Trainer):
         model.get_base_model().loss_weights = LossWeights(args.text_loss_weight, args.audio_loss_weight, args.codebook_weights and tuple(args.codebook_weights),
                                                           args.label_smoothing_factor)
         self.tokens, self.tokenizer = train_dataset.tokens, tokenizer or train_dataset.tokenizer
-        if getattr(model.get_base_model(), "audio_tower", None) is not None:
-            logger.warning("this model has a Whisper tower, and the batches of this trainer carry no Whisper features: what is heard is read as codes alone")
+        for data in filter(None, (train_dataset, eval_dataset)): check_hearing(model.get_base_model(), data)
         self.speed, self.stop = SpeedCallback(model.config, args.token_budget, args.world_size), StopCallback(args.output_dir)
-        super().__init__(model, args, data_collator=PackedCollator(self.tokens), train_dataset=train_dataset, eval_dataset=eval_dataset,
+        super().__init__(model, args, data_collator=PackedCollator(self.tokens, train_dataset.extractor), train_dataset=train_dataset, eval_dataset=eval_dataset,
                          callbacks=[self.speed, EndCallback(), self.stop, *(callbacks or []), LogFileCallback()], **kwargs)
         self.add_callback(TakeUpCallback(self))
         self.loss_is_scaled_for_ga = True  # counts are those of the whole step
@@ -166,7 +175,6 @@ class HiggsTrainer(Trainer):
         self.resumed = self.found and self.read_checkpoint(self.found, resume_force)
         self.args.eval_on_start, self.started = self.eval_dataset is not None and not self.found, time.time()
         with self.stop: return super().train(resume_from_checkpoint=str(self.found.path) if self.found else None, **kwargs)
-
 
 # %% ../nbs/08_trainer.ipynb #5c1de0a3
 @patch

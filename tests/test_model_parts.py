@@ -2,16 +2,20 @@
 import json, subprocess, sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import HiggsAudioV2ForConditionalGeneration, WhisperConfig, WhisperModel
 
 from higgs_nb.chatml import Conversation
 from higgs_nb.checkpoint import CheckpointError, adapter_tensors, describe_base, load_lora_adapters, save_lora_adapters
 from higgs_nb.collator import PackedCollator
+from higgs_nb.generate import generate_speech
 from higgs_nb.lora import apply_lora, create_lora_config
 from higgs_nb.model import load_model, tiny_model
-from higgs_nb.samples import AudioTokens, byte_tokenizer, encode_conversation, expand
+from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer, encode_conversation, expand, whisper_extractor
+from higgs_nb.trainer import HiggsTrainer, HiggsTrainingArguments
 
 SIZE = dict(hidden_size=64, num_layers=2, intermediate_size=96, codebook_size=34)
 
@@ -141,3 +145,96 @@ def test_gradient_checkpointing(folder):
         model(**batch).loss.backward()
         norms.append(torch.stack([p.grad.norm() for p in model.model.layers.parameters()]))
     assert torch.allclose(*norms, rtol=1e-5)
+
+
+class Melody:
+    "Codes of a recording, by its name: the same whenever they are asked for."
+    def get(self, audio): return torch.randint(0, 32, (8, 9), generator=torch.Generator().manual_seed(len(audio.path)))
+
+
+def dataset_of(config, folder, hear=True, **options):
+    "Six conversations; in every other one a recording is heard: of 0.3, 1.2 and 2.5 s, in up to three chunks of a window of one second."
+    folder.mkdir(exist_ok=True)
+    talks, audio = [], lambda path: {"type": "audio", "path": str(path)}
+    for i in range(6):
+        path = folder / f"heard{'x' * i}.wav"
+        soundfile.write(path, np.sin(np.arange(int((0.3, 0, 1.2, 0, 2.5, 0)[i] * 24000) + 24) / (5 + i)).astype("f4"), 24000)
+        prompt = ["Like this:", audio(path)] if hear and i % 2 == 0 else "Hi."
+        talks.append(Conversation.from_dict(dict(messages=[dict(role="user", content=prompt), dict(role="assistant", content=audio("out" + "y" * i))]), id=str(i)))
+    tokenizer = byte_tokenizer()
+    return SampleDataset(talks, tokenizer, Melody(), AudioTokens.from_config(config, tokenizer), **options)
+
+
+def heard_batch(config, folder):
+    "Every conversation of `dataset_of`, in one packed row."
+    data = dataset_of(config, folder, extractor=whisper_extractor(config))
+    return PackedCollator(data.tokens, data.extractor)([data[i] for i in range(len(data))])
+
+
+@pytest.mark.parametrize("codes", [True, False])
+def test_training_with_a_tower(folder, tmp_path, codes):
+    "The trainer's own batches, made by two workers: the projector learns, and the checkpoint gives the same logits in a new process."
+    model = load_model(folder / "base", whisper=str(folder / "whisper"))
+    data = dataset_of(model.config, tmp_path / "wav", extractor=whisper_extractor(model.config), audio_in_codes=codes)
+    adapted = apply_lora(model, create_lora_config("all", r=4))
+    before = {n: p.detach().clone() for n, p in adapted.named_parameters()}
+    args = HiggsTrainingArguments(output_dir=str(tmp_path / "run"), max_steps=4, token_budget=300, learning_rate=1e-2, save_strategy="steps", save_steps=4,
+                                  dataloader_num_workers=2, disable_tqdm=True, use_cpu=True)
+    trainer = HiggsTrainer(adapted, args, data)
+    batches = list(trainer.get_train_dataloader())
+    assert sum(len(b["audio_features"]) for b in batches) == 1 + 2 + 3 and all({"whisper_rows", "feature_rows"} <= b.keys() for b in batches)
+    trainer.train()
+    projector = [n for n, p in adapted.named_parameters() if "audio_encoder_proj" in n and p.requires_grad]
+    assert len(projector) == 2 and not any(torch.equal(adapted.get_parameter(n), before[n]) for n in projector)
+    assert all(torch.equal(p, before[n]) for n, p in adapted.named_parameters() if "audio_tower" in n)
+    batch = heard_batch(model.config, tmp_path / "wav")
+    logits = outputs(adapted.eval(), batch)
+    torch.save(logits, tmp_path / "logits.pt")
+    program = f"""
+import torch
+from test_model_parts import *
+run = Path({str(tmp_path)!r})
+model = load_lora_adapters(load_model({str(folder / "base")!r}, whisper={str(folder / "whisper")!r}), run / "run" / "checkpoint-4").eval()
+print(torch.equal(outputs(model, heard_batch(model.get_base_model().config, run / "wav")), torch.load(run / "logits.pt")))
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr
+    assert not torch.equal(outputs(adapted, batch | dict(audio_features=-batch["audio_features"])), logits)
+
+
+def test_a_batch_that_hears_nothing(folder, tmp_path):
+    "Every trainable parameter of tower and projector has a gradient, and it is zero: ranks that train together all have the same ones."
+    model = load_model(folder / "base", whisper=str(folder / "whisper")).train()
+    data = dataset_of(model.config, tmp_path, hear=False, extractor=whisper_extractor(model.config))
+    model(**PackedCollator(data.tokens, data.extractor)([data[0], data[1]])).loss.backward()
+    parts = [p for part in (model.audio_tower, model.audio_encoder_proj) for p in part.parameters() if p.requires_grad]
+    assert parts and all(p.grad is not None and not p.grad.any() for p in parts)
+
+
+def test_a_tower_and_its_data_have_to_fit(folder, tmp_path, caplog):
+    "Waveforms that nobody hears, and a tower that hears nothing, are errors; data without a recording in any prompt is announced."
+    args = lambda: HiggsTrainingArguments(output_dir=str(tmp_path / "run"), max_steps=1, use_cpu=True)
+    def trainer(tower, **options):
+        model = load_model(folder / "base", **(dict(whisper=str(folder / "whisper")) if tower else {}))
+        data = dataset_of(model.config, tmp_path / "wav", **{k: v(model.config) if callable(v) else v for k, v in options.items()})
+        return HiggsTrainer(apply_lora(model, create_lora_config("all", r=4)), args(), data)
+    with pytest.raises(ValueError, match="the dataset gives it no waveforms"): trainer(True)
+    hears = load_model(folder / "base", whisper=str(folder / "whisper")).config
+    with pytest.raises(ValueError, match="the model has no Whisper tower"): trainer(False, extractor=lambda _: whisper_extractor(hears))
+    trainer(True, extractor=whisper_extractor, hear=False)
+    assert any("none of the 6 conversations has a recording to hear" in m for m in caplog.messages)
+
+
+def test_generation_hears(folder, tmp_path):
+    "What is heard in a prompt reaches generation through the tower: with and without cache the same, and with another recording not."
+    model = load_model(folder / "base", whisper=str(folder / "whisper")).eval()
+    torch.manual_seed(0)
+    for part in (model.audio_encoder_proj, *model.model.layers):
+        for p in part.parameters():
+            if p.ndim == 2: torch.nn.init.normal_(p, std=0.2)  # a model that listens
+    model.audio_lm_head.weight.data.view(8, 34, -1)[:, 32:] = 0  # and speaks on
+    data = dataset_of(model.config, tmp_path)
+    said = [generate_speech(model, data.tokenizer, [data.conversations[0]], store=Melody(), max_frames=12, use_cache=cache)[0].codes for cache in (True, False)]
+    assert said[0].shape[1] and torch.equal(*said)
+    soundfile.write(data.conversations[0].audio[0].path, np.random.default_rng(0).normal(size=7000).astype("f4") / 9, 24000)
+    assert not torch.equal(generate_speech(model, data.tokenizer, [data.conversations[0]], store=Melody(), max_frames=12)[0].codes, said[0])

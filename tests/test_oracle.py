@@ -8,8 +8,9 @@ import torch
 from oracle_adapter import collate, forward, load
 
 from higgs_nb.chatml import Conversation
-from higgs_nb.collator import PaddedCollator
-from higgs_nb.samples import AudioTokens, ChatMLDatasetSample, delay_pattern, expand, prepare_chatml_sample, undelay
+from higgs_nb.collator import PackedCollator, PaddedCollator
+from higgs_nb.convert import native_batch
+from higgs_nb.samples import AudioTokens, ChatMLDatasetSample, delay_pattern, expand, prepare_chatml_sample, undelay, whisper_extractor
 
 folder = Path(os.environ.get("HIGGS_ORACLE", Path(__file__).parents[2] / "shared" / "oracle"))
 if not (folder / "oracle.py").exists():
@@ -172,3 +173,23 @@ def test_every_variant_together(models):
         together = forward(model, run, inputs)["audio_logits"]
         alone = [forward(model, run, collate(s, **kwargs))["audio_logits"] for s in samples]
     assert len(together) and (together - torch.cat(alone)).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("number", [n for n, _ in enumerate(oracle.model_runs("c"))])
+@pytest.mark.parametrize("collator", [PackedCollator, PaddedCollator])
+def test_training_batches_with_whisper(models, number, collator):
+    "What a `SampleDataset` with waveforms hands to the trainer's collators: the recorded losses, and the logits of the original's collator."
+    run, inputs, _ = list(oracle.model_runs("c"))[number]
+    model, kwargs, recorded = models["c"], run["kwargs"], run["losses"]
+    extractor = whisper_extractor(model.config)
+    samples = [expand(ChatMLDatasetSample.wrap(oracle.sample(n)), TOKENS, n, kwargs["use_delay_pattern"], kwargs["return_audio_in_tokens"], extractor)
+               for n in oracle.samples_json["cases"][run["case"]]]
+    ours, theirs = collator(TOKENS, extractor=extractor)(samples), native_batch(inputs, model.config)
+    assert len(ours["whisper_rows"]) == len(theirs.get("whisper_rows", ())) and torch.equal(ours["audio_targets"], theirs["audio_targets"])
+    with torch.no_grad():
+        got = model(**ours)
+        logits = [model.audio_logits(model.hidden(**b)[b["audio_rows"]]) for b in (ours, theirs)]
+    if len(logits[0]):
+        assert (logits[0] - logits[1]).abs().max() < 5e-5
+        assert (got["codebook_losses"] - torch.tensor(recorded["audio_ce_per_codebook"])).abs().max() < 1e-4
+    if recorded.get("text_n"): assert abs(got["text_loss"] - recorded["text_ce"]) < 1e-4

@@ -75,14 +75,14 @@ def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     if len(model.peft_config) != 1: raise CheckpointError(f"a checkpoint holds one adapter; the model has {sorted(model.peft_config)}")
     return get_peft_model_state_dict(model, adapter_name=next(iter(model.peft_config)), save_embedding_layers=False)
 
-def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    "Copies on the CPU of all that training changes; `CheckpointError` names trainable parameters that PEFT would leave out."
+def adapter_tensors(model: PeftModel, copy: bool = True) -> dict[str, Tensor]:
+    "All that training changes, on the CPU; `copy`: apart from the model in any case. `CheckpointError` names trainable parameters that PEFT would leave out."
     state = adapter_state(model)
     saved = {tensor.data_ptr() for tensor in state.values()}
     if left := [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]:
         raise CheckpointError(f"adapter not saved: {len(left)} trained parameters belong to no adapter and would be lost: {left[:5]}",
                               remedy="name their modules in `modules_to_save` of the LoraConfig, or freeze them")
-    return on_cpu(state)
+    return on_cpu(state, copy)
 
 # %% ../nbs/07_checkpoint.ipynb #ec5151e8
 def adapter_config(model: PeftModel, base: dict) -> PeftConfig:
@@ -98,13 +98,14 @@ def snapshot_adapter(model: PeftModel,
                      *, base: dict, # of `describe_base`; what it lacks is computed, which reads the whole base
                      meta: dict | None = None, # more for the manifest: step, losses, parameters of the run
                      files: Mapping[str, Content] | None = None, # more files, by relative path: bytes, or tensors if it ends in .safetensors
+                     copy: bool = True, # False: tensors that are on the CPU are only looked at, and must not change before they are saved
                      ) -> Snapshot:
     "Copy all that a checkpoint of `model` holds to the CPU. `CheckpointError` if something trained would be left out."
-    tensors, files = adapter_tensors(model), files or {}
+    tensors, files = adapter_tensors(model, copy), files or {}
     if bad := sorted(files.keys() & {*ADAPTER_FILES}): raise CheckpointError(f"adapter not saved: {bad} cannot be the names of further files in it")
     if not BASE_KEYS <= base.keys(): base = describe_base(model) | base
     config = json.dumps(adapter_config(model, base).to_dict(), indent=2, sort_keys=True, default=sorted).encode()
-    copies = {name: content if isinstance(content, bytes) else on_cpu(content) for name, content in files.items()}
+    copies = {name: content if isinstance(content, bytes) else on_cpu(content, copy) for name, content in files.items()}
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
     return Snapshot({**copies, **dict(zip(ADAPTER_FILES, (config, tensors)))}, {"versions": versions, **(meta or {}), "kind": "adapter", "base": base})
 
@@ -114,7 +115,7 @@ def save_lora_adapters(model: PeftModel, output_dir: Path | str,
                        files: Mapping[str, Content] | None = None, # more files, by relative path: bytes, or tensors if it ends in .safetensors
                        ) -> Manifest:
     "Save a LoRA adapter and the modules trained with it, in PEFT's format with a manifest. `CheckpointError` if it is not saved."
-    return snapshot_adapter(model, base=base, meta=meta, files=files).save(output_dir)
+    return snapshot_adapter(model, base=base, meta=meta, files=files, copy=False).save(output_dir)
 
 # %% ../nbs/07_checkpoint.ipynb #10ac605a
 def check_base(model: nn.Module, base: dict, path: Path, known: dict | None = None) -> None:

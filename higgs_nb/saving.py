@@ -19,8 +19,8 @@ from .manifest import HIDDEN, MANIFEST, NO_LOCKS, CheckpointReport, Manifest, hi
 
 # %% auto #0
 __all__ = ['REMEDIES', 'Content', 'CHUNK', 'CheckpointError', 'free_bytes', 'explained', 'fsync', 'make_dirs',
-           'staging_directory', 'bits', 'same_bits', 'dtype_name', 'safetensors_parts', 'pieces', 'write_file',
-           'difference', 'save_checkpoint', 'write_files', 'Snapshot', 'on_cpu', 'verified', 'load_files',
+           'staging_directory', 'bits', 'same_bits', 'dtype_name', 'safetensors_parts', 'pieces', 'let_go',
+           'difference', 'write_file', 'save_checkpoint', 'write_files', 'Snapshot', 'on_cpu', 'verified', 'load_files',
            'remove_directory', 'prune_checkpoints']
 
 # %% ../nbs/06c_saving.ipynb #e0e7a586
@@ -124,32 +124,41 @@ def safetensors_parts(tensors: Mapping[str, Tensor]) -> tuple[list[memoryview], 
     header += b" " * (-len(header) % 8)
     return [memoryview(len(header).to_bytes(8, "little") + header), *(memoryview(bits(t).numpy()) for _, t in ordered)], table
 
-def pieces(parts: list[memoryview]) -> Iterator[memoryview]:
-    "`parts` in pieces of at most `CHUNK` bytes."
-    for part in parts: yield from (part[i:i + CHUNK] for i in range(0, len(part), CHUNK))
+def pieces(parts: list[memoryview]) -> Iterator[tuple[int, memoryview]]:
+    "`parts` in pieces of at most `CHUNK` bytes, each with where it lies in the file."
+    at = 0
+    for part in parts:
+        yield from ((at + i, part[i:i + CHUNK]) for i in range(0, len(part), CHUNK))
+        at += len(part)
+
+def let_go(fd: int, at: int = 0, length: int = 0) -> None:
+    "Tell the system that this part of a file (0, 0: all) is not needed in memory: it begins to write what is not on the disk and forgets what is."
+    if hasattr(os, "posix_fadvise"): os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)
+
+def difference(fd: int, parts: list[memoryview]) -> str | None:
+    "Read an open file back: where it differs from `parts`, or None."
+    if (size := os.fstat(fd).st_size) != (expected := sum(map(len, parts))): return f"it has {size} bytes, not {expected}"
+    for at, piece in pieces(parts):
+        found = bytearray(len(piece))
+        if os.preadv(fd, [found], at) != len(piece) or found != piece: return f"it differs from what was written, between bytes {at} and {at + len(piece)}"
 
 def write_file(path: Path, parts: list[memoryview]) -> dict:
-    "Write a new file, durably; its size and the sha256 of what it was to hold."
-    digest, fd = hashlib.sha256(), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    "Write a new file, wait for the disk, and read it back: its size and the sha256 of what it was to hold. ValueError if it holds something else."
+    digest, fd = hashlib.sha256(), os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     hashing = Thread(target=lambda: [digest.update(part) for part in parts])
     hashing.start()
     try:
-        for piece in pieces(parts):
-            while piece: piece = piece[os.write(fd, piece):]
+        for at, piece in pieces(parts):
+            rest = piece
+            while rest: rest = rest[os.write(fd, rest):]
+            let_go(fd, at, len(piece))
         os.fsync(fd)
+        if odd := difference(fd, parts): raise ValueError(f"reading {path.name} back, {odd}")
+        let_go(fd)
     finally:
         os.close(fd)
         hashing.join()
     return dict(size=sum(map(len, parts)), sha256=digest.hexdigest())
-
-def difference(path: Path, parts: list[memoryview]) -> str | None:
-    "Read a file back from the disk: where it differs from `parts`, or None."
-    with open(path, "rb", buffering=0) as f:
-        if hasattr(os, "posix_fadvise"): os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # not from memory, if it can be avoided
-        for piece in pieces(parts):
-            found, at = bytearray(len(piece)), f.tell()
-            if f.readinto(found) != len(piece) or found != piece: return f"{path.name} differs from what was written, between bytes {at} and {f.tell()}"
-        if f.read(1): return f"{path.name} is longer than what was written"
 
 # %% ../nbs/06c_saving.ipynb #fda8d28d
 def save_checkpoint(path: Path | str, # the directory to be; it must not exist, or be empty
@@ -168,27 +177,24 @@ def save_checkpoint(path: Path | str, # the directory to be; it must not exist, 
         taken = path.is_symlink() or path.exists() and (not path.is_dir() or any(path.iterdir()))
     if taken: raise CheckpointError("checkpoint not saved: its place is taken", path, remedy=REMEDIES[errno.EEXIST])
     with staging_directory(path) as staging:
-        with explained("checkpoint not saved: writing its files failed", path): parts, manifest = write_files(staging, contents, meta)
-        with explained("checkpoint not saved: reading it back failed", path):
-            odd = next(filter(None, (difference(staging/name, p) for name, p in parts.items())), None)
-            if strange := scan(staging)[0].keys() ^ parts.keys(): odd = f"{sorted(strange)} came or went meanwhile"
-        if odd: raise CheckpointError(f"checkpoint not saved: reading it back, {odd}", path)
+        with explained("checkpoint not saved: writing its files failed", path):
+            manifest = write_files(staging, contents, meta)
+            if odd := scan(staging)[0].keys() ^ {*contents, MANIFEST}: raise ValueError(f"{sorted(odd)} came or went meanwhile")
         with explained("checkpoint not saved: renaming it into place failed", path): os.rename(staging, path)
     with explained("checkpoint saved, but its directory could not be made durable", path): fsync(path.parent)
     return manifest
 
-def write_files(directory: Path, contents: Mapping[str, Content], meta: dict) -> tuple[dict[str, list[memoryview]], Manifest]:
-    "Write `contents` and their manifest, durably; the bytes of each file in pieces, and the manifest."
-    parts, files = {}, {}
+def write_files(directory: Path, contents: Mapping[str, Content], meta: dict) -> Manifest:
+    "Write `contents` and their manifest, durably and read back."
+    files = {}
     for name, content in contents.items():
         make_dirs((directory/name).parent)
-        parts[name], table = ([memoryview(content)], None) if isinstance(content, bytes) else safetensors_parts(content)
-        files[name] = write_file(directory/name, parts[name]) | ({} if table is None else dict(tensors=table))
+        parts, table = ([memoryview(content)], None) if isinstance(content, bytes) else safetensors_parts(content)
+        files[name] = write_file(directory/name, parts) | ({} if table is None else dict(tensors=table))
     manifest = Manifest(files, meta)
-    parts[MANIFEST] = [memoryview(manifest.dumps().encode())]
-    write_file(directory/MANIFEST, parts[MANIFEST])
-    for folder in {(directory/name).parent for name in parts}: fsync(folder)
-    return parts, manifest
+    write_file(directory/MANIFEST, [memoryview(manifest.dumps().encode())])
+    for folder in {(directory/name).parent for name in (*contents, MANIFEST)}: fsync(folder)
+    return manifest
 
 # %% ../nbs/06c_saving.ipynb #52cb5b28
 @dataclass(frozen=True)
@@ -206,9 +212,9 @@ class Snapshot:
         "See `save_checkpoint`."
         return save_checkpoint(path, self.contents, meta=self.meta)
 
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "Copies on the CPU."
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+def on_cpu(tensors: Mapping[str, Tensor], copy: bool = True) -> dict[str, Tensor]:
+    "The tensors on the CPU; `copy`: also those that are there already."
+    return {name: tensor.detach().to("cpu", copy=copy) for name, tensor in tensors.items()}
 
 # %% ../nbs/06c_saving.ipynb #84574164
 def verified(checkpoint: Path | str | CheckpointReport) -> CheckpointReport:

@@ -87,6 +87,7 @@ def sha256(path: Path) -> str:
 
 def is_pickle(name: str, start: bytes) -> bool:
     "By its name, or by how pickles and torch's archives begin."
+    if name.endswith(".safetensors"): return False  # its first bytes are a length, which may be any, and no reader of it unpickles
     return (PurePosixPath(name).suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"} or start[:4] == b"PK\3\4"
             or start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
 

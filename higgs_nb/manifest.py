@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 
 # %% auto #0
 __all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MAX_FILES', 'MAX_HEADER', 'MAX_JSON', 'MACHINE', 'HIDDEN', 'NO_LOCKS',
-           'PICKLE', 'Manifest', 'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle', 'tensor_table',
-           'hidden_name', 'writer_of', 'CheckpointReport', 'Reports', 'read_json', 'check_file', 'check_unknown',
-           'check_adapter', 'validate_checkpoint', 'members', 'list_checkpoints', 'latest_checkpoint',
-           'find_checkpoints', 'main']
+           'PICKLE', 'DEPTH', 'Manifest', 'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle',
+           'tensor_table', 'hidden_name', 'writer_of', 'CheckpointReport', 'Reports', 'read_json', 'check_file',
+           'check_unknown', 'check_adapter', 'validate_checkpoint', 'members', 'list_checkpoints', 'latest_checkpoint',
+           'find_checkpoints', 'move_aside', 'main']
 
 # %% ../nbs/06b_manifest.ipynb #746b8d5a
 MANIFEST, FORMAT = "manifest.json", "higgs_nb-checkpoint-1"
@@ -219,7 +219,7 @@ def _validate(path: Path) -> tuple[tuple[Fault, ...], Manifest | None]:
     files, faults = scan(path)
     unknown = lambda names, owned: [f for n in sorted(names) if (f := check_unknown(path/n, n, owned))]
     if MANIFEST not in files:
-        foreign = any(name.startswith("adapter_") for name in files)
+        foreign = any(name.startswith("adapter_") or name == "trainer_state.json" for name in files)  # PEFT's, or of transformers' Trainer
         faults += check_adapter(path, set(files)) if foreign else [Fault("missing", name, "missing") for name in (MANIFEST, *ADAPTER_FILES)]
         return (*faults, *unknown(files, False)), None
     try: manifest = Manifest.loads(read_json(path/MANIFEST))
@@ -251,17 +251,38 @@ def latest_checkpoint(run_dir: Path | str) -> tuple[CheckpointReport | None, Rep
     return None, passed
 
 # %% ../nbs/06b_manifest.ipynb #1bcaca50
-def find_checkpoints(path: Path) -> list[Path]:
-    "The checkpoints of a run directory, with itself if it is one too; `path` alone if it holds none."
-    within = [r.path for r in members(path)] if path.is_dir() else []
+DEPTH = 4  # how many folders a parent of many runs is searched down
+
+def find_checkpoints(path: Path, depth: int = DEPTH) -> list[Path]:
+    "The checkpoints in a folder and in the folders in it, with itself if it is one too. No link is followed, and what earlier repairs moved away is left out."
+    if not path.is_dir() or path.is_symlink(): return []
     itself = any((path/name).exists() for name in (MANIFEST, *ADAPTER_FILES))
-    return [path] * (itself or not within) + within
+    within = [r.path for r in members(path)]
+    if itself or depth == 0: return [path] * itself + within
+    further = sorted(p for p in path.iterdir() if p not in within and not p.name.startswith(".") and not re.fullmatch(r"broken-\d+", p.name))
+    return within + [c for p in further for c in find_checkpoints(p, depth - 1)]
+
+def move_aside(report: CheckpointReport) -> Path | None:
+    "Move a broken checkpoint into a new folder `broken-N` beside it, and say where to; None if it is whole, unverified, gone, or its writer may live."
+    if report.status not in ("corrupt", "incomplete") or not (report.path.exists() or report.path.is_symlink()): return None
+    if HIDDEN.fullmatch(report.path.name) and writer_of(report.path) != "gone": return None
+    for number in range(1, 10_000):
+        aside = report.path.absolute().parent/f"broken-{number}"
+        if (aside/report.path.name).exists() or (aside/report.path.name).is_symlink(): continue
+        aside.mkdir(exist_ok=True)
+        report.path.rename(aside/report.path.name)
+        return aside/report.path.name
 
 def main(argv: list[str] | None = None) -> int:
-    "Print a verdict on every checkpoint given, or found in the run directories given."
+    "Print a verdict on every checkpoint given, or found below the directories given."
     parser = argparse.ArgumentParser("higgs_validate", epilog="exit code: 0 if all are whole, 1 otherwise, 2 for wrong usage",
                                      description="Say of checkpoints whether they are whole, incomplete, corrupt or unverified.")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkpoint, or a run directory with checkpoint-* in it")
-    reports = Reports(validate_checkpoint(p) for path in parser.parse_args(argv).paths for p in find_checkpoints(path))
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkpoint, a run directory with checkpoint-* in it, or a folder with many runs")
+    parser.add_argument("--repair", action="store_true", help="move broken ones into a folder broken-N beside them; nothing is deleted")
+    args = parser.parse_args(argv)
+    found = [checkpoint for path in args.paths for checkpoint in find_checkpoints(path)]
+    reports = Reports(map(validate_checkpoint, found + [path for path in args.paths if not find_checkpoints(path)]))
     print(reports)
+    for report in reports[:len(found)] if args.repair else ():  # a directory without any checkpoint is not ours to move
+        if moved := move_aside(report): print(f"moved: {report.path} -> {moved.parent.name}/{moved.name}")
     return 0 if all(r.whole for r in reports) else 1

@@ -128,6 +128,8 @@ class HiggsTrainer(Trainer):
         self.speed, self.stop = SpeedCallback(model.config, args.token_budget, args.world_size), StopCallback(args.output_dir)
         super().__init__(model, args, data_collator=PackedCollator(self.tokens, train_dataset.extractor), train_dataset=train_dataset, eval_dataset=eval_dataset,
                          callbacks=[self.speed, EndCallback(), self.stop, *(callbacks or []), LogFileCallback()], **kwargs)
+        if args.fsdp or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("FSDP and DeepSpeed divide the adapter among processes, which checkpoints cannot gather yet: leave them out. Plain processes (DDP) train the same, each with the whole base.")
         self.add_callback(TakeUpCallback(self))
         self.loss_is_scaled_for_ga = True  # counts are those of the whole step
         self.meter, self.probes, self.base, self.resumed, self.earlier_seconds, self.saver = LossMeter(), [], base or {}, None, 0.0, BackgroundSaver()

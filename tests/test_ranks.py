@@ -49,6 +49,10 @@ def test_a_save_that_fails_fails_everywhere(tmp_path):
     for part in ("CheckpointError: in the first process: checkpoint not saved", "Errno 27", f"{tmp_path}/checkpoint-3", "MB free"): assert part in other, other
 
 
+def test_what_cannot_be_saved_is_refused(tmp_path):
+    assert run(tmp_path, ranks=2, fsdp="full_shard") == [1, 1] and "FSDP and DeepSpeed divide the adapter" in said(tmp_path)
+
+
 FRAMES = (20, 22, 24, 26, 28, 30, 32, 34)  # eight sentences: one row of all, or two rows of four
 
 

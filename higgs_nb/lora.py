@@ -9,11 +9,16 @@ import difflib
 from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['ATTENTION', 'TEXT_FFN', 'AUDIO_FFN', 'AUDIO_ATTENTION', 'PRESETS', 'HEADS', 'EMBEDDINGS', 'TOWER',
-           'create_lora_config', 'fit_config', 'Match', 'MatchTable', 'match_table', 'apply_lora', 'merge_lora']
+__all__ = ['logger', 'ATTENTION', 'TEXT_FFN', 'AUDIO_FFN', 'AUDIO_ATTENTION', 'PRESETS', 'HEADS', 'EMBEDDINGS', 'TOWER', 'FROZEN',
+           'create_lora_config', 'fit_config', 'Match', 'MatchTable', 'match_table', 'apply_lora', 'freeze_silent',
+           'untrained', 'merge_lora']
 
 # %% ../nbs/06_lora.ipynb #ffc9be33
 ATTENTION = tuple(f"self_attn.{p}_proj" for p in "qkvo")
@@ -31,17 +36,20 @@ EMBEDDINGS = ("model.embed_audio_tokens", "model.embed_tokens")
 # %% ../nbs/06_lora.ipynb #dc74c77f
 def create_lora_config(targets: str | tuple[str, ...] = "all",  # a preset ("all", "attention", "audio") or names such as "self_attn.q_proj"
                        r: int = 16,  # rank
-                       alpha: int | None = None,  # scale is alpha / r; None: 2 * r
+                       alpha: int | None = None,  # scale is alpha / r; None: 2 * r, for each rank of `rank_pattern` too
                        dropout: float = 0.0,
                        train: tuple[str, ...] = (),  # modules trained in full: HEADS, EMBEDDINGS or parts of them
-                       **peft_options,  # use_rslora, use_dora, rank_pattern, ...: see peft.LoraConfig
+                       rank_pattern: dict[str, int] | None = None,  # another rank for single targets: {"mlp.gate_proj": 8}
+                       **peft_options,  # use_rslora, use_dora, ...: see peft.LoraConfig
                        ) -> LoraConfig:
     "A PEFT configuration; `ValueError` if `targets` is neither a preset nor a list of names."
     preset = targets if isinstance(targets, str) else None
     if preset is not None:
         if targets not in PRESETS: raise ValueError(f"no preset {targets!r}: choose one of {sorted(PRESETS)}, or give a list of names such as {PRESETS['all'][:2]}")
         targets = PRESETS[targets]
-    config = LoraConfig(r=r, lora_alpha=2 * r if alpha is None else alpha, lora_dropout=dropout, target_modules=list(targets),
+    ranks = {k: int(v) for k, v in (rank_pattern or {}).items()}
+    if alpha is None: peft_options = {"alpha_pattern": {k: 2 * v for k, v in ranks.items()}, **peft_options}
+    config = LoraConfig(r=r, rank_pattern=ranks, lora_alpha=2 * r if alpha is None else alpha, lora_dropout=dropout, target_modules=list(targets),
                         modules_to_save=list(train) or None, **peft_options)
     config.preset = preset  # a preset takes what the model has, a list of names is taken at its word
     return config
@@ -107,8 +115,11 @@ def match_table(model: nn.Module,  # the base, before it is adapted
     for target in sorted(config.target_modules, key=lambda t: (PRESETS["all"].index(t) if t in PRESETS["all"] else len(PRESETS["all"]), t)):
         found = matching(linear, target)
         if not found: raise missing(target, linear)
-        rank = lambda n: next((v for k, v in (config.rank_pattern or {}).items() if n.endswith(k)), config.r)
-        table.append(Match(target, "lora", found, sum(rank(n) * (linear[n].in_features + linear[n].out_features) for n in found)))
+        rank = lambda n: config.rank_pattern.get(get_pattern_key(config.rank_pattern, n), config.r)
+        table.append(Match(target, "lora", found, sum(rank(n) * (linear[n].in_features + linear[n].out_features) + config.use_dora * linear[n].out_features for n in found)))
+    adapted = [n for m in table for n in m.modules]
+    for key in config.rank_pattern:
+        if not any(get_pattern_key([key], n) != n or n == key for n in adapted): raise missing(key, adapted)
     for target in config.modules_to_save or ():
         found = matching(modules, target)
         if not found: raise missing(target, modules)
@@ -118,7 +129,9 @@ def match_table(model: nn.Module,  # the base, before it is adapted
 
 # %% ../nbs/06_lora.ipynb #3e76bc20
 def apply_lora(model: nn.Module,  # changed in place, as PEFT does
-               config: LoraConfig) -> PeftModel:
+               config: LoraConfig,
+               text_loss: bool = True,  # False: text is not supervised, see `freeze_silent`
+               ) -> PeftModel:
     "Put adapters into `model`; `RuntimeError` if the trainable parameters are not those of `match_table`. Fresh adapters change no output."
     table = match_table(model, config)
     adapted = get_peft_model(model, fit_config(config, model))
@@ -127,8 +140,32 @@ def apply_lora(model: nn.Module,  # changed in place, as PEFT does
     expected = {n for m in table if m.kind == "lora" for n in m.modules}
     if lora != expected: raise RuntimeError(f"PEFT adapted {len(lora)} modules, expected {len(expected)}; first difference: {sorted(lora ^ expected)[:3]}")
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    if trainable != table.trainable and not config.use_dora: raise RuntimeError(f"{trainable:,} parameters are trainable, expected {table.trainable:,}")
+    if trainable != table.trainable: raise RuntimeError(f"{trainable:,} parameters are trainable, expected {table.trainable:,}")
+    if not text_loss: freeze_silent(adapted)
     return adapted
+
+# %% ../nbs/06_lora.ipynb #17762877
+def freeze_silent(model: PeftModel) -> list[str]:
+    "Freeze what has no gradient without text loss, the last layer's text network and the text head; logs and returns their names, and the match table shows them."
+    last = f"layers.{model.config.num_hidden_layers - 1}.mlp."
+    silent = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (last in n or "text_lm_head" in n)]
+    for _, p in silent: p.requires_grad_(False)
+    for m in list(getattr(model, "match_table", ())):
+        quiet = [n for n in m.modules if last in n or n == "text_lm_head"]
+        if not quiet or m.kind == FROZEN: continue
+        inside = sum(p.numel() for n, p in silent if any(f".{q}." in n for q in quiet))
+        model.match_table.append(Match(m.target, FROZEN, quiet, 0))
+        m.modules, m.trainable = [n for n in m.modules if n not in quiet], m.trainable - inside
+    if silent: logger.warning(f"the text loss has weight 0: {len(silent)} parameters of {last.strip('.')} and the text head get no gradient and are frozen")
+    return [n for n, _ in silent]
+
+FROZEN = "no gradient"
+
+def untrained(model: PeftModel) -> list[str]:
+    "Names of adapters and fully trained modules that are as they were at the start: `lora_B` zero, or equal to the base's."
+    lora = [n for n, p in model.named_parameters() if ".lora_B." in n and not p.any()]
+    pairs = [(n, p, n.replace("modules_to_save.default", "original_module")) for n, p in model.named_parameters() if ".modules_to_save." in n]
+    return lora + [n for n, p, before in pairs if torch.equal(p, model.get_parameter(before))]
 
 # %% ../nbs/06_lora.ipynb #52e7b2c5
 def merge_lora(model: PeftModel) -> nn.Module:

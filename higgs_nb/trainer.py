@@ -25,6 +25,7 @@ from .background import BackgroundSaver
 from .callbacks import EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
 from .checkpoint import adapter_tensors, describe_base, preflight, restore_adapter, snapshot_adapter
 from .collator import PackedBatchSampler, PackedCollator
+from .lora import freeze_silent
 from .manifest import CheckpointReport, Manifest
 from .model import LossWeights, target_counts
 from .probe import OffsetProbe, offset_probe
@@ -125,6 +126,7 @@ class HiggsTrainer(Trainer):
                                                           args.label_smoothing_factor)
         self.tokens, self.tokenizer = train_dataset.tokens, tokenizer or train_dataset.tokenizer
         for data in filter(None, (train_dataset, eval_dataset)): check_hearing(model.get_base_model(), data)
+        if not args.text_loss_weight: freeze_silent(model)
         self.speed, self.stop = SpeedCallback(model.config, args.token_budget, args.world_size), StopCallback(args.output_dir)
         super().__init__(model, args, data_collator=PackedCollator(self.tokens, train_dataset.extractor), train_dataset=train_dataset, eval_dataset=eval_dataset,
                          callbacks=[self.speed, EndCallback(), self.stop, *(callbacks or []), LogFileCallback()], **kwargs)

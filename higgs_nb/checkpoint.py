@@ -11,17 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from .manifest import (ADAPTER_FILES, HIDDEN, CheckpointReport, Manifest, Reports, hidden_name, latest_checkpoint, list_checkpoints, main,
                                validate_checkpoint, writer_of)
 from .saving import (REMEDIES, CheckpointError, Content, Snapshot, explained, free_bytes, load_files, on_cpu, prune_checkpoints, remove_directory,
                              same_bits, save_checkpoint, staging_directory, verified)
 
 # %% auto #0
-__all__ = ['BASE_KEYS', 'VOLATILE', 'stable_config', 'base_of', 'config_fingerprint', 'base_tensors', 'replaced_tensors',
-           'weights_fingerprint', 'describe_base', 'adapter_state', 'adapter_tensors', 'adapter_config',
-           'snapshot_adapter', 'save_lora_adapters', 'check_base', 'load_lora_adapters', 'load_adapter',
-           'restore_adapter', 'preflight']
+__all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'stable_config', 'base_of', 'config_fingerprint', 'base_tensors',
+           'replaced_tensors', 'weights_fingerprint', 'describe_base', 'adapter_state', 'adapter_tensors',
+           'adapter_config', 'snapshot_adapter', 'save_lora_adapters', 'check_base', 'load_lora_adapters',
+           'load_adapter', 'restore_adapter', 'try_on_fresh_base', 'preflight']
 
 # %% ../nbs/07_checkpoint.ipynb #ba57356a
 BASE_KEYS = {"config", "config_fingerprint", "weights_fingerprint", "without", "tensors", "parameters"}
@@ -44,7 +44,7 @@ def config_fingerprint(model: nn.Module) -> str:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     "The state of the base model under its own names, whether or not adapters lie over it."
     return {re.sub(r"\.(base_layer|original_module)(?=\.)", "", name): tensor for name, tensor in base_of(model).state_dict().items()
-            if not re.search(r"\.(lora_[A-Za-z_]+|modules_to_save)\.", name)}
+            if not re.search(r"\.(lora_[A-Za-z_]+|modules_to_save|trainable_tokens_[a-z]+)\.", name)}
 
 def replaced_tensors(model: nn.Module) -> list[str]:
     "Names of the base's tensors that lie idle under a module of `modules_to_save`."
@@ -70,6 +70,8 @@ def describe_base(model: nn.Module, id: str | None = None, revision: str | None 
                 tensors=len(tensors), parameters=sum(t.numel() for t in tensors.values()))
 
 # %% ../nbs/07_checkpoint.ipynb #eced2adf
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of `init_lora_weights` that change the base
+
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     "The adapter's tensors under the names of PEFT's format, as they are in `model`. Asks no hub."
     if len(model.peft_config) != 1: raise CheckpointError(f"a checkpoint holds one adapter; the model has {sorted(model.peft_config)}")
@@ -77,6 +79,9 @@ def adapter_state(model: PeftModel) -> dict[str, Tensor]:
 
 def adapter_tensors(model: PeftModel, copy: bool = True) -> dict[str, Tensor]:
     "All that training changes, on the CPU; `copy`: apart from the model in any case. `CheckpointError` names trainable parameters that PEFT would leave out."
+    if (how := str(next(iter(model.peft_config.values())).init_lora_weights).lower()).startswith(MOVES_BASE):
+        raise CheckpointError(f"adapter not saved: init_lora_weights={how!r} moved a part of the base's weights into it, so it fits no base that can be loaded",
+                              remedy="make it with init_lora_weights=True, 'gaussian', 'orthogonal' or 'eva', which leave the base as it is")
     state = adapter_state(model)
     saved = {tensor.data_ptr() for tensor in state.values()}
     if left := [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]:
@@ -175,6 +180,17 @@ def _check_arrival(loaded: dict[str, Tensor], saved: dict[str, Tensor], path: Pa
     if rounded: warnings.warn(f"{len(rounded)} tensors of {path} were rounded to {loaded[rounded[0]].dtype}, the base's: {rounded[:3]}")
 
 # %% ../nbs/07_checkpoint.ipynb #27df50b2
+def try_on_fresh_base(model: PeftModel, path: Path) -> None:
+    "Load the adapter of `model` with the configuration in `path` as onto a fresh base, whose tensors are on the meta device; `CheckpointError` if it does not fit."
+    empty = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
+    empty |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
+    state, fresh = adapter_state(model), PeftModel(copy.deepcopy(model, empty).unload(), PeftConfig.from_pretrained(str(path)), low_cpu_mem_usage=True)
+    try:
+        if odd := set_peft_model_state_dict(fresh, state, low_cpu_mem_usage=True).unexpected_keys: raise KeyError(odd[0])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError("the adapter would be saved, and could not be loaded on a fresh base", path, error,
+                              "give full names in `modules_to_save`, such as 'model.embed_audio_tokens'; `apply_lora` checks them") from error
+
 def preflight(output_dir: Path | str, # where checkpoints will be; made if it is not there
               bytes_needed: int, # for all that will lie there at one time, `save_total_limit + 2` checkpoints, optimizer state included
               model: PeftModel | None = None, # rehearse with this adapter: saved, and loaded back into it; None: with a tensor of no importance
@@ -188,7 +204,10 @@ def preflight(output_dir: Path | str, # where checkpoints will be; made if it is
     try:
         with staging_directory(output_dir/"preflight") as box:
             snapshot.save(box/"checkpoint-0")
-            load_files(box/"checkpoint-0") if model is None else restore_adapter(model, box/"checkpoint-0", base)
+            if model is None: load_files(box/"checkpoint-0")
+            else:
+                restore_adapter(model, box/"checkpoint-0", base)
+                try_on_fresh_base(model, box/"checkpoint-0")
             with explained("its place could not be cleared", output_dir):
                 for left in output_dir.glob(".preflight.*"):
                     if left == box or HIDDEN.fullmatch(left.name) and writer_of(left) == "gone": remove_directory(left.rename(hidden_name(output_dir/"preflight", "removing")))

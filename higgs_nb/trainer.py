@@ -23,7 +23,7 @@ from .audit import audit
 from .chatml import Audio
 from .background import BackgroundSaver
 from .callbacks import EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
-from .checkpoint import adapter_tensors, describe_base, preflight, restore_adapter, snapshot_adapter
+from .checkpoint import adapter_state, describe_base, preflight, restore_adapter, snapshot_adapter
 from .collator import PackedBatchSampler, PackedCollator
 from .lora import freeze_silent
 from .manifest import CheckpointReport, Manifest
@@ -32,7 +32,7 @@ from .probe import OffsetProbe, offset_probe
 from .resume import (checkpoint_to_resume, describe_adapter, describe_data, differences, load_optimizer_state, of_every_process, on_first_process,
                              any_process, optimizer_state, pack, read_state, rng_state, set_rng_state, state_files, unpack)
 from .samples import IGNORE
-from .saving import CheckpointError, prune_checkpoints
+from .saving import CheckpointError, explained, make_dirs, prune_checkpoints
 
 logger = logging.get_logger(__name__)
 
@@ -127,6 +127,8 @@ class HiggsTrainer(Trainer):
         self.tokens, self.tokenizer = train_dataset.tokens, tokenizer or train_dataset.tokenizer
         for data in filter(None, (train_dataset, eval_dataset)): check_hearing(model.get_base_model(), data)
         if not args.text_loss_weight: freeze_silent(model)
+        if args.should_save:
+            with explained("this run could not save: its directory could not be made", Path(args.output_dir)): make_dirs(Path(args.output_dir))
         self.speed, self.stop = SpeedCallback(model.config, args.token_budget, args.world_size), StopCallback(args.output_dir)
         super().__init__(model, args, data_collator=PackedCollator(self.tokens, train_dataset.extractor), train_dataset=train_dataset, eval_dataset=eval_dataset,
                          callbacks=[self.speed, EndCallback(), self.stop, *(callbacks or []), LogFileCallback()], **kwargs)
@@ -370,14 +372,12 @@ def run_probe(self: HiggsTrainer, batch: dict[str, Tensor], prefix: str = "eval"
 # %% ../nbs/08_trainer.ipynb #0eb68b72
 @patch
 def before_training(self: HiggsTrainer):
-    """Raise `CheckpointError` if nothing could be saved, `LabelError` if the labels of the first batch are impossible; describe base and run once; measure
-    the device if asked to."""
-    trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-    size = sum(t.numel() * t.element_size() for t in adapter_tensors(self.model).values()) + 8 * trained  # Adam keeps two numbers for each
-    on_first_process(lambda: preflight(self.args.output_dir, size * ((self.args.save_total_limit or 3) + 2)))
-    audit(next(iter(self.get_train_dataloader())), self.tokenizer, self.tokens)
+    """Raise `CheckpointError` if nothing could be saved or what is saved not be loaded, `LabelError` if the labels of the first batch are impossible; describe
+    base and run once; measure the device if asked to."""
     self.base = describe_base(self.model, **{k: self.base.get(k) for k in ("id", "revision")})
-    on_first_process(lambda: preflight(self.args.output_dir, 0, self.model, self.base))
+    size = sum(t.nbytes for t in adapter_state(self.model).values()) + 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)  # Adam's two moments
+    on_first_process(lambda: preflight(self.args.output_dir, size * ((self.args.save_total_limit or 3) + 2), self.model, self.base))
+    audit(next(iter(self.get_train_dataloader())), self.tokenizer, self.tokens)
     self.run = self.describe_run()
     if self.args.measure_peak: self.speed.peak = matmul_rate(self.args.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.mixed_precision, self.model.dtype))
 

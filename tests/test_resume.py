@@ -1,8 +1,9 @@
 "A run that was cut off goes on to the bit; one that is asked to stop saves first; one that cannot save says so. One process; test_ranks.py has several."
-import json, shutil, signal, subprocess, sys, time
+import json, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
+from peft import LoraConfig, get_peft_model
 from resume_job import log, make_trainer, run, said, train, whole_state
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
@@ -13,6 +14,7 @@ from higgs_nb.chatml import embedded_corpus
 from higgs_nb.checkpoint import CheckpointError, adapter_tensors
 from higgs_nb.manifest import list_checkpoints, main as higgs_validate
 from higgs_nb.model import load_model
+from higgs_nb.trainer import HiggsTrainer
 
 KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
 
@@ -110,6 +112,47 @@ def test_a_stop_file(cut, tmp_path):
     (folder/"STOP").touch()
     assert run(folder, resume="auto") == [75]
     assert [r.step for r in list_checkpoints(folder)] == [13, 14] and not (folder/"STOP").exists() and f"found {folder}/STOP" in said(folder)
+
+
+def careless(folder):
+    "A trainer whose adapter trains a module and the one inside it, both of that name; `apply_lora` would refuse."
+    trainer = make_trainer(folder/"any")
+    base = trainer.model.unload()
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_audio_tokens"]))
+    return HiggsTrainer(adapted, trainer.args, trainer.train_dataset, trainer.eval_dataset)
+
+
+def unfrozen(folder):
+    trainer = make_trainer(folder/"any")
+    trainer.model.get_base_model().text_lm_head.weight.requires_grad_(True)
+    return trainer
+
+
+def on_a_file(folder):
+    (folder/"any").write_text("mine")
+    return make_trainer(folder/"any"/"run")
+
+
+@pytest.mark.parametrize("make, says", [
+    (careless, ("could not be loaded on a fresh base", "KeyError", "{folder}/any", "MB free", "give full names in `modules_to_save`")),
+    (unfrozen, ("1 trained parameters belong to no adapter", "text_lm_head.weight", "name their modules in `modules_to_save`")),
+    (lambda folder: make_trainer(folder/"any", adapter=dict(init_lora_weights="pissa")), ("init_lora_weights='pissa' moved a part of the base's weights", "'gaussian'")),
+    (on_a_file, ("could not save", "FileExistsError: [Errno 17]", "{folder}/any/run", "MB free", "choose another output directory")),
+    (lambda folder: make_trainer(folder/"any", save_total_limit=10**9), ("the run needs", "{folder}/any", "MB free", "free space on this disk")),
+], ids=["no reload", "unfrozen", "pissa", "a file", "no room"])
+def test_a_run_that_could_not_save_ends_before_step_1(tmp_path, make, says):
+    "Type, message, path and what to do; nothing is left behind, not even a log."
+    with pytest.raises(CheckpointError) as caught: make(tmp_path).train()
+    for part in says: assert part.format(folder=tmp_path) in str(caught.value), str(caught.value)
+    assert not [p for p in tmp_path.glob("any/**/*") if p.is_file()]
+
+
+def test_the_space_that_a_run_needs(whole, tmp_path):
+    "`save_total_limit` + 2 checkpoints, each with the adapter and Adam's two moments."
+    with pytest.raises(CheckpointError) as caught: make_trainer(tmp_path, save_total_limit=10**6 - 2).train()
+    each = float(re.search(r"needs ([\d.,]+) MB", str(caught.value))[1].replace(",", ""))
+    adapter, state = (load_file(whole/"checkpoint-40"/name) for name in ("adapter_model.safetensors", "training_state.safetensors"))
+    assert each == sum(t.nbytes for t in adapter.values()) + sum(t.nbytes for name, t in state.items() if "/exp_avg" in name)
 
 
 @pytest.mark.parametrize("policy, code, steps", [("stop", 1, [13]), ("warn", 0, [13, 39, 40])])

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import nbformat, papermill, pytest, torch
 from conftest import ROOT, committed
+from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import HiggsAudioV2ForConditionalGeneration
+from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
 from higgs_nb.chatml import embedded_corpus
-from higgs_nb.checkpoint import load_lora_adapters, main as higgs_validate
+from higgs_nb.checkpoint import CheckpointError, load_lora_adapters, main as higgs_validate
+from higgs_nb.export import answers, compare, export_model
+from higgs_nb.lora import merge_lora
 from higgs_nb.model import load_model
 from higgs_nb.run import main as higgs_run
 
@@ -19,6 +22,7 @@ SOUNDS = os.environ.get("HIGGS_NB_SOUNDS", "")
 SMALL = {
     "corpus.ipynb": dict(source=SOUNDS, out="allison"),
     "fit_codec.ipynb": dict(corpus=str(embedded_corpus()), out="codec", codebook_size=16, iterations=2, clips=8),
+    "export.ipynb": dict(out="export", text="Please hold."),  # of the run that `trained` makes
     "train.ipynb": dict(out="run", steps=60, max_clips=12, token_budget=1024, eval_every=30, save_every=30, warmup=5, speak=1),
 }
 # notebook: what a machine may lack (None: nothing is missing), and why it is skipped then
@@ -31,7 +35,7 @@ def test_each_is_listed():
     assert set(SMALL) == set(RUNS), "a notebook of nbs/runs has no small parameters here, or is gone"
 
 
-@pytest.mark.parametrize("name", sorted(set(SMALL) - {"train.ipynb"}))  # that one is looked at more closely below
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"train.ipynb", "export.ipynb"}))  # those are looked at more closely below
 def test_run(name, tmp_path):
     if NEEDS.get(name): pytest.skip(NEEDS[name])
     papermill.execute_notebook(RUNS[name], tmp_path/name, parameters=SMALL[name], cwd=tmp_path, progress_bar=False)
@@ -78,6 +82,43 @@ def test_stock_peft_reads_the_adapter(trained):
     ours = load_lora_adapters(load_model(str(trained/"base")), trained/"adapter").eval()
     ids = torch.arange(40)[None]
     with torch.no_grad(): assert torch.equal(stock(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    "The directory of `higgs_run export` on that run: `adapter` and `merged`."
+    out = tmp_path_factory.mktemp("exports")/SMALL["export.ipynb"]["out"]
+    assert higgs_run(["export", "--out", str(out), "-p", "run", str(trained), "-p", "text", SMALL["export.ipynb"]["text"]]) == 0
+    return out
+
+
+def test_stock_classes_read_both_exports(trained, exported):
+    "transformers alone loads the merged model, and with plain PEFT the adapter; both answer as the run's adapter does, on words and frames."
+    stock = lambda path: HiggsAudioV2ForConditionalGeneration.from_pretrained(path, use_text_head=True)
+    tokenizer = AutoTokenizer.from_pretrained(exported/"merged")
+    expected = answers(load_lora_adapters(load_model(str(trained/"base")), trained/"adapter"), tokenizer, "Hello.", 20)
+    assert expected["codes"].shape[1] > 0, "this model says nothing: choose another text"
+    assert compare(answers(PeftModel.from_pretrained(stock(trained/"base"), exported/"adapter"), tokenizer, "Hello.", 20), expected, "the adapter", exported) < 1e-6
+    assert compare(answers(stock(exported/"merged"), tokenizer, "Hello.", 20), expected, "the merged model", exported) < 1e-4
+    with pytest.raises(CheckpointError, match="another model"): compare(answers(stock(trained/"base"), tokenizer, "Hello.", 20), expected, "the base", exported)
+    assert higgs_validate([str(exported)]) == 0
+    card = ModelCard.load(exported/"merged"/"README.md")
+    run = json.loads((trained/"run.json").read_text())
+    assert card.data.pipeline_tag == "text-to-speech" and f"{run['held_out_audio_loss']['after']:.4f}" in card.text and run["verdict"] in card.text
+
+
+def test_a_weight_that_changed_after_the_merge_is_not_exported(trained, tmp_path):
+    "Nor is one that does not reach the disk: in both cases nothing is left, hidden or not."
+    model, tokenizer = load_lora_adapters(load_model(str(trained/"base")), trained/"adapter"), AutoTokenizer.from_pretrained(trained/"base")
+    expected, merged = answers(model, tokenizer, "Hello.", 20), merge_lora(model)
+    with torch.no_grad(): merged.model.layers[0].mlp.down_proj.weight[3] += 0.1
+    with pytest.raises(CheckpointError, match="the model to export is another model"):
+        export_model(merged, tmp_path/"merged", tokenizer, "", expected=expected, text="Hello.", max_frames=20)
+    merged = merge_lora(model)
+    merged.text_lm_head._register_state_dict_hook(lambda module, state, prefix, meta: state.update({f"{prefix}weight": -state[f"{prefix}weight"]}))
+    with pytest.raises(CheckpointError, match="what was saved is another model"):
+        export_model(merged, tmp_path/"merged", tokenizer, "", text="Hello.", max_frames=20)
+    assert not list(tmp_path.iterdir())
 
 
 def test_validator_sees_a_flipped_byte(trained, tmp_path, capsys):

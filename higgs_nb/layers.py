@@ -194,6 +194,7 @@ class HiggsDecoder(HiggsAudioV2Model):
         if input_ids is None and inputs_embeds is not None: return audio_input_ids_mask
         return super().get_placeholder_mask(input_ids, inputs_embeds, audio_input_ids_mask)
 
+    @torch.compiler.disable  # its operations are fused already, and torch.compile fails on rows of changing length (torch 2.13)
     def packed_forward(self, input_ids, audio_input_ids, position_ids, packed: dict, whisper=None, whisper_rows=None) -> Tensor:
         "The last hidden states of a packed row in the order of the sequence: (positions, hidden)"
         hidden = torch.cat([self.embed_tokens(input_ids[0].index_select(0, packed["text_positions"])), self.embed_audio_tokens(audio_input_ids[0])])

@@ -105,6 +105,15 @@ def test_weights_and_smoothing_reach_the_gradient(model):
     torch.testing.assert_close(*grads, rtol=0, atol=1e-6)
 
 
+def test_under_torch_compile(model):
+    "`torch_compile=True` of the trainer is no error; the packed way stays as it is."
+    made, tokens = samples(model.config)
+    compiled = torch.compile(model, backend="eager")
+    for some in (made, made[::2]):
+        batch = PackedCollator(tokens)(some)
+        assert torch.equal(compiled(**batch).loss, model(**batch).loss)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: flash attention over packed rows, and the driver's own account of who waits")
 def test_on_a_gpu(model):
     made, tokens = samples(model.config)

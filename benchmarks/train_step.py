@@ -29,7 +29,7 @@ from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneratio
 from higgs_nb.collator import PaddedCollator
 from higgs_nb.lora import apply_lora, create_lora_config
 from higgs_nb.model import HiggsAudioForTraining
-from higgs_nb.samples import IGNORE, AudioTokens, Sample, delay_pattern
+from higgs_nb.samples import IGNORE, AudioTokens, Sample, SampleDataset, delay_pattern
 from higgs_nb.trainer import HiggsTrainer, HiggsTrainingArguments
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
@@ -68,14 +68,13 @@ def make_sample(length: int, config, rule: str, g: torch.Generator) -> Sample:
     return Sample(ids, labels, audio_ids, audio_labels)
 
 
-class Samples(torch.utils.data.Dataset):
-    "The samples of one step, and what `HiggsTrainer` asks of a data set."
+class Samples(SampleDataset):
+    "The samples of one step, made up instead of encoded."
     def __init__(self, config, rule, lengths=LENGTHS):
         g = torch.Generator().manual_seed(0)
         self.samples = [replace(make_sample(n, config, rule, g), id=str(i)) for i, n in enumerate(lengths)]
-        self.lengths, self.conversations, self.tokens, self.tokenizer = [len(s) for s in self.samples], self.samples, tokens_of(config), None
+        super().__init__(self.samples, None, None, tokens_of(config))
 
-    def __len__(self): return len(self.samples)
     def __getitem__(self, i): return self.samples[i]
 
 
@@ -123,7 +122,7 @@ class Arm:
         "`steps` optimizer steps. `whole`: all samples in one batch, and the plain mean of each loss, codebooks added up."
         watch = Stopwatch()
         options = dict(max_steps=steps, bf16=True, use_cpu=not torch.cuda.is_available(), report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
-                       learning_rate=1e-3 if whole else 1e-4, lr_scheduler_type="constant", seed=0)
+                       learning_rate=2e-4, lr_scheduler_type="constant", seed=0)
         if self.name == "stock":
             fields, collate = ("input_ids", "attention_mask", "labels", "audio_input_ids", "audio_labels", "audio_input_ids_mask"), PaddedCollator(self.data.tokens)
             batch = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1) if whole else dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)

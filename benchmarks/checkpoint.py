@@ -15,7 +15,7 @@ import torch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgs_nb.background import BackgroundSaver
-from higgs_nb.checkpoint import BASE_KEYS, adapter_state, save_lora_adapters, snapshot_adapter
+from higgs_nb.checkpoint import BASE_KEYS, adapter_state, save_lora_adapters, take_snapshot
 from higgs_nb.lora import apply_lora, create_lora_config
 from higgs_nb.manifest import validate_checkpoint
 from higgs_nb.saving import fsync
@@ -47,7 +47,7 @@ def measure(model, root: Path, rounds: int) -> dict[str, list[float]]:
         for file in (root/"plain").iterdir(): fsync(file)
         fsync(root/"plain")
     def background():
-        saver.submit(snapshot_adapter(model, base=base), root/"checkpoint-1")
+        saver.submit(take_snapshot(model, base=base), root/"checkpoint-1")
     kept = []
     arms = {"plain": lambda: model.save_pretrained(root/"plain"), "plain, made durable": durable,
             "save_lora_adapters": lambda: save_lora_adapters(model, root/"checkpoint-1", base=base),

@@ -90,12 +90,14 @@ class EndCallback(TrainerCallback):
         if state.global_step >= state.max_steps: control.should_log, control.should_evaluate = True, args.eval_strategy != "no"
 
 # %% ../nbs/07d_callbacks.ipynb #c401b6cf
-def useful_flops(config: HiggsAudioV2Config, batch: dict) -> float:
-    "Operations, forward and backward, that a batch needs of a frozen base."
+def useful_flops(config: HiggsAudioV2Config, batch: dict,
+                 frozen: bool = True,  # the matrices are frozen, as under an adapter: they need no gradient of their own
+                 ) -> float:
+    "Operations, forward and backward, that a batch needs of the base."
     attention = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
     layer = attention + 3 * config.hidden_size * config.intermediate_size
     heads = config.vocab_size * len(batch["text_rows"]) + config.num_codebooks * config.codebook_size * len(batch["audio_rows"])
-    return 4.0 * (config.num_hidden_layers * layer * batch["input_ids"].numel() + config.hidden_size * heads)
+    return (4.0 if frozen else 6.0) * (config.num_hidden_layers * layer * batch["input_ids"].numel() + config.hidden_size * heads)
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, size: int | None = None,  # rows and columns; None: 8192, 1024 on a CPU
                 seconds: float = 0.3) -> float:
@@ -115,8 +117,9 @@ class SpeedCallback(TrainerCallback):
     """Measures optimizer steps, evaluation and saving left out: `tokens_per_second` on all devices, `budget_filled` (share of the token budget that holds tokens; the rest would be
     padding), `memory_mb` at most so far and, where `peak` is given, `share_of_peak`."""
     def __init__(self, config: HiggsAudioV2Config, token_budget: int, processes: int = 1,
-                 peak: float | None = None):  # operations a second of this device, see `matmul_rate`
-        self.config, self.token_budget, self.processes, self.peak = config, token_budget, processes, peak
+                 peak: float | None = None,  # operations a second of this device, see `matmul_rate`
+                 frozen: bool = True):  # see `useful_flops`
+        self.config, self.token_budget, self.processes, self.peak, self.frozen = config, token_budget, processes, peak, frozen
         self.reset()
 
     def reset(self): self.tokens = self.batches = self.flops = self.seconds = 0
@@ -126,7 +129,7 @@ class SpeedCallback(TrainerCallback):
     def add(self, batches: list[dict]):
         "Count the micro-batches of a step, in this process."
         self.batches += len(batches)
-        for b in batches: self.tokens, self.flops = self.tokens + b["input_ids"].numel(), self.flops + useful_flops(self.config, b)
+        for b in batches: self.tokens, self.flops = self.tokens + b["input_ids"].numel(), self.flops + useful_flops(self.config, b, self.frozen)
 
     def report(self) -> dict[str, float]:
         "What was measured since the last call."

@@ -4,8 +4,7 @@
 
 # %% ../nbs/13_export.ipynb #bc24ebbd
 from __future__ import annotations
-import copy, dataclasses, json, os, subprocess, sys, tempfile
-from importlib.metadata import version
+import dataclasses, json, os, subprocess, sys, tempfile
 from pathlib import Path
 import safetensors.torch
 import torch
@@ -14,15 +13,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 from .chatml import tts_conversation
-from .checkpoint import base_of, snapshot_adapter
+from .checkpoint import base_of, is_stock, take_snapshot
 from .collator import PaddedCollator
 from .generate import generate_speech, prompt_of
 from .model import load_model
 from .samples import AudioTokens, delay_pattern, sample_options
-from .saving import CheckpointError, Snapshot, explained, fsync, on_cpu, staging_directory
+from .saving import CheckpointError, Snapshot, explained, fsync, staging_directory
 
 # %% auto #0
-__all__ = ['answers', 'compare', 'is_stock', 'load_export', 'reply', 'ask', 'contents_of', 'export_model', 'model_card']
+__all__ = ['answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', 'export_model', 'model_card']
 
 # %% ../nbs/13_export.ipynb #0985e271
 @torch.no_grad()
@@ -65,10 +64,6 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor],  # of `answer
     return max(shares.values())
 
 # %% ../nbs/13_export.ipynb #209b1ed5
-def is_stock(model: nn.Module) -> bool:
-    "Whether transformers' own class holds all of the model."
-    return not any(getattr(base_of(model).config, key, False) for key in ("use_audio_out_self_attention", "encode_whisper_embed"))
-
 def load_export(path: Path | str,
                 stock: bool = True,  # with transformers' own class
                 base: dict | None = None,  # of an adapter: arguments of `load_model` that give its base
@@ -100,13 +95,7 @@ def contents_of(model: nn.Module, tokenizer, card: str, base: dict | None) -> Sn
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {"README.md": card.encode(), **{str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}}
-    if isinstance(model, PeftModel): return snapshot_adapter(model, base=base or {}, files=files, copy=False)
-    config = copy.deepcopy(model.config)
-    config.architectures, config.dtype = [(HiggsAudioV2ForConditionalGeneration if is_stock(model) else type(model)).__name__], model.dtype
-    texts = {"config.json": config.to_json_string(), "generation_config.json": model.generation_config.to_json_string()}
-    versions = {name: version(name) for name in ("torch", "transformers", "safetensors")}
-    return Snapshot({**files, **{n: t.encode() for n, t in texts.items()}, "model.safetensors": on_cpu(model.state_dict(), copy=False)},
-                    dict(kind="merged", versions=versions, base=base))
+    return take_snapshot(model, base=base or {}, files=files, copy=False)
 
 def export_model(model: nn.Module,  # a PeftModel: its adapter is exported; else the model, e.g. of `merge_lora`
                  path: Path | str,  # the directory to be

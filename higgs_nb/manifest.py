@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from safetensors import SafetensorError, safe_open
 
 # %% auto #0
-__all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MAX_FILES', 'MAX_HEADER', 'MAX_JSON', 'MACHINE', 'HIDDEN', 'NO_LOCKS',
-           'PICKLE', 'DEPTH', 'Manifest', 'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle',
+__all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILES', 'MAX_FILES', 'MAX_HEADER', 'MAX_JSON', 'MACHINE', 'HIDDEN',
+           'NO_LOCKS', 'PICKLE', 'DEPTH', 'Manifest', 'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle',
            'tensor_table', 'hidden_name', 'writer_of', 'CheckpointReport', 'Reports', 'read_json', 'check_file',
            'check_unknown', 'check_adapter', 'validate_checkpoint', 'members', 'list_checkpoints', 'latest_checkpoint',
            'find_checkpoints', 'move_aside', 'main']
@@ -19,6 +19,7 @@ __all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MAX_FILES', 'MAX_HEADER', 'MA
 # %% ../nbs/06b_manifest.ipynb #746b8d5a
 MANIFEST, FORMAT = "manifest.json", "higgs_nb-checkpoint-1"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's names
+MODEL_FILES = ("config.json", "model.safetensors")  # transformers'
 MAX_FILES, MAX_HEADER, MAX_JSON = 1000, 2**24, 2**24  # files a checkpoint; bytes of a safetensors header, of a JSON file
 
 @dataclass(frozen=True)
@@ -224,8 +225,8 @@ def _validate(path: Path) -> tuple[tuple[Fault, ...], Manifest | None]:
         return (*faults, *unknown(files, False)), None
     try: manifest = Manifest.loads(read_json(path/MANIFEST))
     except (ValueError, RecursionError) as error: return (*faults, Fault("corrupt", MANIFEST, f"refused: {error}")), None
-    if manifest.meta.get("kind") == "adapter":
-        faults += [Fault("missing", name, "not in the manifest of an adapter") for name in ADAPTER_FILES if name not in manifest.files]
+    own = {"adapter": ADAPTER_FILES, "model": MODEL_FILES}.get(kind := str(manifest.meta.get("kind")), ())
+    faults += [Fault("missing", name, f"not in the manifest of this {kind}") for name in own if name not in manifest.files]
     for name, entry in manifest.files.items():
         try: fault = check_file(path/name, name, entry, files.get(name))
         except (OSError, ValueError) as error: fault = Fault("corrupt", name, f"cannot be read: {error}")

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'STATE_FILES', 'pack', 'unpack', 'state_files', 'read_state', 'device_module', 'rng_state', 'set_rng_state',
-           'optimizer_state', 'load_optimizer_state', 'describe_data', 'describe_adapter', 'differences',
+           'optimizer_state', 'load_optimizer_state', 'describe_data', 'describe_trained', 'differences',
            'checkpoint_to_resume', 'host_group', 'several', 'any_process', 'of_every_process', 'on_first_process']
 
 # %% ../nbs/07c_resume.ipynb #54881f63
@@ -109,13 +109,14 @@ def describe_data(dataset, looked_at: int = 64) -> dict:
         for tensor in (sample.input_ids, sample.labels, sample.audio_ids, sample.audio_labels): digest.update(tensor.numpy().tobytes())
     return dict(samples=len(dataset), tokens=sum(dataset.lengths), sha256=digest.hexdigest())
 
-def describe_adapter(model: PeftModel) -> dict:
-    "Settings of an adapter, and what it is made of."
+def describe_trained(model: PeftModel | nn.Module) -> dict:
+    "Settings of an adapter, or that there is none, and how many parameters are trained."
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not isinstance(model, PeftModel): return dict(settings="no adapter, the model itself", parameters=trained)
     config = {k: sorted(v) if isinstance(v, (list, set)) else v for k, v in adapter_config(model, {}).to_dict().items()}  # PEFT keeps no order
     left_out = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
     settings = {k: v for k, v in config.items() if k not in left_out and v not in (None, {}, [])}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return dict(settings=json.loads(json.dumps(settings, default=str)), parameters=sum(p.numel() for p in trained))
+    return dict(settings=json.loads(json.dumps(settings, default=str)), parameters=trained)
 
 def differences(then: dict, here: dict, name: str = "") -> list[str]:
     "What differs between two nested descriptions, a line each."

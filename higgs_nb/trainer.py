@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
@@ -23,13 +23,13 @@ from .audit import audit
 from .chatml import Audio
 from .background import BackgroundSaver
 from .callbacks import EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
-from .checkpoint import adapter_state, describe_base, preflight, restore_adapter, snapshot_adapter
+from .checkpoint import base_of, describe_base, preflight, restore, stable_config, take_snapshot, trained_state
 from .collator import PackedBatchSampler, PackedCollator
 from .lora import freeze_silent
 from .manifest import CheckpointReport, Manifest
 from .model import LossWeights, target_counts
 from .probe import OffsetProbe, offset_probe
-from .resume import (checkpoint_to_resume, describe_adapter, describe_data, differences, load_optimizer_state, of_every_process, on_first_process,
+from .resume import (checkpoint_to_resume, describe_data, describe_trained, differences, load_optimizer_state, of_every_process, on_first_process,
                              any_process, optimizer_state, pack, read_state, rng_state, set_rng_state, state_files, unpack)
 from .samples import IGNORE
 from .saving import CheckpointError, explained, make_dirs, prune_checkpoints
@@ -117,19 +117,18 @@ def check_hearing(model, dataset) -> None:
 
 # %% ../nbs/08_trainer.ipynb #fbe064ec
 class HiggsTrainer(Trainer):
-    """Trains a LoRA adapter on packed batches. `train_dataset` and `eval_dataset` are `SampleDataset`s. Logs `text_loss`, `audio_loss` and
+    """Trains a LoRA adapter, or the parameters of a model without one that require a gradient, on packed batches. `train_dataset` and `eval_dataset` are `SampleDataset`s. Logs `text_loss`, `audio_loss` and
     `codebook_0` ... for training, the same with `eval_` for held-out data, and the offset probe. Checkpoints are verified before they count."""
-    def __init__(self, model: PeftModel, args: HiggsTrainingArguments, train_dataset, eval_dataset=None, tokenizer=None,
+    def __init__(self, model: PeftModel | nn.Module, args: HiggsTrainingArguments, train_dataset, eval_dataset=None, tokenizer=None,
                  base: dict | None = None,  # where the base comes from: {"id": ..., "revision": ...}; goes into every checkpoint
                  callbacks: list[TrainerCallback] | None = None, **kwargs):
-        model.get_base_model().loss_weights = LossWeights(args.text_loss_weight, args.audio_loss_weight, args.codebook_weights and tuple(args.codebook_weights),
-                                                          args.label_smoothing_factor)
+        base_of(model).loss_weights = LossWeights(args.text_loss_weight, args.audio_loss_weight, args.codebook_weights and tuple(args.codebook_weights), args.label_smoothing_factor)
         self.tokens, self.tokenizer = train_dataset.tokens, tokenizer or train_dataset.tokenizer
-        for data in filter(None, (train_dataset, eval_dataset)): check_hearing(model.get_base_model(), data)
+        for data in filter(None, (train_dataset, eval_dataset)): check_hearing(base_of(model), data)
         if not args.text_loss_weight: freeze_silent(model)
         if args.should_save:
             with explained("this run could not save: its directory could not be made", Path(args.output_dir)): make_dirs(Path(args.output_dir))
-        self.speed, self.stop = SpeedCallback(model.config, args.token_budget, args.world_size), StopCallback(args.output_dir)
+        self.speed, self.stop = SpeedCallback(model.config, args.token_budget, args.world_size, frozen=isinstance(model, PeftModel)), StopCallback(args.output_dir)
         super().__init__(model, args, data_collator=PackedCollator(self.tokens, train_dataset.extractor), train_dataset=train_dataset, eval_dataset=eval_dataset,
                          callbacks=[self.speed, EndCallback(), self.stop, *(callbacks or []), LogFileCallback()], **kwargs)
         if args.fsdp or self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -203,7 +202,7 @@ def _save_checkpoint(self: HiggsTrainer, model, trial):
     if best and (best.exists() or self.state.best_global_step == self.state.global_step): self.state.best_model_checkpoint = str(best)
     protect, keep = [best] if best else (), self.args.save_total_limit
     def begin():
-        snapshot = snapshot_adapter(self.model, base=self.base, meta=self.meta(), files={"trainer_state.json": json.dumps(asdict(self.state)).encode(), **state_files(state)})
+        snapshot = take_snapshot(self.model, base=self.base, meta=self.meta(), files={"trainer_state.json": json.dumps(asdict(self.state)).encode(), **state_files(state)})
         self.saver.submit(snapshot, run_dir / f"checkpoint-{self.state.global_step}", then=keep and (lambda: prune_checkpoints(run_dir, keep, protect)))
     self.settle(self.saver.wait)
     self.settle(begin)
@@ -230,8 +229,8 @@ def describe_run(self: HiggsTrainer) -> dict:
     settings = ("token_budget", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "text_loss_weight", "audio_loss_weight", "codebook_weights", "label_smoothing_factor",
                 "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
     trained = {str(p.dtype) for p in self.model.parameters() if p.requires_grad}
-    precision = dict(base=str(self.model.get_base_model().dtype), trained=sorted(trained), computed=self.args.mixed_precision)
-    described = dict(data=describe_data(self.train_dataset), held_out_data=self.eval_dataset and describe_data(self.eval_dataset), adapter=describe_adapter(self.model),
+    precision = dict(base=str(base_of(self.model).dtype), trained=sorted(trained), computed=self.args.mixed_precision)
+    described = dict(data=describe_data(self.train_dataset), held_out_data=self.eval_dataset and describe_data(self.eval_dataset), adapter=describe_trained(self.model),
                      precision=precision, settings={k: getattr(self.args, k) for k in settings})
     return json.loads(json.dumps(described, default=str))
 
@@ -248,10 +247,10 @@ def read_checkpoint(self: HiggsTrainer, report: CheckpointReport, force: bool) -
     return read_state(report)
 
 @patch
-def _load_from_checkpoint(self: HiggsTrainer, path, model=None): restore_adapter(self.model, self.found, self.base)
+def _load_from_checkpoint(self: HiggsTrainer, path, model=None): restore(self.model, self.found, self.base)
 
 @patch
-def _load_best_model(self: HiggsTrainer): restore_adapter(self.model, self.state.best_model_checkpoint, self.base)
+def _load_best_model(self: HiggsTrainer): restore(self.model, self.state.best_model_checkpoint, self.base)
 
 @patch
 def _load_optimizer_and_scheduler(self: HiggsTrainer, path):
@@ -374,8 +373,9 @@ def run_probe(self: HiggsTrainer, batch: dict[str, Tensor], prefix: str = "eval"
 def before_training(self: HiggsTrainer):
     """Raise `CheckpointError` if nothing could be saved or what is saved not be loaded, `LabelError` if the labels of the first batch are impossible; describe
     base and run once; measure the device if asked to."""
-    self.base = describe_base(self.model, **{k: self.base.get(k) for k in ("id", "revision")})
-    size = sum(t.nbytes for t in adapter_state(self.model).values()) + 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)  # Adam's two moments
+    origin = {k: self.base.get(k) for k in ("id", "revision")}
+    self.base = describe_base(self.model, **origin) if isinstance(self.model, PeftModel) else dict(origin, config=stable_config(self.model))
+    size = sum(t.nbytes for t in trained_state(self.model).values()) + 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)  # Adam's two moments
     on_first_process(lambda: preflight(self.args.output_dir, size * ((self.args.save_total_limit or 3) + 2), self.model, self.base))
     audit(next(iter(self.get_train_dataloader())), self.tokenizer, self.tokens)
     self.run = self.describe_run()
@@ -389,5 +389,5 @@ def meta(self: HiggsTrainer) -> dict:
 
 @patch
 def save_adapter(self: HiggsTrainer, path: str | Path):
-    "Save the adapter and the trainer's log to `path`, verified; `CheckpointError` if that fails. To go on from it, see the checkpoints of `train`."
-    return snapshot_adapter(self.model, base=self.base, meta=self.meta(), files={"trainer_state.json": json.dumps(asdict(self.state)).encode()}).save(path)
+    "Save the adapter, or the model that has none, and the trainer's log to `path`, verified; `CheckpointError` if that fails. To go on from it, see the checkpoints of `train`."
+    return take_snapshot(self.model, base=self.base, meta=self.meta(), files={"trainer_state.json": json.dumps(asdict(self.state)).encode()}).save(path)

@@ -30,8 +30,9 @@ def sentence(n):
     return Conversation.from_dict(dict(messages=[dict(role="user", content="La " * (n % 4 + 1)), dict(role="assistant", content={"type": "audio", "path": str(n)})]), id=f"s{n}")
 
 
-def make_trainer(folder, frames=range(20, 60, 2), held_out=range(21, 60, 8), model=(), adapter=(), dtype="float32", audio_attention=False, callbacks=(), **args):
-    "A trainer of 40 steps of two micro-batches, 6 steps an epoch; `frames`: lengths of the training clips."
+def make_trainer(folder, frames=range(20, 60, 2), held_out=range(21, 60, 8), model=(), adapter=(), dtype="float32", audio_attention=False, callbacks=(), own_optimizer=False, **args):
+    """A trainer of 40 steps of two micro-batches, 6 steps an epoch; `frames`: lengths of the training clips; `adapter`: more for its configuration, None: the model itself is trained,
+    but for one embedding; `own_optimizer`: one made by hand, with two groups of parameters."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = byte_tokenizer()
@@ -39,12 +40,15 @@ def make_trainer(folder, frames=range(20, 60, 2), held_out=range(21, 60, 8), mod
     config.use_audio_out_self_attention = audio_attention
     torch.manual_seed(0)
     base = HiggsAudioForTraining(config).to(getattr(torch, dtype))
-    adapted = apply_lora(base, create_lora_config(**{**dict(targets="all", r=4, dropout=0.2, train=("audio_lm_head",)), **dict(adapter)}))
+    if adapter is None: adapted = base.train(); base.model.embed_tokens.requires_grad_(False)
+    else: adapted = apply_lora(base, create_lora_config(**{**dict(targets="all", r=4, dropout=0.2, train=("audio_lm_head",)), **dict(adapter)}))
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD([dict(params=trained[:3], lr=1e-2), dict(params=trained[3:])], lr=3e-2, momentum=0.9) if own_optimizer else None
     tokens = AudioTokens.from_config(base.config, tokenizer)
     data, held = (SampleDataset([sentence(n) for n in numbers], tokenizer, Melodies(), tokens) for numbers in (frames, held_out))
     settings = dict(token_budget=220, gradient_accumulation_steps=2, learning_rate=3e-3, warmup_steps=5, max_steps=40, logging_steps=3, eval_strategy="steps", eval_steps=10,
                     save_strategy="steps", save_steps=100, disable_tqdm=True, use_cpu=True, seed=1, probe="warn")
-    trainer = HiggsTrainer(adapted, HiggsTrainingArguments(output_dir=str(folder), **{**settings, **args}), data, held if len(held) else None, callbacks=list(callbacks))
+    trainer = HiggsTrainer(adapted, HiggsTrainingArguments(output_dir=str(folder), **{**settings, **args}), data, held if len(held) else None, callbacks=list(callbacks), optimizers=(optimizer, None))
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -133,4 +137,4 @@ def whole_state(checkpoint):
     "All that a checkpoint holds, to the bit, but the seconds that it took."
     state = json.loads((checkpoint / "training_state.json").read_text())
     state.pop("seconds")
-    return state, *((checkpoint / name).read_bytes() for name in ("training_state.safetensors", "adapter_model.safetensors"))
+    return state, *(file.read_bytes() for file in sorted(checkpoint.glob("*.safetensors")))

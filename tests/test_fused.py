@@ -44,14 +44,18 @@ def traced(model, batch):
 
 
 @pytest.fixture(params=[dict(), dict(use_audio_out_self_attention=True)], ids=["stock", "self-attention"])
-def model(request):
+def base(request):
     config = dict(hidden_size=64, num_layers=2, intermediate_size=96, codebook_size=34)
     base = tiny_model(TOKENIZER, **config)
     if request.param:
         base.config.use_audio_out_self_attention = True
         torch.manual_seed(0)
         base = type(base)(base.config)
-    return apply_lora(base, create_lora_config(r=4, train=HEADS + EMBEDDINGS[:1]))
+    return base
+
+
+@pytest.fixture
+def model(base): return apply_lora(base, create_lora_config(r=4, train=HEADS + EMBEDDINGS[:1]))
 
 
 def test_nothing_waits(model):
@@ -91,6 +95,21 @@ def test_bfloat16(model, autocast):
     if autocast:
         torch.testing.assert_close(*losses, rtol=0.01, atol=0.01)
         assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_without_an_adapter(base, autocast):
+    "Every weight gets the gradient that the padded way gives it."
+    made, tokens = samples(base.config)
+    grads = []
+    for collate in (PackedCollator(tokens), PaddedCollator(tokens)):
+        base.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast): base(**collate(made)).loss.backward()
+        grads.append({name: p.grad for name, p in base.named_parameters()})
+    for (name, a), b in zip(grads[0].items(), grads[1].values()):
+        assert a.dtype == torch.float32 and b.norm() > 0, name
+        if autocast: assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99, name
+        else: assert (a - b).norm() < 1e-4 * b.norm(), name
 
 
 def test_weights_and_smoothing_reach_the_gradient(model):

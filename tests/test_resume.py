@@ -59,6 +59,22 @@ def test_7_9_24(whole, tmp_path):
     same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize("more", [dict(), dict(own_optimizer=True, bf16=True)], ids=["AdamW", "own optimizer, bfloat16"])
+def test_a_model_without_an_adapter(tmp_path, more):
+    "6 steps = 3, a kill, and 3, to the bit; what it saves is a model that loads by itself."
+    settings = dict(adapter=None, max_steps=6, save_steps=3, **more)
+    whole = train(tmp_path/"whole", **settings)
+    assert run(tmp_path/"cut", die=(3, KILL), **settings) == [-KILL], said(tmp_path/"cut")
+    train(tmp_path/"cut", resume="auto", **settings)
+    assert log(tmp_path/"cut") == log(tmp_path/"whole") and whole_state(tmp_path/"cut"/"checkpoint-6") == whole_state(tmp_path/"whole"/"checkpoint-6")
+    whole.save_adapter(tmp_path/"model")
+    assert all(r.whole for folder in ("whole", "cut") for r in list_checkpoints(tmp_path/folder)) and higgs_validate([str(tmp_path/"model")]) == 0
+    first, last = (load_model(str(tmp_path/name)).state_dict() for name in ("whole/checkpoint-3", "model"))
+    for name, p in whole.model.state_dict().items():
+        assert torch.equal(p, last[name]) and torch.equal(p, first[name]) == (name == "model.embed_tokens.weight"), name
+    with pytest.raises(CheckpointError, match="adapter.settings: no adapter, the model itself then"): make_trainer(tmp_path/"other", max_steps=6).train(tmp_path/"cut"/"checkpoint-3")
+
+
 def test_a_finished_run_is_not_trained_further(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path/"run")
     assert run(folder, resume="auto") == [0], said(folder)

@@ -5,26 +5,38 @@
 # %% ../nbs/12_run.ipynb #36f110ba
 from __future__ import annotations
 import argparse
+import ast
 import difflib
+import fcntl
 import itertools
 import json
 import logging
 import os
+import platform
+import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from importlib.metadata import distributions
 from pathlib import Path
+import nbformat
 import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from .manifest import latest_checkpoint
+from .manifest import NO_LOCKS, latest_checkpoint
 
 # %% auto #0
-__all__ = ['RUNS', 'RESULTS', 'STOP_FILE', 'TRY_AGAIN', 'run_notebooks', 'parameters_of', 'check_parameters', 'set_aside',
-           'goes_on', 'run', 'StopSignals', 'main']
+__all__ = ['RUNS', 'TYPES', 'RESULTS', 'HELD', 'STOP_FILE', 'TRY_AGAIN', 'run_notebooks', 'notebook_of', 'parameters_of', 'typed',
+           'check_parameters', 'parameters', 'describe', 'summary', 'set_aside', 'lock', 'occupied', 'occupy',
+           'goes_on', 'said_by', 'git_state', 'surroundings', 'defaults_of', 'place', 'run', 'is_done', 'StopSignals',
+           'split_assignments', 'read_parameters', 'main']
 
 # %% ../nbs/12_run.ipynb #fc5666b6
 RUNS = Path(__file__).parent / "runs" if "__file__" in globals() else Path("runs")
@@ -33,20 +45,61 @@ def run_notebooks() -> list[str]:
     "Names of the notebooks that can be run."
     return sorted(p.stem for p in RUNS.glob("*.ipynb"))
 
-def parameters_of(name: str) -> dict[str, dict]:
-    "The parameters of a run notebook: name -> its type, default and help."
-    if name not in run_notebooks():
-        near = difflib.get_close_matches(name, run_notebooks(), n=1)
-        raise ValueError(f"no run is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" There are {', '.join(run_notebooks())}.")
-    return papermill.inspect_notebook(str(RUNS / f"{name}.ipynb"))
+def notebook_of(name: str) -> Path:
+    "The file of a run notebook: one of the package by its name, or one of your own by its path, which ends in .ipynb."
+    if name.endswith(".ipynb") and Path(name).is_file(): return Path(name)
+    if name in run_notebooks(): return RUNS / f"{name}.ipynb"
+    near = difflib.get_close_matches(name, run_notebooks(), n=1)
+    raise ValueError(f"no run is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" There are {', '.join(run_notebooks())}, and .ipynb files by their path.")
 
-def check_parameters(name: str, given: dict) -> None:
-    "`ValueError` that names the near miss if a parameter does not exist."
-    known = parameters_of(name)
-    for key in given:
-        if key in known: continue
-        near = difflib.get_close_matches(key, known, n=1)
-        raise ValueError(f"{name} has no parameter {key!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" It has {', '.join(known)}.")
+def parameters_of(name: str) -> dict[str, dict]:
+    "The parameters of a run notebook: name -> its type, default (as it stands there) and help."
+    return papermill.inspect_notebook(str(notebook_of(name)))
+
+
+# %% ../nbs/12_run.ipynb #04fadaaf
+TYPES = dict(str=str, int=int, float=float, bool=bool, list=list, dict=dict)
+
+def typed(value, kind: str):
+    "`value` as the type of that name; `ValueError` if it is another. A type that we do not know takes everything."
+    if kind == "float" and isinstance(value, (int, str)) and not isinstance(value, bool): return float(value)
+    if kind == "str" and isinstance(value, Path): return str(value)
+    if kind in TYPES and type(value) is not TYPES[kind]: raise ValueError(f"{kind} is not {type(value).__name__}")
+    return value
+
+def check_parameters(name: str, given: dict) -> dict:
+    "`given`, each value of the type that the notebook says; `ValueError` names every one that has another type or does not exist, and the near miss."
+    known, values, wrong = parameters_of(name), {}, []
+    for key, value in given.items():
+        if (p := known.get(key)) is None:
+            near = difflib.get_close_matches(key, known, n=1)
+            wrong.append(f"{name} has no parameter {key!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" It has {', '.join(known)}.")
+            continue
+        try: values[key] = typed(value, p["inferred_type_name"])
+        except ValueError: wrong.append(f"{name} takes {key} as {p['inferred_type_name']} ({p['help']}), and {value!r} is {type(value).__name__}"
+                                        + "; write it in quotes" * (p["inferred_type_name"] == "str"))
+    if wrong: raise ValueError("\n".join(wrong))
+    return values
+
+# %% ../nbs/12_run.ipynb #78b37dd7
+def parameters(name: str, namespace: dict) -> dict:
+    "The values of a run notebook's parameters in its `globals()`, checked, with those that papermill put there: see `check_parameters`."
+    injected = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
+    given = {target.id for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign) for target in node.targets}
+    return check_parameters(name, {key: namespace[key] for key in {**parameters_of(name), **dict.fromkeys(given)}})
+
+# %% ../nbs/12_run.ipynb #f869db4e
+def describe(name: str | None = None) -> str:
+    "What a run notebook takes, a parameter a line; without a name, what can be run."
+    if name is None: return "\n".join(f"{n:<12}{summary(n)}" for n in run_notebooks())
+    rows = [(p["name"], p["inferred_type_name"], p["default"], p["help"]) for p in parameters_of(name).values()]
+    widths = [min(max(map(len, column)), 34) + 2 for column in zip(*rows)] if rows else []
+    return "\n".join([f"{name}: {summary(name)}", *("  " + "".join(f"{cell:<{width - 2}}  " for cell, width in zip(row, widths)).rstrip() for row in rows)])
+
+def summary(name: str) -> str:
+    "The line after `>` at the top of a run notebook."
+    top = next((c.source for c in nbformat.read(notebook_of(name), 4).cells if c.cell_type == "markdown"), "")
+    return next((line[1:].strip().rstrip(".") for line in top.splitlines() if line.startswith(">")), "")
 
 # %% ../nbs/12_run.ipynb #4ff17cc3
 RESULTS = ("checkpoint-*", "adapter", "base", "samples", "log.jsonl", "run.json", "parameters.json")
@@ -62,12 +115,38 @@ def set_aside(out: str | Path,  # directory of a run
     for p in found: p.rename(target / p.name)
     return target
 
+# %% ../nbs/12_run.ipynb #27eb7464
+HELD = []  # files whose locks this process keeps until it ends
+
+def lock(out: Path, alone: bool) -> int:
+    "A file number that holds a lock on a directory, shared or `alone`; `BlockingIOError` if another process's forbids that. A file system without locks gives it to everybody."
+    fd = os.open(out, os.O_RDONLY)
+    try: fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS: return fd
+        os.close(fd)
+        raise
+    return fd
+
+def occupied(out: Path) -> bool:
+    "Whether a run goes on in the directory `out`."
+    if not out.is_dir(): return False
+    try: os.close(lock(out, alone=True))
+    except BlockingIOError: return True
+    return False
+
+def occupy(out: Path) -> None:
+    "Say until this process ends that a run goes on in `out`, which is made if it is not there."
+    out.mkdir(parents=True, exist_ok=True)
+    HELD.append(lock(out, alone=False))
+
 # %% ../nbs/12_run.ipynb #a7d3c2e2
 def goes_on(out: str | Path,  # directory of a run; made if it is not there
             parameters: dict) -> bool:
     """Whether `out` holds a run of the same `parameters` that was cut off and can be resumed. If not, whatever results are there are set aside, and the parameters of the run
     that begins are noted. Prints what it finds."""
     out = Path(out)
+    occupy(out)
     noted, here = out / "parameters.json", {k: v for k, v in json.loads(json.dumps(parameters, default=str)).items() if k != "out"}
     then = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else None
     cut_off = then is not None and not (out / "run.json").exists()
@@ -77,25 +156,72 @@ def goes_on(out: str | Path,  # directory of a run; made if it is not there
     changed = [f"{k} was {then.get(k)!r} and is {here.get(k)!r}" for k in {**then, **here} if then.get(k) != here.get(k)] if cut_off else []
     if changed: print(f"the run that was cut off here is another, so it is not continued: {'; '.join(changed)}")
     if earlier := set_aside(out): print(f"the results of an earlier run are now in {earlier}")
-    out.mkdir(parents=True, exist_ok=True)
     noted.with_suffix(".new").write_text(json.dumps(here, indent=1), encoding="utf-8")
     noted.with_suffix(".new").replace(noted)
     return False
 
+# %% ../nbs/12_run.ipynb #b95d48a5
+def said_by(*command: str) -> str | None:
+    "What a command prints; None if it is not installed or fails."
+    if shutil.which(command[0]) is None: return None
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+def git_state(folder: Path) -> dict | None:
+    "Commit and changed files of the repository that `folder` belongs to; None if it holds no file of one."
+    if not said_by("git", "-C", str(folder), "ls-files", "."): return None
+    return dict(commit=said_by("git", "-C", str(folder), "rev-parse", "HEAD"), changed=(said_by("git", "-C", str(folder), "status", "--porcelain") or "").splitlines())
+
+def surroundings() -> dict:
+    "Where and with what a run is started: time, machine, command, versions of all packages, git state of the package and of the working directory, variables that matter."
+    said = said_by("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    kept = re.compile("CUDA_|NCCL_|OMP_|MKL_|PYTHONHASHSEED|SLURM_(JOB|ARRAY|PROCID|NODE)|HF_HOME|HF_HUB_OFFLINE|TORCH_")
+    return dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), host=platform.node(), system=platform.platform(), python=sys.version, cpus=os.cpu_count(),
+                gpus=said.splitlines() if said else [], command=shlex.join(sys.argv), cwd=str(Path.cwd()), git=dict(package=git_state(RUNS.resolve()), cwd=git_state(Path.cwd())),
+                environment={k: v for k, v in sorted(os.environ.items()) if kept.match(k)}, versions={d.name: d.version for d in sorted(distributions(), key=lambda d: d.name.lower())})
+
 # %% ../nbs/12_run.ipynb #073ff163
-def run(name: str,  # of a notebook in `nbs/runs`
-        out: str | Path,  # directory for everything the run makes, the executed notebook too
-        parameters: dict | None = None) -> Path:
-    "Execute a run notebook; returns the executed notebook. `PapermillExecutionError` if a cell fails, `ValueError` for an unknown parameter."
-    given = {**(parameters or {}), "out": str(out)}
-    check_parameters(name, given)
+def defaults_of(name: str) -> dict:
+    "Default values of a run notebook's parameters; one that is no plain value is left out."
+    def value(text):
+        try: return [ast.literal_eval(text)]
+        except (ValueError, SyntaxError): return []
+    return {key: v for key, p in parameters_of(name).items() for v in value(p["default"])}
+
+def place(out: str | Path) -> Path:
+    "`out` as a path; `ValueError` if it is a file, or lies where the notebooks are."
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f"--out {out} is a file: name a directory that exists or can be made")
+    if RUNS.resolve().parent in (out.resolve(), *out.resolve().parents): raise ValueError(f"--out {out} lies in {RUNS.resolve().parent}, among the sources: name a directory elsewhere")
+    return out
+
+def run(name: str,  # of a notebook in `nbs/runs`, or the path of one
+        out: str | Path,  # directory for everything the run makes, the executed notebook too
+        parameters: dict | None = None) -> Path:
+    """Execute a run notebook; returns the executed notebook, which is saved after each cell and twice a minute. `PapermillExecutionError` if a cell fails, `ValueError` for parameters that
+    cannot be, `BlockingIOError` if a run goes on in `out`."""
+    given, out, executed = check_parameters(name, {**(parameters or {}), "out": str(out)}), place(out), Path(out) / notebook_of(name).name
     out.mkdir(parents=True, exist_ok=True)
-    executed = out / f"{name}.ipynb"
-    papermill.execute_notebook(str(RUNS / f"{name}.ipynb"), str(executed), parameters=given, cwd=str(Path.cwd()), log_output=True,
-                               progress_bar=True, autosave_cell_every=30)
+    if occupied(out): raise BlockingIOError(f"a run goes on in {out}: wait for it, stop it, or choose another directory")
+    held = lock(out, alone=False)
+    try:
+        with open(out / "environment.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(dict(run=name, parameters={**defaults_of(name), **given}, **surroundings()), default=str) + "\n")
+        papermill.execute_notebook(str(notebook_of(name)), str(executed), parameters=given, cwd=str(Path.cwd()), log_output=True, progress_bar=True, autosave_cell_every=30)
+    finally: os.close(held)
     return executed
+
+
+# %% ../nbs/12_run.ipynb #1f8b629e
+def is_done(name: str, out: str | Path, parameters: dict) -> bool:
+    "Whether `out` holds the executed notebook of a run with these parameters that came to its end."
+    executed = Path(out) / notebook_of(name).name
+    try: nb = nbformat.read(executed, 4)
+    except (FileNotFoundError, nbformat.reader.NotJSONError): return False  # cut off while it was written
+    noted = nb.metadata.get("papermill", {})
+    wanted = json.loads(json.dumps(check_parameters(name, {**parameters, "out": str(out)}), default=str))
+    cells = [c.metadata.get("papermill", {}) for c in nb.cells]
+    return bool(cells) and noted.get("parameters") == wanted and all(c.get("status") == "completed" and not c.get("exception") for c in cells)
 
 # %% ../nbs/12_run.ipynb #a7d3c2e5
 STOP_FILE, TRY_AGAIN = "STOP", 75  # those of `higgs_nb.callbacks`, whose imports take seconds
@@ -131,21 +257,38 @@ class StopSignals:
         return result.result()
 
 # %% ../nbs/12_run.ipynb #a7d3c2e7
+def split_assignments(argv: list[str]) -> list[str]:
+    "`-p KEY=VALUE` as `-p KEY VALUE`."
+    after_p = lambda i: i and argv[i - 1] in ("-p", "--parameter")
+    return [part for i, word in enumerate(argv) for part in (word.split("=", 1) if after_p(i) and re.match(r"[A-Za-z_]\w*=", word) else [word])]
+
+def read_parameters(name: str, file: Path | None, pairs: list[list[str]]) -> dict:
+    "The values of a YAML file, and of pairs of key and text, which win over it: text is YAML, too, except where the notebook takes text."
+    from_file, known = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file else {}, parameters_of(name)
+    if not isinstance(from_file, dict): raise ValueError(f"{file} holds a {type(from_file).__name__}: write `parameter: value`, one a line")
+    return {**from_file, **{k: v if known.get(k, {}).get("inferred_type_name") == "str" else yaml.safe_load(v) for k, v in pairs}}
+
 def main(argv: list[str] | None = None) -> int:
-    """`higgs_run NAME -p KEY VALUE ... -f FILE.yaml --out DIR`; 0: done, 1: the run failed, 2: it could not start, 75: it was asked to stop, and the same
+    """`higgs_run NAME -p KEY=VALUE ... -f FILE.yaml --out DIR`; 0: done, 1: the run failed, 2: it could not start, 75: it was asked to stop, and the same
     command goes on."""
-    parser = argparse.ArgumentParser(prog="higgs_run", description="Run a notebook of nbs/runs with papermill.",
+    parser = argparse.ArgumentParser(prog="higgs_run", description="Run a notebook of nbs/runs with papermill.", add_help=False,
                                      epilog="exit code: 0 done, 1 failed, 2 could not start, 75 stopped when asked: the same command goes on")
-    parser.add_argument("name", help=f"one of {', '.join(run_notebooks())}")
-    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter; the value is read as YAML")
+    parser.add_argument("name", nargs="?", help=f"one of {', '.join(run_notebooks())}, or the path of a notebook of your own")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter, also as KEY=VALUE; the value is read as YAML")
     parser.add_argument("-f", "--file", type=Path, help="a YAML file of parameters; -p wins over it")
     parser.add_argument("--out", default=None, help="directory for everything the run makes (runs/NAME)")
-    args = parser.parse_args(argv)
+    parser.add_argument("-l", "--list", action="store_true", help="print what can be run or, after a name, its parameters with their types and defaults")
+    parser.add_argument("-h", "--help", action="store_true", help="print this and, after a name, its parameters")
+    args = parser.parse_args(split_assignments(sys.argv[1:] if argv is None else argv))
+    if args.help: parser.print_help()
+    elif not args.name and not args.list: parser.error("name a run: higgs_run --list prints them")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    out = Path(args.out or f"runs/{args.name}")
     try:
-        from_file = yaml.safe_load(args.file.read_text(encoding="utf-8")) if args.file else {}
-        given = {**(from_file or {}), **{k: yaml.safe_load(v) for k, v in args.parameter}}
+        if args.help or args.list:
+            print(("\n" if args.help else "") + describe(args.name))
+            return 0
+        out = Path(args.out or f"runs/{Path(args.name).stem}")
+        given = read_parameters(args.name, args.file, args.parameter)
         with StopSignals(out) as stop: executed = stop.wait_for(lambda: run(args.name, out, given))
     except (PapermillExecutionError, DeadKernelError) as error:
         if getattr(error, "ename", None) == "Preempted" or stop.asked and isinstance(error, DeadKernelError):
@@ -159,3 +302,4 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(f"done: {executed}")
     return 0
+

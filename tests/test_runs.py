@@ -1,5 +1,5 @@
 "Every notebook of nbs/runs is executed by papermill, with small parameters."
-import json, os, shutil
+import json, multiprocessing, os, shutil
 from pathlib import Path
 
 import nbformat, papermill, pytest, torch
@@ -13,7 +13,7 @@ from higgs_nb.checkpoint import CheckpointError, load_lora_adapters, main as hig
 from higgs_nb.export import answers, compare, export_model
 from higgs_nb.lora import merge_lora
 from higgs_nb.model import load_model
-from higgs_nb.run import main as higgs_run
+from higgs_nb.run import is_done, main as higgs_run, occupy
 
 RUNS = {file.name: ROOT/file for file in committed() if file.parent == Path("nbs/runs") and file.suffix == ".ipynb"}
 SOUNDS = os.environ.get("HIGGS_NB_SOUNDS", "")
@@ -68,6 +68,10 @@ def test_what_a_run_leaves(trained):
     assert next_frame < min(run["probe_train"].values()), "on real recordings that it was trained on, the next frame is known best"
     assert run["tokens_per_second"] > 0 and run["versions"]["torch"] and run["parameters"]["steps"] == 60
     assert sorted(p.name for p in trained.glob("checkpoint-*")) == ["checkpoint-30", "checkpoint-60"]
+    given = {key: value for key, value in SMALL["train.ipynb"].items() if key != "out"}
+    assert is_done("train", trained, given) and not is_done("train", trained, {**given, "steps": 61})
+    noted = json.loads((trained/"environment.jsonl").read_text())
+    assert noted["parameters"]["seed"] == 0 and noted["parameters"]["steps"] == 60 and noted["versions"]["torch"] == run["versions"]["torch"] and "package" in noted["git"]
     assert higgs_validate([str(trained)]) == 0
     assert len(list((trained/"samples").glob("step-*/*.wav"))) == 2 and (trained/"log.jsonl").exists()
     outputs = [o for c in nbformat.read(trained/"train.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs]
@@ -145,10 +149,27 @@ def test_a_second_run_keeps_the_first(trained):
     (["-p", "data", "nowhere"], 1, "nowhere"),  # the run fails, and says why
     (["-p", "max_duration_s", "5", "-p", "steps", "1"], 1, "limit"),
     (["-p", "learning_rte", "1"], 2, "did you mean 'learning_rate'"),  # the run does not start
+    (["-p", "steps=many"], 2, "takes steps as int"),
+    (["-f", "nowhere.yaml"], 2, "nowhere.yaml"),
 ])
 def test_a_run_that_cannot_work(given, code, said, tmp_path, capsys):
     assert higgs_run(["train", "--out", str(tmp_path/"run"), *given]) == code
     assert said in capsys.readouterr().err
+
+
+def test_plain_papermill_meets_a_misspelt_parameter(tmp_path):
+    "papermill only warns; the notebook ends in its first cell, before it makes anything."
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'learning_rate'"):
+        papermill.execute_notebook(RUNS["train.ipynb"], tmp_path/"train.ipynb", parameters=dict(learning_rte=1, out=str(tmp_path/"run")), cwd=tmp_path, progress_bar=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["train.ipynb"]
+
+
+def test_no_two_runs_in_a_directory_and_none_among_the_sources(tmp_path, capsys):
+    with multiprocessing.get_context("spawn").Pool(1) as other:
+        other.apply(occupy, [tmp_path])
+        assert higgs_run(["train", "--out", str(tmp_path)]) == 2 and "a run goes on" in capsys.readouterr().err
+    assert higgs_run(["train", "--out", str(ROOT/"nbs"/"runs"/"mine")]) == 2 and "among the sources" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()) and not (ROOT/"nbs"/"runs"/"mine").exists()
 
 
 def test_output_directory_that_is_a_file(tmp_path, capsys):

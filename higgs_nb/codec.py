@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from tqdm.auto import tqdm
 from .chatml import Audio, load_audio
+from .world import WorldConfig, WorldVQ, fit_world_vq, world_features, world_synthesis
 
 # %% auto #0
-__all__ = ['Codec', 'WorldConfig', 'world_features', 'world_synthesis', 'nearest', 'kmeans', 'quantize', 'dequantize',
-           'fit_codebooks', 'WorldCodec', 'HiggsCodec', 'load_codec', 'CodeStore']
+__all__ = ['Codec', 'WorldCodec', 'HiggsCodec', 'load_codec', 'CodeStore']
 
 # %% ../nbs/02_codec.ipynb #9a7888b1
 class Codec(ABC):
@@ -69,116 +69,7 @@ def _checked_codes(codes, codec: Codec) -> torch.Tensor:
         raise ValueError(f"codes lie in [0, {codec.codebook_size}), these in [{codes.min()}, {codes.max()}]: remove BOS, EOS and the delay first")
     return codes
 
-# %% ../nbs/02_codec.ipynb #f45e3300
-@dataclass(frozen=True)
-class WorldConfig:
-    "What a `WorldCodec` measures 100 times a second, and how much each part counts when it is quantised."
-    sampling_rate: int = 24000
-    frame_rate: int = 25
-    num_codebooks: int = 8
-    codebook_size: int = 1024
-    stack: int = 4                   # 10 ms WORLD frames in a frame of the codec
-    envelope_dim: int = 40           # coefficients of the spectral envelope
-    aperiodicity_dim: int = 3        # frequency bands of the aperiodicity, 3 at 24 kHz
-    f0_floor_hz: float = 65.0
-    f0_ceil_hz: float = 500.0
-    noise_floor_db: float = -70.0    # added to the envelope: below it, room noise has no codes to spend
-    envelope_weight: float = 6.0     # standard deviation of the widest coefficient after scaling
-    aperiodicity_weight: float = 0.5
-    log_f0_weight: float = 5.0
-    voicing_weight: float = 2.0
-
-    @property
-    def features(self) -> int: return self.envelope_dim + self.aperiodicity_dim + 2
-
-# %% ../nbs/02_codec.ipynb #056849cd
-def _pyworld():
-    try: return importlib.import_module("pyworld")
-    except ImportError as error: raise ImportError(f"WorldCodec needs pyworld ({error}): pip install pyworld-prebuilt") from error
-
-def world_features(waveform: np.ndarray, config: WorldConfig = WorldConfig()) -> np.ndarray:
-    "Envelope, aperiodicity, log F0 (of Hz) and voicing (0 or 1) of a waveform of whole frames: (frames * stack, features) float32."
-    world, rate, x = _pyworld(), config.sampling_rate, np.asarray(waveform, dtype=np.float64)
-    period_ms = 1000 / (config.frame_rate * config.stack)
-    f0, times = world.dio(x, rate, f0_floor=config.f0_floor_hz, f0_ceil=config.f0_ceil_hz, frame_period=period_ms)
-    f0 = world.stonemask(x, f0, times, rate)
-    envelope = world.cheaptrick(x, f0, times, rate) + 10 ** (config.noise_floor_db / 10)
-    parts = (world.code_spectral_envelope(envelope, rate, config.envelope_dim), world.code_aperiodicity(world.d4c(x, f0, times, rate), rate),
-             _log_f0(f0)[:, None], (f0 > 0)[:, None])
-    whole = len(x) * config.frame_rate * config.stack // rate  # WORLD adds a frame for the last instant
-    return np.concatenate(parts, axis=1)[:whole].astype(np.float32)
-
-def _log_f0(f0, unvoiced_hz=150.0):
-    voiced = np.flatnonzero(f0 > 0)
-    return np.interp(np.arange(len(f0)), voiced, np.log(f0[voiced])) if len(voiced) else np.full(len(f0), np.log(unvoiced_hz))
-
-# %% ../nbs/02_codec.ipynb #aab0218b
-def _split(features, config: WorldConfig):
-    "Envelope, aperiodicity, log F0, voicing of (..., features)."
-    a, b = config.envelope_dim, config.envelope_dim + config.aperiodicity_dim
-    return features[..., :a], features[..., a:b], features[..., b], features[..., b + 1]
-
-def world_synthesis(features: np.ndarray, config: WorldConfig = WorldConfig()) -> np.ndarray:
-    "The waveform (frames * samples_per_frame,) float32 of WORLD features; scaled down where it would leave [-1, 1]."
-    world, rate, period_ms = _pyworld(), config.sampling_rate, 1000 / (config.frame_rate * config.stack)
-    envelope, aperiodicity, log_f0, voicing = _split(np.asarray(features, dtype=np.float64), config)
-    fft_size = world.get_cheaptrick_fft_size(rate)
-    envelope = world.decode_spectral_envelope(np.ascontiguousarray(envelope), rate, fft_size)
-    aperiodicity = world.decode_aperiodicity(np.ascontiguousarray(np.minimum(aperiodicity, 0)), rate, fft_size)
-    f0 = np.where(voicing > 0.5, np.exp(np.clip(log_f0, np.log(config.f0_floor_hz), np.log(config.f0_ceil_hz))), 0)
-    waveform = world.synthesize(f0, envelope, aperiodicity, rate, period_ms)
-    samples = len(features) * rate // (config.frame_rate * config.stack)
-    waveform = np.pad(waveform, (0, max(0, samples - len(waveform))))[:samples]
-    return (waveform / max(1.0, np.abs(waveform).max())).astype(np.float32)
-
-# %% ../nbs/02_codec.ipynb #95c8eee9
-def nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    "Index (n,) of the nearest of the centroids (k, features) to each of x (n, features)."
-    norms = centroids.square().sum(1)
-    return torch.cat([torch.addmm(norms, part, centroids.T, alpha=-2).argmin(1) for part in x.split(4096)])
-
-def kmeans(x: torch.Tensor, k: int, iterations: int, generator: torch.Generator) -> torch.Tensor:
-    "Centroids (k, features) of x (n, features) by Lloyd's algorithm; a centroid that nobody is nearest to moves to a random vector."
-    if len(x) < k: raise ValueError(f"{len(x)} frames cannot fill a codebook of {k}: give more speech or a smaller codebook")
-    def random_vectors(n): return x[torch.randperm(len(x), generator=generator)[:n]]
-    centroids = random_vectors(k)
-    for _ in range(iterations):
-        index = nearest(x, centroids)
-        count = torch.bincount(index, minlength=k)
-        centroids = torch.zeros_like(centroids).index_add_(0, index, x) / count.clamp(min=1)[:, None]
-        centroids[count == 0] = random_vectors(int((count == 0).sum()))
-    return centroids
-
-# %% ../nbs/02_codec.ipynb #e4561c03
-def quantize(x: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    "Codes (codebooks, n) of x (n, features): each codebook (k, features) takes the nearest entry to what is left."
-    codes, residual = [], x
-    for codebook in codebooks:
-        codes.append(nearest(residual, codebook))
-        residual = residual - codebook[codes[-1]]
-    return torch.stack(codes)
-
-def dequantize(codes: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    "Vectors (n, features) of codes (codebooks, n), of the first few codebooks or all."
-    return sum(codebook[index] for codebook, index in zip(codebooks, codes))
-
-def fit_codebooks(x: torch.Tensor, count: int, size: int, iterations: int, seed: int, progress: bool = True) -> torch.Tensor:
-    "Residual codebooks (count, size, features) of x (n, features), rounded to float16 as they are stored."
-    generator, codebooks, residual = torch.Generator().manual_seed(seed), [], x
-    for _ in tqdm(range(count), desc="codebooks", disable=not progress):
-        codebooks.append(kmeans(residual, size, iterations, generator).half().float())
-        residual = residual - codebooks[-1][nearest(residual, codebooks[-1])]
-    return torch.stack(codebooks)
-
-# %% ../nbs/02_codec.ipynb #e48558f4
-def _scaling(features: np.ndarray, config: WorldConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    "Mean and scale, (features,) each, that give the features (n, features) their weights."
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    spread, *weights = _split(std, config)[0], config.aperiodicity_weight, config.log_f0_weight, config.voicing_weight
-    weights = np.repeat(weights, [config.aperiodicity_dim, 1, 1])
-    scale = np.concatenate([np.full(config.envelope_dim, config.envelope_weight / spread.max()), weights / std[config.envelope_dim:]])
-    return torch.from_numpy(mean).float(), torch.from_numpy(scale).float()
-
+# %% ../nbs/02_codec.ipynb #2c8c5591
 def _digest(config, tensors: dict[str, torch.Tensor]) -> str:
     "sha256 of what JSON can hold of a configuration, and of tensors."
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -188,54 +79,38 @@ def _digest(config, tensors: dict[str, torch.Tensor]) -> str:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
-def _stack(features: torch.Tensor, width: int, hop: int) -> torch.Tensor:
-    "Runs of `width` rows, each `hop`: (frames * width, features) -> (n, width * features)."
-    return features.unfold(0, width, hop).transpose(1, 2).flatten(1)
-
-# %% ../nbs/02_codec.ipynb #bd638376
 class WorldCodec(Codec):
-    "WORLD features, residually quantised: 8 x 1024 codes at 25 frames/s with codebooks fitted to the speech at hand."
-    format, version, file = "higgs_nb.WorldCodec", 1, "codec.safetensors"
+    "WORLD features as codes, 8 x 1024 at 25 frames/s, by a network fitted to the voices at hand; see `WorldVQ`."
+    format, version, file = "higgs_nb.WorldCodec", 2, "codec.safetensors"
 
-    def __init__(self, config: WorldConfig,
-                 mean: torch.Tensor,      # (features,)
-                 scale: torch.Tensor,     # (features,)
-                 codebooks: torch.Tensor  # (num_codebooks, codebook_size, stack * features)
-                 ):
-        self.config, self.mean, self.scale, self.codebooks = config, mean.float(), scale.float(), codebooks.float()
-        for name in ("sampling_rate", "frame_rate", "num_codebooks", "codebook_size"): setattr(self, name, getattr(config, name))
+    def __init__(self, net: WorldVQ):
+        self.net, self.config = net, net.config
+        for name in ("sampling_rate", "frame_rate", "num_codebooks", "codebook_size"): setattr(self, name, getattr(net.config, name))
 
     @cached_property
-    def fingerprint(self) -> str:
-        return _digest((self.format, self.version, asdict(self.config)), dict(mean=self.mean, scale=self.scale, codebooks=self.codebooks))
+    def fingerprint(self) -> str: return _digest((self.format, self.version, asdict(self.config)), self.net.state_dict())
 
     def encode(self, waveform) -> torch.Tensor:
-        features = torch.from_numpy(world_features(_whole_frames(waveform, self), self.config))
-        return quantize(_stack((features - self.mean) * self.scale, self.config.stack, self.config.stack), self.codebooks)
+        return self.net.encode(torch.from_numpy(world_features(_whole_frames(waveform, self), self.config))[None])[0]
 
     def features(self, codes) -> np.ndarray:
         "The WORLD features (frames * stack, features) that codes stand for; the first codebooks alone give a coarser picture."
-        vectors = dequantize(_checked_codes(codes, self), self.codebooks).reshape(-1, self.config.features)
-        return (vectors / self.scale + self.mean).numpy()
+        return self.net.features_of(_checked_codes(codes, self)[None])[0].numpy()
 
     def decode(self, codes) -> torch.Tensor: return torch.from_numpy(world_synthesis(self.features(codes), self.config))
 
-# %% ../nbs/02_codec.ipynb #e043fd11
+# %% ../nbs/02_codec.ipynb #9f77159a
 @patch(cls_method=True)
 def fit(cls: WorldCodec,
         waveforms: Iterable[np.ndarray],     # (samples,) each, mono, at the config's sampling rate
         config: WorldConfig = WorldConfig(),
-        iterations: int = 12,                # of k-means, a codebook
+        steps: int = 3600,                   # see `fit_world_vq`
         seed: int = 0,
         progress: bool = True) -> WorldCodec:
-    "A codec whose codebooks are fitted to the waveforms. Raises a ValueError if they are too short to fill a codebook."
-    codec = cls(config, torch.zeros(config.features), torch.ones(config.features), torch.zeros(0))
-    features = [world_features(_whole_frames(w, codec), config) for w in tqdm(waveforms, desc="features", disable=not progress)]
-    mean, scale = _scaling(np.concatenate(features), config)
-    vectors = torch.cat([_stack((torch.from_numpy(f) - mean) * scale, config.stack, hop=1) for f in features])
-    codebooks = fit_codebooks(vectors, config.num_codebooks, config.codebook_size, iterations, seed, progress)
-    by_loudness = codebooks[..., ::config.features].sum(-1).argsort(1)
-    return cls(config, mean, scale, codebooks.gather(1, by_loudness[..., None].expand_as(codebooks)))
+    "A codec fitted to the waveforms. Raises a ValueError if they are too short."
+    blank = cls(WorldVQ(config))
+    features = [world_features(_whole_frames(w, blank), config) for w in tqdm(waveforms, desc="features", disable=not progress)]
+    return cls(fit_world_vq(features, config, steps, seed=seed, progress=progress))
 
 # %% ../nbs/02_codec.ipynb #277da92e
 @patch
@@ -244,7 +119,7 @@ def save(self: WorldCodec, folder: str | Path) -> Path:
     path = Path(folder) / self.file
     path.parent.mkdir(parents=True, exist_ok=True)
     header = json.dumps(dict(format=self.format, version=self.version, config=asdict(self.config)))
-    path.write_bytes(to_safetensors(dict(mean=self.mean, scale=self.scale, codebooks=self.codebooks.half()), {"codec": header}))
+    path.write_bytes(to_safetensors({name: t.half().contiguous() for name, t in self.net.state_dict().items()}, {"codec": header}))
     return path
 
 @patch(cls_method=True)
@@ -259,7 +134,9 @@ def from_pretrained(cls: WorldCodec, path: str | Path | None = None) -> WorldCod
     except SafetensorError as error: raise ValueError(f"{path}: is no whole safetensors file ({error}); copy or fit it again") from error
     if (header.get("format"), header.get("version")) != (cls.format, cls.version):
         raise ValueError(f"{path}: holds {header.get('format')} version {header.get('version')}, this is {cls.format} version {cls.version}: fit it again")
-    return cls(WorldConfig(**header["config"]), **tensors)
+    net = WorldVQ(WorldConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}))
+    net.load_state_dict({name: t.float() for name, t in tensors.items()})
+    return cls(net.eval().requires_grad_(False))
 
 # %% ../nbs/02_codec.ipynb #e009a3d1
 def _require_torchaudio():

@@ -11,13 +11,13 @@ import numpy as np
 import soxr
 import torch
 from torch import Tensor
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 from .chatml import Audio, Conversation, Text, load_audio, tts_conversation
 
 # %% auto #0
-__all__ = ['IGNORE', 'AUDIO_IN', 'AUDIO_OUT', 'AUDIO_DELAY', 'SPECIAL_TOKENS', 'SCENE', 'byte_tokenizer', 'AudioTokens',
-           'delay_pattern', 'undelay', 'merge_scene', 'prepare_chatml_sample', 'ChatMLDatasetSample',
+__all__ = ['IGNORE', 'AUDIO_IN', 'AUDIO_OUT', 'AUDIO_DELAY', 'SPECIAL_TOKENS', 'SCENE', 'byte_tokenizer', 'fit_tokenizer',
+           'AudioTokens', 'delay_pattern', 'undelay', 'merge_scene', 'prepare_chatml_sample', 'ChatMLDatasetSample',
            'encode_conversation', 'whisper_extractor', 'sample_options', 'whisper_frames', 'chunk_heard',
            'repeat_heard', 'Sample', 'expand', 'SampleDataset', 'encode_with']
 
@@ -35,9 +35,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
+    return _with_special_tokens(core)
+
+def _with_special_tokens(core: Tokenizer) -> PreTrainedTokenizerFast:
     core.add_special_tokens(list(SPECIAL_TOKENS))
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
-                                   pad_token="<|end_of_text|>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|end_of_text|>")
+
+# %% ../nbs/03_samples.ipynb #b48a50c5
+def fit_tokenizer(texts: list[str],  # what it is fitted to
+                  size: int = 1024,  # entries, special tokens included
+                  ) -> PreTrainedTokenizerFast:
+    "A byte-pair tokenizer (Sennrich 2016) with the special tokens of Higgs, for a base that is trained from scratch; any text can be written in it, in lower case."
+    core = Tokenizer(models.BPE())
+    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size - len(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return _with_special_tokens(core)
 
 # %% ../nbs/03_samples.ipynb #fe40debd
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ SOUNDS = os.environ.get("HIGGS_NB_SOUNDS", "")
 # notebook: its parameters here; what it makes goes into the test's folder, where it runs
 SMALL = {
     "corpus.ipynb": dict(source=SOUNDS, out="allison"),
-    "fit_codec.ipynb": dict(corpus=str(embedded_corpus()), out="codec", codebook_size=16, iterations=2, clips=8),
+    "fit_codec.ipynb": dict(corpus=str(embedded_corpus()), out="codec", codebook_size=16, width=24, steps=60, clips=8),
     "export.ipynb": dict(out="export", text="Please hold."),  # of the run that `trained` makes
     "train.ipynb": dict(out="run", steps=60, max_clips=12, token_budget=1024, eval_every=30, save_every=30, warmup=5, speak=1),
 }

@@ -38,17 +38,21 @@ class CorpusError(ValueError):
 class AudioError(CorpusError): "A recording that cannot be used."
 
 # %% ../nbs/00_audio.ipynb #d995d9ae
-def complain(what: str, remedy: str):
+def complain(what: str,  # is wrong
+             remedy: str):  # what to do about it
     "Raise a `CorpusError` of one problem."
     raise CorpusError(Problem(what, remedy))
 
 @contextmanager
-def collect_problems(problems: list, source: str = "", id: str = ""):
+def collect_problems(problems: list,  # they are added to it
+                     source: str = "",  # address of problems that have none, "file:line"
+                     id: str = ""):  # of the conversation, likewise
     "What is wrong inside of the block goes into `problems`, with its address."
     try: yield
     except CorpusError as error: problems += [replace(p, source=p.source or source, id=p.id or id) for p in error.problems]
 
-def did_you_mean(word: str, options: Iterable[str]) -> str:
+def did_you_mean(word: str,  # as it was written
+                 options: Iterable[str]) -> str:  # what it could have been
     "A question that names the closest of `options`, or nothing: most misspelt names are a letter away from the right one."
     close = difflib.get_close_matches(word, options, 1, cutoff=0.7)
     return f" (is {close[0]!r} meant?)" if close else ""
@@ -71,7 +75,9 @@ class Audio:
         return {"type": "audio"} | ({"path": self.path} if self.path else {"raw_audio": base64.b64encode(self.raw).decode("ascii")})
 
 # %% ../nbs/00_audio.ipynb #95904dbc
-def read_audio(audio: Audio | str | Path, max_duration_s: float | None = 30.0) -> tuple[np.ndarray, int]:
+def read_audio(audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
+               max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
+               ) -> tuple[np.ndarray, int]:
     "The samples of a recording as it is stored, (samples, channels) float32 with 1 or 2 channels, and their rate in Hz. Raises an `AudioError`."
     audio = audio if isinstance(audio, Audio) else Audio(str(audio))
     def refuse(what, remedy): raise AudioError(Problem(f"{audio.name} {what}", remedy))
@@ -115,7 +121,8 @@ class AudioStats:
     clipped: float      # share of samples at full scale
     digest: str         # sha256 of the samples: the same for a copy in another lossless format
 
-def measure_audio(audio: Audio | str | Path, max_duration_s: float | None = 30.0) -> AudioStats:
+def measure_audio(audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
+                  max_duration_s: float | None = 30.0) -> AudioStats:  # a longer one is refused; None: no limit
     "Read a recording and measure it. Raises an `AudioError`."
     samples, rate = read_audio(audio, max_duration_s)
     size, rms = np.abs(samples), np.sqrt(np.mean(np.square(samples, dtype=np.float64)))

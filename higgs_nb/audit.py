@@ -249,8 +249,8 @@ def plot_audit(audit: LabelAudit, sample: int, figsize: tuple[float, float]) -> 
 
 # %% ../nbs/04b_audit.ipynb #d89e9bb8
 def audit(batch: dict[str, Tensor],  # of `PaddedCollator` or `PackedCollator`
-          tokenizer,
-          tokens: AudioTokens,
+          tokenizer,  # names the tokens, and knows the marks of recordings
+          tokens: AudioTokens,  # placeholders, BOS and EOS of the model
           max_masked: float = 1.0,  # share of what is spoken (codes and EOS) that may be masked
           ) -> LabelAudit:
     """Say of every position and every codebook cell whether it is supervised, and why not; `LabelError` if the batch cannot be right: text labels on

@@ -133,12 +133,13 @@ def _conversation(d, id: str, source: str, root: Path) -> Conversation:
 # %% ../nbs/01_chatml.ipynb #dd149a85
 def tts_conversation(text: str,                   # what is spoken
                      audio: Audio | None = None,  # the recording of it; None: it is to be generated
-                     *, id: str,
+                     *, id: str,                  # names the conversation in reports and samples
                      scene: str | None = None,    # where it is spoken, e.g. "A quiet room."
-                     speaker: str | None = None,
-                     system: str = "Generate audio following instruction.",
+                     speaker: str | None = None,  # who speaks, for reports
+                     system: str = "Generate audio following instruction.",  # the system turn; this one is what the released model was trained on
                      reference: tuple[str, Audio] | list[tuple[str, Audio]] | None = None,  # a voice to follow: its words and recording; or several
-                     source: str = "", **extra) -> Conversation:
+                     source: str = "",            # where it was read, "file:line", for errors
+                     **extra) -> Conversation:    # kept as it is, e.g. split="held_out"
     "Text to speech as a conversation; only its last turn is trained."
     pairs = [reference] if isinstance(reference, tuple) else reference or []
     turns = [("system", Text(system)), *([("scene", Text(scene))] if scene else [])]
@@ -223,11 +224,11 @@ def _complete(conversations: list, problems: list, path: Path) -> list[Conversat
     return conversations
 
 # %% ../nbs/01_chatml.ipynb #51e6773a
-def read_chatml(path: str | Path) -> list[Conversation]:
+def read_chatml(path: str | Path) -> list[Conversation]:  # of a .json or .jsonl file
     "Read ChatML: a JSON list of conversations, a single one, or JSONL with one a line. Audio paths are relative to the file."
     return _read(Path(path), _conversation)
 
-def read_metadata(path: str | Path) -> list[Conversation]:
+def read_metadata(path: str | Path) -> list[Conversation]:  # of a .json or .jsonl file
     """Read `{"samples": [...]}` or a list of rows with `audio_file` and `text` or `transcript_file`, and, as wanted, `id`, `speaker_id`, `scene`,
     `ref_audio_file` with `ref_transcript`, `ref_speakers`; other keys are kept in `extra`. Paths are relative to the file."""
     return _read(Path(path), _metadata_row)
@@ -270,7 +271,7 @@ def _files(folder: Path, *suffixes: str) -> list[Path]:
     "The visible files in `folder`, and in the folders in it, that end so."
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
 
-def read_folder(path: str | Path) -> list[Conversation]:
+def read_folder(path: str | Path) -> list[Conversation]:  # of the folder
     "Read the pairs `NAME.wav` (or flac, ogg, opus, mp3) and `NAME.txt` in a folder and those in it; the name is the id."
     path, problems, conversations = Path(path), [], []
     recordings = _files(path, *AUDIO_SUFFIXES)
@@ -298,10 +299,10 @@ def load_corpus(path: str | Path  # a metadata.json, ChatML as .json or .jsonl, 
     return read_chatml(path) if chatml else read_metadata(path)
 
 # %% ../nbs/01_chatml.ipynb #c84d4411
-def check_corpus(conversations: list[Conversation],
+def check_corpus(conversations: list[Conversation],  # as `load_corpus` gives them
                  sampling_rate: int = 24000,           # Hz that training will use
                  max_duration_s: float | None = 30.0,  # longer recordings are refused; None: no limit
-                 progress: bool = True) -> CorpusReport:
+                 progress: bool = True) -> CorpusReport:  # show a bar
     "Check all conversations and read all recordings. Raises one `CorpusError` with every problem; changes nothing."
     problems, rows, stats = _structure(conversations), [], {}
     for c in tqdm(conversations, desc="checking", unit=" conversations", disable=not progress):
@@ -321,12 +322,12 @@ def check_corpus(conversations: list[Conversation],
     return CorpusReport(len(conversations), rows, sampling_rate)
 
 # %% ../nbs/01_chatml.ipynb #3b0fbabf
-def sentence_key(text: str) -> str:
+def sentence_key(text: str) -> str:  # a transcript
     "What makes a sentence the same: its letters, marks and digits, without case; a text of none of these is its own key."
     letters = (x if unicodedata.category(x)[0] in "LMN" else " " for x in unicodedata.normalize("NFKC", text).casefold())
     return " ".join("".join(letters).split()) or text
 
-def split_corpus(conversations: list[Conversation],
+def split_corpus(conversations: list[Conversation],  # the whole corpus
                  held_out: float = 0.1,  # share of the conversations, rounded up to whole sentences
                  seed: int = 0) -> tuple[list[Conversation], list[Conversation]]:  # train, held out
     "Split by sentence. Conversations that say a `split` in `extra` stay there, and others with the same sentence join them."

@@ -4,11 +4,15 @@
 
 # %% ../nbs/11_plots.ipynb #d6109a12
 from __future__ import annotations
+import io
 import math
+import time
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython import get_ipython
+from IPython.display import display
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 # %% auto #0
@@ -17,7 +21,7 @@ __all__ = ['plot_waveform', 'plot_codes', 'series', 'plot_losses', 'LiveLosses']
 # %% ../nbs/11_plots.ipynb #389f54b2
 def plot_waveform(waveform: np.ndarray,  # (samples,)
                   sampling_rate: int = 24000,  # Hz
-                  ax=None):
+                  ax=None):  # matplotlib axes to draw on; None: new ones
     "Draw a waveform over time in seconds; returns the axes."
     ax = ax or plt.subplots(figsize=(8, 1.4))[1]
     ax.plot(np.arange(len(waveform)) / sampling_rate, waveform, lw=0.4, color="#264653")
@@ -26,7 +30,7 @@ def plot_waveform(waveform: np.ndarray,  # (samples,)
 
 def plot_codes(codes: Tensor,  # (codebooks, frames)
                frame_rate: float = 25,  # frames a second
-               ax=None):
+               ax=None):  # matplotlib axes to draw on; None: new ones
     "Draw codes as an image, one row a codebook; returns the axes."
     ax = ax or plt.subplots(figsize=(8, 1.4))[1]
     ax.imshow(codes, aspect="auto", interpolation="nearest", cmap="viridis", extent=(0, codes.shape[1] / frame_rate, len(codes) - 0.5, -0.5))
@@ -34,14 +38,15 @@ def plot_codes(codes: Tensor,  # (codebooks, frames)
     return ax
 
 # %% ../nbs/11_plots.ipynb #7103f34e
-def series(history: list[dict], key: str) -> tuple[list[int], list[float]]:
+def series(history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
+           key: str) -> tuple[list[int], list[float]]:  # name of the quantity, e.g. "eval_audio_loss"
     "Steps and values of one quantity in a trainer's log history."
     found = {h["step"]: h[key] for h in history if key in h}
     return list(found), list(found.values())
 
 def plot_losses(history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
                 chance: float | None = None,  # loss of a model that knows nothing, ln(codes)
-                figure=None):
+                figure=None):  # matplotlib figure to draw on; None: a new one
     "Audio loss, text loss and each codebook's over steps, training as lines, held-out data as dots; returns the figure."
     fig = figure or plt.figure(figsize=(9, 2.8), layout="constrained")
     fig.clear()
@@ -58,13 +63,24 @@ def plot_losses(history: list[dict],  # `trainer.state.log_history`, or the line
 
 # %% ../nbs/11_plots.ipynb #6060c487
 class LiveLosses(TrainerCallback):
-    "A progress bar and, in a notebook, a figure of the losses that follows the run."
-    def __init__(self, chance: float | None = None): self.chance, self.handle = chance, None
+    """A progress bar with the time left and, in a notebook, a figure of the losses that follows the run. Both are texts and pictures that are replaced, not
+    widgets, so that a saved notebook keeps their last state and nothing else."""
+    def __init__(self, chance: float | None = None,  # loss of a model that knows nothing, ln(codes)
+                 every_s: float = 1.0):  # seconds between two states of the bar in a notebook
+        self.chance, self.every_s, self.handle, self.line = chance, every_s, None, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=not state.is_world_process_zero)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=not state.is_world_process_zero, **(dict(file=io.StringIO(), ascii=False) if get_ipython() else {}))
+        if get_ipython() and not self.bar.disable: self.line, self.told = display({"text/plain": str(self.bar)}, raw=True, display_id=True), time.monotonic()
 
-    def on_step_end(self, args, state, control, **kwargs): self.bar.update(state.global_step - self.bar.n)
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+        if self.line and time.monotonic() - self.told > self.every_s: self.tell()
+
+    def tell(self):
+        "Replace the bar in the notebook."
+        self.line.update({"text/plain": str(self.bar)}, raw=True)
+        self.told = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not hasattr(self, "bar"): return
@@ -74,8 +90,6 @@ class LiveLosses(TrainerCallback):
 
     def draw(self, state):
         "Replace the figure in the notebook; nothing outside of one."
-        from IPython import get_ipython
-        from IPython.display import display
         if get_ipython() is None: return
         fig = plot_losses(state.log_history, self.chance)
         if self.handle: self.handle.update(fig)
@@ -83,5 +97,6 @@ class LiveLosses(TrainerCallback):
         plt.close(fig)
 
     def on_train_end(self, args, state, control, **kwargs):
+        if self.line: self.tell()
         self.bar.close()
         self.draw(state)

@@ -22,9 +22,9 @@ __all__ = ['picture', 'player', 'Panel', 'Clip', 'silence_share', 'measure_clips
            'corpus_explorer', 'LabelExplorer', 'label_explorer', 'CodesExplorer', 'codes_explorer']
 
 # %% ../nbs/11b_widgets.ipynb #d3302114
-def picture(figure: Figure,
+def picture(figure: Figure,  # drawn, and not changed
             alt: str,  # what it shows, for a reader who cannot see it
-            dpi: int = 80) -> str:
+            dpi: int = 80) -> str:  # pixels an inch
     "A figure as an `<img>` that holds its pixels."
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
@@ -32,7 +32,7 @@ def picture(figure: Figure,
 
 def player(waveform,  # (samples,)
            sampling_rate: int,  # Hz
-           label: str) -> str:
+           label: str) -> str:  # what is heard, for a reader who cannot see
     "A waveform as an `<audio>` that holds its sound and says what it is."
     if not len(waveform): return "<em>silence: there is nothing to play</em>"
     return f"<audio controls preload='metadata' aria-label=\"{html.escape(label)}\" style='max-width:24rem;width:100%' src='{as_mp3(waveform, sampling_rate)}'></audio>"
@@ -81,9 +81,9 @@ def silence_share(waveform: np.ndarray,  # (samples,)
     level = 10 * np.log10((windows.astype(np.float64) ** 2).mean(1) + 1e-12)
     return 1.0 if level.max() < -110 else float((level < level.max() - below_db).mean())
 
-def measure_clips(corpus: list[Conversation] | str | Path,
+def measure_clips(corpus: list[Conversation] | str | Path,  # conversations, or what `load_corpus` reads
                   max_duration_s: float | None = 30.0,  # a longer recording is an error; None: no limit
-                  progress: bool = False) -> list[Clip]:
+                  progress: bool = False) -> list[Clip]:  # show a bar
     "Every trained recording of a corpus. Raises a `CorpusError` with all that is wrong with it."
     corpus = corpus if isinstance(corpus, list) else load_corpus(corpus)
     by_id, clips = {c.id: c for c in corpus}, []
@@ -94,7 +94,7 @@ def measure_clips(corpus: list[Conversation] | str | Path,
         clips.append(Clip(row, c, c.transcript, silence_share(load_audio(audio, max_duration_s=max_duration_s))))
     return clips
 
-def outliers(clips: list[Clip],
+def outliers(clips: list[Clip],  # of `measure_clips`
              limit: float = 3.5) -> list[list[str]]:  # distances from the median, in robust standard deviations, that a recording may have
     "For each clip what is unusual about it: measures further than `limit` from the median (1.4826 MAD is a deviation of 1), and clipping."
     why = [["clipped"] if c.row.clipped else [] for c in clips]
@@ -262,7 +262,7 @@ class CodesExplorer(Panel):
                 f"{player(made, self.codec.sampling_rate, f'{len(codes)} codebooks')}</p>{picture(fig, f'{talk.id}: waveform, codes, and the waveform that {len(codes)} codebooks give')}")
 
 def codes_explorer(conversations: list[Conversation],  # the last recording of each can be chosen
-                   codec: Codec,
+                   codec: Codec,  # its first codebooks alone have to be decodable
                    store: CodeStore | None = None) -> CodesExplorer:  # gives codes that are already there; None: encodes anew
     "Hear a recording through its first 1, 2, 4, ... codebooks, beside the original."
     return CodesExplorer(conversations, codec, store)

@@ -1,9 +1,17 @@
-import shutil, subprocess
+import os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def run(*command, cwd, **env):
+    "Standard output of `command`; a failure shows the end of what it wrote."
+    done = subprocess.run([*map(str, command)], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **env})
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{(done.stdout + done.stderr)[-3000:]}"
+    return done.stdout
 
 
 def committed():
@@ -28,3 +36,11 @@ def make_copy(tmp_path_factory):
 def pristine(make_copy):
     "A copy of the repository that no test writes to."
     return make_copy()
+
+
+@pytest.fixture(scope="session")
+def site(make_copy):
+    "The built site."
+    copy = make_copy()
+    run("make", "docs", "SETUP=", f"BIN={BIN}", cwd=copy)
+    return copy/"_docs"

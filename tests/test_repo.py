@@ -1,20 +1,12 @@
 "The repository agrees with itself: package and notebooks, README and index, wheel and tree, the site."
-import ast, os, re, subprocess, sys, zipfile
+import ast, importlib, inspect, re, sys, zipfile
 from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, committed
-
-BIN = Path(sys.executable).parent
-
-
-def run(*command, cwd, **env):
-    "Standard output of `command`; a failure shows the end of what it wrote."
-    done = subprocess.run([*map(str, command)], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **env})
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{(done.stdout + done.stderr)[-3000:]}"
-    return done.stdout
+from conftest import BIN, ROOT, committed, run
+from fastcore.docments import docments
 
 
 def differing(a, b, pattern):
@@ -65,6 +57,26 @@ def test_every_public_name_has_a_docstring():
     assert not bare, "without a docstring:\n" + "\n".join(bare)
 
 
+USER_FACING = {"audio": (), "chatml": (), "plots": (), "widgets": (), "monitor": (), "audit": ("audit",), "probe": ("offset_probe",)}  # module: functions; (): all public ones
+
+
+def test_parameters_of_what_users_call_are_explained():
+    "By a comment beside each, as API pages and JupyterLab show it."
+    bare = []
+    for name, chosen in USER_FACING.items():
+        module = importlib.import_module(f"higgs_nb.{name}")
+        functions = [f for f in (getattr(module, n) for n in chosen or module.__all__) if inspect.isfunction(f)]
+        bare += [f"{name}.{f.__name__}: {p}" for f in functions for p, d in docments(f, full=True, returns=False).items()
+                 if not d["docment"] and inspect.signature(f).parameters[p].kind != inspect.Parameter.VAR_KEYWORD]  # of which docments knows nothing
+    assert not bare, "without a comment:\n" + "\n".join(bare)
+
+
+def test_no_widget_is_saved_without_its_kernel():
+    "JupyterLab shows an error in its place; the still picture beside it stays."
+    held = [str(f) for f in committed() if f.suffix == ".ipynb" and '"application/vnd.jupyter.widget-view+json": {' in (ROOT/f).read_text(encoding="utf-8")]
+    assert not held, f"`make prepare` removes the views of widgets from {', '.join(held)}"
+
+
 @pytest.fixture(scope="session")
 def wheel(make_copy):
     "The wheel that the repository builds."
@@ -107,14 +119,6 @@ class Loads(HTMLParser):
         attrs = dict(attrs)
         if tag == "link" and attrs.get("rel") not in ("canonical", "license"): self.found.append(attrs.get("href"))
         if tag != "a": self.found += [attrs.get("src"), attrs.get("srcset"), attrs.get("poster"), attrs.get("data")]
-
-
-@pytest.fixture(scope="session")
-def site(make_copy):
-    "The built site."
-    copy = make_copy()
-    run("make", "docs", "SETUP=", f"BIN={BIN}", cwd=copy)
-    return copy/"_docs"
 
 
 def test_site_has_a_page_for_each_notebook(site):

@@ -19,7 +19,7 @@ from .plots import plot_codes, plot_waveform
 
 # %% auto #0
 __all__ = ['picture', 'player', 'Panel', 'Clip', 'silence_share', 'measure_clips', 'outliers', 'CorpusExplorer',
-           'corpus_explorer', 'LabelExplorer', 'label_explorer', 'CodesExplorer', 'codes_explorer']
+           'corpus_explorer', 'LabelExplorer', 'label_explorer', 'spectral_distance', 'CodesExplorer', 'codes_explorer']
 
 # %% ../nbs/11b_widgets.ipynb #d3302114
 def picture(figure: Figure,  # drawn, and not changed
@@ -223,6 +223,14 @@ def label_explorer(audit: LabelAudit) -> LabelExplorer:  # of `higgs_nb.audit.au
     return LabelExplorer(audit)
 
 # %% ../nbs/11b_widgets.ipynb #c464b66d
+def spectral_distance(a,  # (samples,) the recording
+                      b,  # (samples,) what came back; the longer one is cut
+                      size: int = 512) -> float:  # samples of a window, half of which is the step
+    "Mean distance of the log spectra in dB: 0 is equal; phases, which are hardly heard, do not count."
+    n = min(len(a), len(b))
+    def spectrum(x): return 20 * np.log10(np.abs(np.fft.rfft(np.lib.stride_tricks.sliding_window_view(np.asarray(x)[:n], size)[::size // 2] * np.hanning(size))) + 1e-3)
+    return float(np.abs(spectrum(a) - spectrum(b)).mean())
+
 class CodesExplorer(Panel):
     "See `codes_explorer`."
     def __init__(self, conversations: list[Conversation], codec: Codec, store: CodeStore | None):
@@ -241,13 +249,6 @@ class CodesExplorer(Panel):
         codes = (self.store.get(audio) if self.store else self.codec.encode(wave))[:count]
         return wave, codes, np.asarray(self.codec.decode(codes))
 
-    def distance_db(self, wave: np.ndarray, made: np.ndarray) -> float:
-        "Mean distance of the log spectra, in dB: 0 is equal; phases, which are not heard, do not count."
-        size = 512
-        def spectrum(x): return 20 * np.log10(np.abs(np.fft.rfft(np.lib.stride_tricks.sliding_window_view(x, size)[::256] * np.hanning(size))) + 1e-3)
-        n = min(len(wave), len(made))
-        return float(np.abs(spectrum(wave[:n]) - spectrum(made[:n])).mean())
-
     def still(self) -> str:
         talk = self.conversations[self.pick.value]
         wave, codes, made = self.heard(self.count.value)
@@ -257,7 +258,7 @@ class CodesExplorer(Panel):
         plot_codes(codes, self.codec.frame_rate, b).set(xlabel="", title=f"{len(codes)} of {self.codec.num_codebooks} codebooks")
         plot_waveform(made, self.codec.sampling_rate, c).set(title="what comes back")
         for ax in (a, b, c): ax.title.set_fontsize(9)
-        said = f"{talk.transcript} ({len(codes)} codebooks, {self.distance_db(wave, made):.1f} dB from the recording)"
+        said = f"{talk.transcript} ({len(codes)} codebooks, {spectral_distance(wave, made):.1f} dB from the recording)"
         return (f"<p>{html.escape(said)}</p><p>the recording<br>{player(wave, self.codec.sampling_rate, 'the recording')}</p><p>the first {len(codes)} codebooks<br>"
                 f"{player(made, self.codec.sampling_rate, f'{len(codes)} codebooks')}</p>{picture(fig, f'{talk.id}: waveform, codes, and the waveform that {len(codes)} codebooks give')}")
 

@@ -176,16 +176,20 @@ class LabelExplorer(Panel):
     def __init__(self, audit: LabelAudit):
         self.audit, self.table = audit, audit.table
         self.sample = W.Dropdown(description="sample", options=range(len(audit.flat.starts)), tooltip="which sample of the batch")
-        self.position = W.IntSlider(description="position", min=0, max=0, layout=W.Layout(width="30rem", max_width="100%"), tooltip="arrow keys go through the sequence")
+        self.position = W.BoundedIntText(description="position", min=0, max=0, continuous_update=True, tooltip="the arrow keys up and down go through the sequence")
+        self.before, self.after = (W.Button(description=text, tooltip=f"{text} of the sequence") for text in ("previous position", "next position"))
+        self.before.on_click(lambda button: self.go(-1))
+        self.after.on_click(lambda button: self.go(1))
         self.reach()
         self.sample.observe(lambda change: self.reach(), "value")
-        super().__init__([self.sample, self.position])
+        super().__init__([self.sample, self.position, self.before, self.after])
 
     def rows(self) -> list[dict]:
         "The rows of `LabelAudit.table` of the chosen sample, padding left out."
         return [r for r in self.table if r["sample"] == self.sample.value and r["kind"] != "pad"]
 
     def reach(self): self.position.max = len(self.rows()) - 1
+    def go(self, by: int): self.position.value = min(max(self.position.value + by, 0), self.position.max)
 
     def column(self) -> str:
         "What stands at the chosen position, in words."

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Thread
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -138,9 +139,10 @@ def let_go(fd: int, at: int = 0, length: int = 0) -> None:
 def difference(fd: int, parts: list[memoryview]) -> str | None:
     "Read an open file back: where it differs from `parts`, or None."
     if (size := os.fstat(fd).st_size) != (expected := sum(map(len, parts))): return f"it has {size} bytes, not {expected}"
+    buffer = np.empty(CHUNK, np.uint8)  # one for all: memory that is new each time costs as much as the comparison
     for at, piece in pieces(parts):
-        found = bytearray(len(piece))
-        if os.preadv(fd, [found], at) != len(piece) or found != piece: return f"it differs from what was written, between bytes {at} and {at + len(piece)}"
+        found = buffer[:len(piece)]
+        if os.preadv(fd, [found], at) != len(piece) or not np.array_equal(found, piece): return f"it differs from what was written, between bytes {at} and {at + len(piece)}"
 
 def write_file(path: Path, parts: list[memoryview]) -> dict:
     "Write a new file, wait for the disk, and read it back: its size and the sha256 of what it was to hold. ValueError if it holds something else."

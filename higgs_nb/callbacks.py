@@ -4,6 +4,8 @@
 
 # %% ../nbs/07d_callbacks.ipynb #87d3abb7
 from __future__ import annotations
+import csv
+import io
 import json
 import math
 import os
@@ -16,13 +18,14 @@ from pathlib import Path
 import torch
 from transformers import HiggsAudioV2Config, TrainerCallback
 from transformers.utils import logging
+from .probe import OFFSETS
 from .resume import any_process, device_module
 
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'STOP_FILE', 'TRY_AGAIN', 'Preempted', 'StopCallback', 'LogFileCallback', 'EndCallback', 'useful_flops',
-           'matmul_rate', 'SpeedCallback']
+__all__ = ['logger', 'STOP_FILE', 'TRY_AGAIN', 'Preempted', 'StopCallback', 'log_columns', 'LogFileCallback', 'EndCallback',
+           'useful_flops', 'matmul_rate', 'SpeedCallback']
 
 # %% ../nbs/07d_callbacks.ipynb #de8847e8
 STOP_FILE = "STOP"
@@ -67,22 +70,37 @@ class StopCallback(TrainerCallback):
         control.should_save = control.should_training_stop = True
 
 # %% ../nbs/07d_callbacks.ipynb #8c81f3e7
+def log_columns(codebooks: int) -> list[str]:
+    "The columns of `log.csv`, the same for every run of models with as many codebooks."
+    losses = ["loss", "text_loss", "audio_loss", *(f"codebook_{k}" for k in range(codebooks))]
+    return ["step", "epoch", *losses, *(f"eval_{name}" for name in losses), *(f"eval_probe_{o:+d}" for o in OFFSETS), "learning_rate", "grad_norm", "tokens_per_second", "memory_mb"]
+
 class LogFileCallback(TrainerCallback):
-    "Writes every log entry as a line of `log.jsonl` in the output directory, as it happens."
-    def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero or not state.global_step: return
-        log = Path(args.output_dir) / "log.jsonl"
-        log.with_suffix(".new").write_text("".join(map(self.line, state.log_history)), encoding="utf-8")
-        log.with_suffix(".new").replace(log)
+    """Writes every log entry as a line of `log.jsonl` in the output directory, and what training and held-out data say as a row of `log.csv`, as it happens. Both hold this
+    run alone: a resumed one goes on behind its checkpoint's last entry, another one begins them anew."""
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero: return
+        self.columns = log_columns(model.config.num_codebooks)
+        for suffix, form, head in (("jsonl", self.line, ""), ("csv", self.row, ",".join(self.columns) + "\n")):
+            log = Path(args.output_dir) / f"log.{suffix}"
+            log.with_suffix(".new").write_text(head + "".join(map(form, state.log_history)), encoding="utf-8")
+            log.with_suffix(".new").replace(log)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero: return
-        with open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") as f: f.write(self.line({"step": state.global_step, **(logs or {})}))
+        for suffix, form in (("jsonl", self.line), ("csv", self.row)):
+            with open(Path(args.output_dir) / f"log.{suffix}", "a", encoding="utf-8") as f: f.write(form({"step": state.global_step, **(logs or {})}))
 
     @staticmethod
     def line(entry: dict) -> str:
         "JSON, the step first."
         return json.dumps({"step": entry["step"], **entry}) + "\n"
+
+    def row(self, entry: dict) -> str:
+        "The columns of `log_columns`; nothing of an entry without losses."
+        text = io.StringIO()
+        if entry.keys() & {"loss", "eval_loss"}: csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n").writerow(entry)
+        return text.getvalue()
 
 class EndCallback(TrainerCallback):
     "Logs and evaluates at the last step, whatever the intervals."

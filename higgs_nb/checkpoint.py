@@ -49,7 +49,7 @@ def config_fingerprint(model: nn.Module) -> str:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     "The state of the base model under its own names, whether or not adapters lie over it."
-    return {re.sub(r"\.(base_layer|original_module)(?=\.)", "", name): tensor for name, tensor in base_of(model).state_dict().items()
+    return {re.sub(r"(\.token_adapter)?\.(base_layer|original_module)(?=\.)", "", name): tensor for name, tensor in base_of(model).state_dict().items()
             if not re.search(r"\.(lora_[A-Za-z_]+|modules_to_save|trainable_tokens_[a-z]+)\.", name)}
 
 def replaced_tensors(model: nn.Module) -> list[str]:

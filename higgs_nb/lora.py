@@ -76,7 +76,7 @@ def fit_config(config: LoraConfig, model: nn.Module,  # the base, before it is a
 class Match:
     "What one target matched."
     target: str
-    kind: str  # "lora" or "trained in full"
+    kind: str  # "lora", "trained in full", or "single rows" of an embedding
     modules: list[str]
     trainable: int  # parameters this adds to training
 
@@ -125,6 +125,11 @@ def match_table(model: nn.Module,  # the base, before it is adapted
         if not found: raise missing(target, modules)
         if len(found) > 1 and target not in getattr(model, "new_modules", ()): raise ValueError(f"{target!r} matches {found}: give the full name, e.g. {found[0]!r}")
         table.append(Match(target, "trained in full", found, sum(p.numel() for n in found for p in modules[n].parameters())))
+    rows = config.trainable_token_indices or {}
+    for target, tokens in (rows if isinstance(rows, dict) else {"embed_tokens": rows}).items():  # a list is PEFT's short form
+        found = matching(modules, target)
+        if not found: raise missing(target, modules)
+        table.append(Match(target, "single rows", found, sum(len(tokens) * modules[n].weight.shape[1] for n in found)))
     return table
 
 # %% ../nbs/06_lora.ipynb #3e76bc20

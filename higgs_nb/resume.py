@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils import logging
 from .checkpoint import adapter_config
-from .manifest import CheckpointReport, latest_checkpoint
+from .manifest import CheckpointReport, latest_checkpoint, move_aside
 from .saving import CheckpointError, load_files, verified
 
 logger = logging.get_logger(__name__)
@@ -129,10 +129,13 @@ def differences(then: dict, here: dict, name: str = "") -> list[str]:
 
 # %% ../nbs/07c_resume.ipynb #2bce7406
 def checkpoint_to_resume(run_dir: Path | str, resume: str | Path) -> CheckpointReport | None:
-    "The checkpoint that `resume` names; for 'auto' the newest whole one of `run_dir`, or None. Logs what was passed over; `CheckpointError` if it is not whole."
+    """The checkpoint that `resume` names; `CheckpointError` if it is not whole. For 'auto' the newest whole one of `run_dir`, or None: broken ones that are newer are named, and moved
+    aside, because the run will save there again."""
     if resume != "auto": return verified(resume)
     report, passed = latest_checkpoint(run_dir)
-    for other in passed: logger.warning(f"passed over: {other}")
+    for other in passed:
+        moved = None if other.path.name.startswith(".") else move_aside(other)
+        logger.warning(f"passed over: {other}" + (f"\n  moved to {moved}" if moved else ""))
     logger.warning(f"resuming from {report.path}" if report else f"nothing to resume in {run_dir}: starting at step 0")
     return report
 

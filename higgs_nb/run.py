@@ -102,7 +102,7 @@ def summary(name: str) -> str:
     return next((line[1:].strip().rstrip(".") for line in top.splitlines() if line.startswith(">")), "")
 
 # %% ../nbs/12_run.ipynb #4ff17cc3
-RESULTS = ("checkpoint-*", "adapter", "base", "samples", "log.jsonl", "run.json", "parameters.json")
+RESULTS = ("checkpoint-*", "adapter", "base", "samples", "log.*", "run.json", "parameters.json")
 
 def set_aside(out: str | Path,  # directory of a run
               names: tuple[str, ...] = RESULTS,  # patterns of what is moved

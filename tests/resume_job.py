@@ -1,5 +1,5 @@
 "Training on a made-up corpus, in processes of their own: what test_resume.py and test_ranks.py start, stop and compare."
-import json, multiprocessing, os, resource, socket, time
+import csv, json, multiprocessing, os, resource, socket, time
 from pathlib import Path
 
 import torch
@@ -131,6 +131,11 @@ def said(folder): return "".join(f.read_text() for f in sorted(Path(folder).glob
 def log(folder):
     "The log of a run without what a clock says."
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def table(folder):
+    "The rows of log.csv without what a clock says."
+    with open(Path(folder) / "log.csv", newline="") as f: return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(f)]
 
 
 def whole_state(checkpoint):

@@ -1,5 +1,5 @@
 """What the promise of `higgs_nb.checkpoint` is worth: real kills, real full disks, injected errors. Children are forked, so torch is loaded once."""
-import errno, multiprocessing, os, resource, shutil, signal, subprocess, sys, threading
+import errno, multiprocessing, os, resource, shutil, signal, subprocess, sys, tempfile, threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 import higgs_nb.manifest, higgs_nb.saving
-from higgs_nb.checkpoint import CheckpointError, adapter_tensors, describe_base, load_lora_adapters, preflight, save_lora_adapters
+from higgs_nb.checkpoint import CheckpointError, adapter_tensors, base_tensors, describe_base, load_lora_adapters, preflight, save_lora_adapters
+from higgs_nb.lora import apply_lora, create_lora_config
 from higgs_nb.manifest import hidden_name, latest_checkpoint, list_checkpoints, validate_checkpoint, writer_of
 from higgs_nb.saving import load_files, prune_checkpoints, remove_directory, same_bits, save_checkpoint
 
@@ -291,3 +292,20 @@ def test_the_console_script(tmp_path):
     bad = validate(tmp_path/"run", tmp_path/"nowhere")
     assert (bad.returncode, [line.split()[0] for line in bad.stdout.splitlines()]) == (1, ["corrupt", "incomplete"])
     assert validate().returncode == 2
+
+
+def test_single_rows_of_an_embedding():
+    "PEFT's `trainable_token_indices`: counted, saved, and loaded on the base that they were trained on."
+    def base():
+        torch.manual_seed(0)
+        return HiggsAudioV2ForConditionalGeneration(CONFIG, use_text_head=True).eval()
+    model = apply_lora(base(), create_lora_config("attention", r=4, trainable_token_indices=[5, 300])).eval()
+    assert [(m.target, m.kind, m.trainable) for m in model.match_table][-1] == ("embed_tokens", "single rows", 2 * 64)
+    assert base_tensors(model).keys() == base_tensors(base()).keys()
+    for p in model.parameters():
+        if p.requires_grad: torch.nn.init.normal_(p, std=0.1)
+    ids = torch.tensor([[5, 7, 300, 9]])
+    with tempfile.TemporaryDirectory() as d, torch.no_grad():
+        save_lora_adapters(model, Path(d, "adapter"), base={})
+        for loaded in (load_lora_adapters(base(), Path(d, "adapter")), PeftModel.from_pretrained(base(), f"{d}/adapter").eval()):
+            assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -1,14 +1,16 @@
 """Saves that are killed at every write, fsync and rename, disks that fail at every call, checkpoints spoiled in every way, and checkpoints made to do harm.
 Real kills of forked children; a fault of the disk is an error of the very call that would report it."""
 import errno, json, os, pickle, shutil, signal
+from pathlib import Path
 
 import pytest
 import torch
+from resume_job import make_trainer, whole_state
 
 import higgs_nb.saving as saving
 from higgs_nb.background import BackgroundSaver
 from higgs_nb.manifest import MANIFEST, Manifest, latest_checkpoint, list_checkpoints, main, sha256, validate_checkpoint, writer_of
-from higgs_nb.saving import CheckpointError, Snapshot, load_files, prune_checkpoints, same_bits
+from higgs_nb.saving import CheckpointError, Snapshot, load_files, prune_checkpoints, same_bits, staging_directory
 
 STEPS = ("write", "fsync", "rename")
 
@@ -164,6 +166,51 @@ def test_spoiled_in_every_way(tmp_path):
         path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
         save(run, 2)
     assert len(names) == 22 and as_saved(run) == 2
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A run of two steps with a checkpoint after each."
+    folder = tmp_path_factory.mktemp("trained")/"run"
+    short_run(folder).train()
+    return folder
+
+
+def short_run(folder):
+    torch.set_num_threads(1)  # as many for the same bits
+    return make_trainer(folder, held_out=(), eval_strategy="no", max_steps=2, save_steps=1, gradient_accumulation_steps=1, logging_steps=1)
+
+
+def unsaved(checkpoint, strike):
+    "A save in place of `checkpoint` that `strike` ends."
+    shutil.rmtree(checkpoint)
+    if strike is die: assert killed(lambda: snapshot(2).save(checkpoint), 9, die)
+    else:
+        with Tap(9, strike), pytest.raises(CheckpointError): snapshot(2).save(checkpoint)
+
+
+def io_error(name, true, args): raise OSError(errno.EIO, os.strerror(errno.EIO))
+def no_space(name, true, args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def vanish(name, true, args):
+    for left in Path(os.readlink(f"/proc/self/fd/{args[0]}")).parents[1].glob(".checkpoint-2.*"): shutil.rmtree(left)
+    return true(*args)
+
+
+CLASSES = {**{kind: lambda c, kind=kind: spoiled(c.parent)[f"training_state.safetensors: {kind}"]() for kind in ("truncated", "a flipped byte", "deleted", "a directory", "a link to itself")},
+           **{kind: lambda c, kind=kind: spoiled(c.parent)[kind]() for kind in ("a file, no directory",)},
+           "the checkpoint a link to itself": lambda c: spoiled(c.parent)["a link to itself"](),
+           "killed": lambda c: unsaved(c, die), "EIO": lambda c: unsaved(c, io_error), "ENOSPC": lambda c: unsaved(c, no_space), "vanished": lambda c: unsaved(c, vanish),
+           "another writer": lambda c: (shutil.rmtree(c), staging_directory(c).__enter__())}
+
+
+@pytest.mark.parametrize("fault", CLASSES)
+def test_training_goes_on_after_each_kind_of_fault(trained, tmp_path, monkeypatch, fault):
+    "From the newest whole checkpoint, over the place of the broken one, to the same bits."
+    run = shutil.copytree(trained, tmp_path/"run")
+    CLASSES[fault](run/"checkpoint-2")
+    monkeypatch.setattr(saving, "CHUNK", 2**16)
+    assert short_run(run).train("auto").global_step == 2
+    assert [r.step for r in list_checkpoints(run) if r.whole] == [1, 2] and whole_state(run/"checkpoint-2") == whole_state(trained/"checkpoint-2")
 
 
 class Harm:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, torch
 from peft import LoraConfig, get_peft_model
-from resume_job import log, make_trainer, run, said, train, whole_state
+from resume_job import log, make_trainer, run, said, table, train, whole_state
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 from transformers.integrations import is_tensorboard_available
@@ -37,7 +37,7 @@ def cut(tmp_path_factory):
 
 def same_run(folder, whole):
     "Losses, adapter, optimizer, generators and sums at step 40 are those of the run without interruption, to the bit."
-    assert log(folder) == log(whole)
+    assert log(folder) == log(whole) and table(folder) == table(whole)
     assert whole_state(folder/"checkpoint-40") == whole_state(whole/"checkpoint-40")
 
 

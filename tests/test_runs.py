@@ -2,18 +2,19 @@
 import json, multiprocessing, os, shutil
 from pathlib import Path
 
-import nbformat, papermill, pytest, torch
+import nbformat, papermill, pytest, soundfile, torch
 from conftest import ROOT, committed
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
-from higgs_nb.chatml import embedded_corpus
+from higgs_nb.chatml import embedded_corpus, load_corpus
 from higgs_nb.checkpoint import CheckpointError, load_lora_adapters, main as higgs_validate
 from higgs_nb.export import answers, compare, export_model
 from higgs_nb.lora import merge_lora
 from higgs_nb.model import load_model
 from higgs_nb.run import is_done, main as higgs_run, occupy
+from higgs_nb.sweep import main as higgs_sweep
 
 RUNS = {file.name: ROOT/file for file in committed() if file.parent == Path("nbs/runs") and file.suffix == ".ipynb"}
 SOUNDS = os.environ.get("HIGGS_NB_SOUNDS", "")
@@ -22,6 +23,8 @@ SOUNDS = os.environ.get("HIGGS_NB_SOUNDS", "")
 SMALL = {
     "corpus.ipynb": dict(source=SOUNDS, out="allison"),
     "fit_codec.ipynb": dict(corpus=str(embedded_corpus()), out="codec", codebook_size=16, width=24, steps=60, clips=8),
+    "prepare.ipynb": dict(out="prepared", max_clips=12),
+    "compare.ipynb": dict(out="compare"),  # of a sweep
     "export.ipynb": dict(out="export", text="Please hold."),  # of the run that `trained` makes
     "train.ipynb": dict(out="run", steps=60, max_clips=12, token_budget=1024, eval_every=30, save_every=30, warmup=5, speak=1),
 }
@@ -35,7 +38,7 @@ def test_each_is_listed():
     assert set(SMALL) == set(RUNS), "a notebook of nbs/runs has no small parameters here, or is gone"
 
 
-@pytest.mark.parametrize("name", sorted(set(SMALL) - {"train.ipynb", "export.ipynb"}))  # those are looked at more closely below
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"prepare.ipynb", "train.ipynb", "export.ipynb", "compare.ipynb"}))  # those are looked at more closely below
 def test_run(name, tmp_path):
     if NEEDS.get(name): pytest.skip(NEEDS[name])
     papermill.execute_notebook(RUNS[name], tmp_path/name, parameters=SMALL[name], cwd=tmp_path, progress_bar=False)
@@ -51,15 +54,39 @@ def test_parameters_are_explained(name):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    "The directory of a small `higgs_run train`, its exit code asserted."
-    out = tmp_path_factory.mktemp("runs")/"train"
-    given = [x for key, value in SMALL["train.ipynb"].items() if key != "out" for x in ("-p", key, str(value))]
-    assert higgs_run(["train", "--out", str(out), *given]) == 0
+def prepared(tmp_path_factory):
+    "The directory of a small `higgs_run prepare`, its exit code asserted."
+    out = tmp_path_factory.mktemp("runs")/"prepared"
+    assert higgs_run(["prepare", "--out", str(out), "-p", f"max_clips={SMALL['prepare.ipynb']['max_clips']}"]) == 0
     return out
 
 
-def test_what_a_run_leaves(trained):
+@pytest.fixture(scope="module")
+def trained(prepared):
+    "The directory of a small `higgs_run train` on what was prepared, its exit code asserted."
+    out, given = prepared.with_name("train"), given_to_train(prepared)
+    assert higgs_run(["train", "--out", str(out), *(x for key, value in given.items() for x in ("-p", key, str(value)))]) == 0
+    return out
+
+
+def given_to_train(prepared, **changes):
+    return {**{key: value for key, value in SMALL["train.ipynb"].items() if key != "out"}, "data": str(prepared), **changes}
+
+
+def test_what_prepare_leaves(prepared, trained):
+    "A corpus that says its splits, of mono files at the codec's rate, with codes that the training run has used and not made again."
+    corpus, whole = load_corpus(prepared), load_corpus(embedded_corpus())
+    assert [(c.id, c.transcript, c.extra["split"]) for c in corpus] == [(c.id, c.transcript, s) for s in ("train", "held_out") for c in [c for c in whole if c.extra["split"] == s][:12]]
+    for c in corpus:
+        [audio] = c.audio
+        info = soundfile.info(audio.path)
+        assert (info.samplerate, info.channels, info.format) == (24000, 1, "FLAC") and Path(audio.path).parent == prepared/"audio"
+    assert len(list(prepared.glob("codes/*/*.npy"))) == 24 and not (trained/"codes").exists()
+    run = json.loads((prepared/"run.json").read_text())
+    assert run["conversations"] == dict(train=12, held_out=12) and run["recordings"] == 24 and not run["stands_out"]["clipped"]
+
+
+def test_what_a_run_leaves(prepared, trained):
     "Verified checkpoints and adapter, the executed notebook, the log, samples, and run.json with what was measured."
     run = json.loads((trained/"run.json").read_text())
     assert run["held_out_audio_loss"]["after"] < 0.97 * run["held_out_audio_loss"]["before"]
@@ -68,8 +95,7 @@ def test_what_a_run_leaves(trained):
     assert next_frame < min(run["probe_train"].values()), "on real recordings that it was trained on, the next frame is known best"
     assert run["tokens_per_second"] > 0 and run["versions"]["torch"] and run["parameters"]["steps"] == 60
     assert sorted(p.name for p in trained.glob("checkpoint-*")) == ["checkpoint-30", "checkpoint-60"]
-    given = {key: value for key, value in SMALL["train.ipynb"].items() if key != "out"}
-    assert is_done("train", trained, given) and not is_done("train", trained, {**given, "steps": 61})
+    assert is_done("train", trained, given_to_train(prepared)) and not is_done("train", trained, given_to_train(prepared, steps=61))
     noted = json.loads((trained/"environment.jsonl").read_text())
     assert noted["parameters"]["seed"] == 0 and noted["parameters"]["steps"] == 60 and noted["versions"]["torch"] == run["versions"]["torch"] and "package" in noted["git"]
     assert higgs_validate([str(trained)]) == 0
@@ -136,10 +162,22 @@ def test_validator_sees_a_flipped_byte(trained, tmp_path, capsys):
     assert "adapter_model.safetensors" in capsys.readouterr().out
 
 
-def test_a_second_run_keeps_the_first(trained):
-    "The same directory again: the results of the first are moved aside, whole, and its codes are used."
+def test_a_sweep_of_training_runs(prepared, tmp_path):
+    "Two ranks, and the notebook that compares them: a table with the losses, the better first, and curves."
+    small = dict(data=str(prepared), steps=2, warmup=1, max_clips=4, speak=0, token_budget=512)
+    (tmp_path/"ranks.yaml").write_text(json.dumps(dict(run="train", out=str(tmp_path/"ranks"), parameters=small, grid=dict(rank=[2, 4]))))
+    assert higgs_sweep([str(tmp_path/"ranks.yaml"), "--jobs", "2"]) == 0
+    better, worse = json.loads((tmp_path/"ranks"/"compare"/"compare.json").read_text())
+    assert better["held_out_audio_loss.after"] <= worse["held_out_audio_loss.after"] and {better["run"], worse["run"]} == {"rank=2", "rank=4"}
+    assert higgs_validate([str(tmp_path/"ranks"/"rank=2"), str(tmp_path/"ranks"/"rank=4")]) == 0
+    shown = [o.data for c in nbformat.read(tmp_path/"ranks"/"compare"/"compare.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    assert any("| rank | held_out_audio_loss.after |" in d.get("text/markdown", "") for d in shown) and any("image/png" in d for d in shown)
+
+
+def test_a_second_run_keeps_the_first(prepared, trained):
+    "The same directory again: the results of the first are moved aside, whole."
     first = (trained/"run.json").read_bytes()
-    given = [x for key, value in {**SMALL["train.ipynb"], "steps": 2, "eval_every": 2}.items() if key != "out" for x in ("-p", key, str(value))]
+    given = [x for key, value in given_to_train(prepared, steps=2, eval_every=2).items() for x in ("-p", key, str(value))]
     assert higgs_run(["train", "--out", str(trained), *given]) == 0
     assert (trained/"earlier-1"/"run.json").read_bytes() == first
     assert higgs_validate([str(trained/"earlier-1")]) == 0 and higgs_validate([str(trained)]) == 0

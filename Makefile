@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed$(if $(CONSTRAINTS),,-unconstrained)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lab docs bench prepare readme clean
+.PHONY: help train base test lab docs bench prepare readme clean
 
 define HELP
 make train     train an adapter on the embedded corpus: runs/train holds it and the executed notebook
+make base      pretrain the small base model: hours, and runs/voices must hold the speech that nbs/runs/voices.ipynb makes
 make test      run every test, the notebooks among them
 make lab       open the notebooks in JupyterLab
 make docs      build the site into _docs, with Quarto if it is installed, else with smalldocs
@@ -38,6 +39,11 @@ $(SETUP): settings.ini setup.py $(CONSTRAINTS)
 
 train: $(SETUP)
 	$(BIN)/higgs_run train --out runs/train $(ARGS)
+
+# The small base of the package, from scratch, in hours; runs/voices holds the speech that nbs/runs/voices.ipynb makes.
+base: $(SETUP)
+	@test -f runs/voices/codes.safetensors || { echo 'make base: runs/voices holds no speech yet: nbs/runs/voices.ipynb says how it is made' >&2; exit 1; }
+	$(BIN)/higgs_run pretrain --out runs/pretrain -p voices=$(CURDIR)/runs/voices/codes.safetensors $(ARGS)
 
 test: $(SETUP)
 	$(BIN)/pytest $(ARGS)

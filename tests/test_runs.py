@@ -6,9 +6,11 @@ import nbformat, papermill, pytest, soundfile, torch
 from conftest import ROOT, committed
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
-from higgs_nb.chatml import embedded_corpus, load_corpus
+from higgs_nb.chatml import embedded_corpus, load_audio, load_corpus
+from higgs_nb.codec import load_codec
 from higgs_nb.checkpoint import CheckpointError, load_lora_adapters, main as higgs_validate
 from higgs_nb.export import answers, compare, export_model
 from higgs_nb.lora import merge_lora
@@ -17,7 +19,7 @@ from higgs_nb.run import is_done, main as higgs_run, occupy
 from higgs_nb.sweep import main as higgs_sweep
 
 RUNS = {file.name: ROOT/file for file in committed() if file.parent == Path("nbs/runs") and file.suffix == ".ipynb"}
-SOUNDS = os.environ.get("HIGGS_NB_SOUNDS", "")
+SOUNDS, KOKORO = (os.environ.get(name, "") for name in ("HIGGS_NB_SOUNDS", "HIGGS_NB_KOKORO"))
 
 # notebook: its parameters here; what it makes goes into the test's folder, where it runs
 SMALL = {
@@ -25,12 +27,15 @@ SMALL = {
     "fit_codec.ipynb": dict(corpus=str(embedded_corpus()), out="codec", codebook_size=16, width=24, steps=60, clips=8),
     "prepare.ipynb": dict(out="prepared", max_clips=12),
     "compare.ipynb": dict(out="compare"),  # of a sweep
+    "pretrain.ipynb": dict(voices="codes.safetensors", out="pretrain", hidden_size=32, intermediate_size=64, vocabulary=320, steps=4, warmup=1, eval_every=4, save_every=4, speak=1),
+    "voices.ipynb": dict(voices=KOKORO, out="voices", prompts=2, readings=0, held_out=1, variants=2),
     "export.ipynb": dict(out="export", text="Please hold."),  # of the run that `trained` makes
     "train.ipynb": dict(out="run", steps=60, max_clips=12, token_budget=1024, eval_every=30, save_every=30, warmup=5, speak=1),
 }
 # notebook: what a machine may lack (None: nothing is missing), and why it is skipped then
 NEEDS = {
     "corpus.ipynb": None if SOUNDS else "HIGGS_NB_SOUNDS does not name a folder with Debian's asterisk-core-sounds-en and -en-g722 unpacked",
+    "voices.ipynb": None if KOKORO else "HIGGS_NB_KOKORO does not name the folder of Kokoro's voices",
 }
 
 
@@ -41,7 +46,16 @@ def test_each_is_listed():
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"prepare.ipynb", "train.ipynb", "export.ipynb", "compare.ipynb"}))  # those are looked at more closely below
 def test_run(name, tmp_path):
     if NEEDS.get(name): pytest.skip(NEEDS[name])
+    if name == "pretrain.ipynb": synthetic_codes(tmp_path/"codes.safetensors")
     papermill.execute_notebook(RUNS[name], tmp_path/name, parameters=SMALL[name], cwd=tmp_path, progress_bar=False)
+
+
+def synthetic_codes(path):
+    "What nbs/runs/voices.ipynb would make, of a few recordings in the package."
+    codec, clips = load_codec(), load_corpus(embedded_corpus())[:8]
+    codes = [codec.encode(load_audio(c.audio[-1])).to(torch.int16) for c in clips]
+    rows = [dict(id=c.id, text=c.transcript, speaker_id=("af_heart", "am_michael")[i % 2], split=("train", "held_out")[i > 5], frames=[x.shape[1]]) for i, (c, x) in enumerate(zip(clips, codes))]
+    save_file(dict(codes=torch.cat(codes, 1)), path, dict(rows=json.dumps(rows)))
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))

@@ -11,16 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 import torch
 from torch import Tensor, nn
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PretrainedConfig
-from .manifest import (ADAPTER_FILES, HIDDEN, MODEL_FILES, CheckpointReport, Manifest, Reports, hidden_name, latest_checkpoint, list_checkpoints, main,
+from .manifest import (ADAPTER_FILES, HIDDEN, MODEL_FILE, CheckpointReport, Manifest, Reports, hidden_name, latest_checkpoint, list_checkpoints, main,
                                validate_checkpoint, writer_of)
 from .saving import (REMEDIES, CheckpointError, Content, Snapshot, explained, free_bytes, load_files, on_cpu, prune_checkpoints, remove_directory,
                              same_bits, save_checkpoint, staging_directory, verified)
 
 # %% auto #0
-__all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'stable_config', 'base_of', 'stock_class', 'config_fingerprint', 'base_tensors',
-           'replaced_tensors', 'weights_fingerprint', 'describe_base', 'adapter_state', 'trained_state',
+__all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'SHARD', 'stable_config', 'base_of', 'stock_class', 'config_fingerprint',
+           'base_tensors', 'replaced_tensors', 'weights_fingerprint', 'describe_base', 'adapter_state', 'trained_state',
            'adapter_tensors', 'adapter_config', 'adapter_files', 'is_stock', 'model_config', 'model_files',
            'take_snapshot', 'save_lora_adapters', 'check_base', 'load_lora_adapters', 'load_adapter', 'load_weights',
            'restore', 'try_on_fresh_base', 'try_to_load', 'preflight']
@@ -124,10 +125,14 @@ def model_config(model: nn.Module) -> PretrainedConfig:
     config.architectures, config.dtype = [(stock_class(model) if is_stock(model) else type(model)).__name__], model.dtype
     return config
 
+SHARD = 5 * 10**9  # bytes that a file of a model holds at most
+
 def model_files(model: nn.Module, copy: bool) -> dict[str, Content]:
     "The files of a whole model, as `load_model` and `from_pretrained` read them."
-    texts = (model_config(model).to_json_string().encode(), model.generation_config.to_json_string().encode())
-    return dict(zip(("config.json", "generation_config.json", MODEL_FILES[1]), (*texts, on_cpu(model.state_dict(), copy))))
+    texts, state = {"config.json": model_config(model).to_json_string(), "generation_config.json": model.generation_config.to_json_string()}, on_cpu(model.state_dict(), copy)
+    split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD)
+    if split.is_sharded: texts["model.safetensors.index.json"] = json.dumps(dict(metadata=split.metadata, weight_map=split.tensor_to_filename), indent=2, sort_keys=True)
+    return {**{name: text.encode() for name, text in texts.items()}, **{file: {name: state[name] for name in names} for file, names in split.filename_to_tensors.items()}}
 
 def take_snapshot(model: PeftModel | nn.Module, # with an adapter: the adapter is saved; without: the model, see `model_files`
                   *, base: dict, # of `describe_base`; what it lacks is computed for an adapter, which reads the whole base
@@ -191,7 +196,8 @@ def load_weights(path: Path | str | CheckpointReport) -> tuple[CheckpointReport,
     "The tensors of a whole checkpoint with a model."
     report = verified(path)
     if report.manifest.meta.get("kind") != "model": raise CheckpointError("model not loaded: this checkpoint holds none", report.path)
-    return report, load_files(report, MODEL_FILES[1])[MODEL_FILES[1]]
+    files = load_files(report, *filter(MODEL_FILE.fullmatch, report.manifest.files))
+    return report, {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
 
 def restore(model: PeftModel | nn.Module, path: Path | str | CheckpointReport,
             base: dict | None = None, # what `describe_base` said of `model`; None: it is asked, which reads the whole base

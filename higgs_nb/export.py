@@ -12,16 +12,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
-from .chatml import tts_conversation
+from .chatml import Audio, tts_conversation
 from .checkpoint import base_of, is_stock, take_snapshot
 from .collator import PaddedCollator
 from .generate import generate_speech, prompt_of
 from .model import load_model
-from .samples import AudioTokens, delay_pattern, sample_options
+from .samples import AudioTokens, SampleDataset, delay_pattern, sample_options
 from .saving import CheckpointError, Snapshot, explained, fsync, staging_directory
 
 # %% auto #0
-__all__ = ['answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', 'export_model', 'model_card']
+__all__ = ['FRAMES_PER_HOUR', 'answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', 'export_model', 'data_summary',
+           'corpus_summary', 'model_card']
 
 # %% ../nbs/13_export.ipynb #0985e271
 @torch.no_grad()
@@ -121,6 +122,25 @@ def export_model(model: nn.Module,  # a PeftModel: its adapter is exported; else
     return max(share, moved)
 
 # %% ../nbs/13_export.ipynb #5882ad7d
+def data_summary(corpus: dict) -> str:
+    "What a run says of its corpus, in words: clips, hours and speakers, to train on and held out."
+    def part(name):
+        said = f"{corpus[name]} conversations"
+        if hours := corpus.get(f"{name}_hours"): said += f" ({hours:.2f} hours of speech, {corpus[f'{name}_clips']} clips, {corpus[f'{name}_speakers'] or 'no'} named speakers)"
+        return said
+    return f"{part('train')} to train on and {part('held_out')} held out"
+
+def corpus_summary(train: SampleDataset, held_out: SampleDataset) -> dict:
+    "What `run.json` says of a corpus: conversations, and of both parts the clips that are learned, their hours, and how many speakers have names."
+    found = {}
+    for name, data in (("train", train), ("held_out", held_out)):
+        clips = [part for c in data.conversations for m in c.messages if m.role == "assistant" for part in m.content if isinstance(part, Audio)]
+        hours = sum(data.store.get(clip).shape[1] for clip in clips) / FRAMES_PER_HOUR
+        found |= {name: len(data), f"{name}_clips": len(clips), f"{name}_hours": hours, f"{name}_speakers": len({c.speaker for c in data.conversations} - {None})}
+    return found
+
+FRAMES_PER_HOUR = 25 * 3600
+
 def model_card(run: dict,  # what the training run has written to `run.json`
                kind: str,  # "adapter" or "merged"
                base: dict,  # of the adapter's manifest, see `describe_base`
@@ -148,7 +168,7 @@ weights {base['weights_fingerprint'][:16]}. Its licence and the rights to the re
 model = {loading}{chr(10) + 'model = PeftModel.from_pretrained(model, "adapter")  # of peft' if kind == 'adapter' else ''}
 ```
 {'' if stock else chr(10) + 'It has audio self-attention or a Whisper tower, which the stock class would leave out.' + chr(10)}
-Data: {run['corpus']['train']} conversations to train on and {run['corpus']['held_out']} held out, from {Path(given['data']).name or 'the recordings in higgs_nb'}. \
+Data: {data_summary(run['corpus'])}, from {Path(given['data']).name or 'the recordings in higgs_nb'}. \
 Training: {', '.join(f'{k} {given[k]}' for k in shown)}.
 
 | held-out loss | before | after |

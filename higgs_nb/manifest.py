@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from safetensors import SafetensorError, safe_open
 
 # %% auto #0
-__all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILES', 'MAX_FILES', 'MAX_HEADER', 'MAX_JSON', 'MACHINE', 'HIDDEN',
+__all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILE', 'MAX_FILES', 'MAX_HEADER', 'MAX_JSON', 'MACHINE', 'HIDDEN',
            'NO_LOCKS', 'PICKLE', 'DEPTH', 'Manifest', 'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle',
            'tensor_table', 'hidden_name', 'writer_of', 'CheckpointReport', 'Reports', 'read_json', 'check_file',
            'check_unknown', 'check_adapter', 'validate_checkpoint', 'members', 'list_checkpoints', 'latest_checkpoint',
@@ -19,7 +19,7 @@ __all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILES', 'MAX_FILES', 'M
 # %% ../nbs/06b_manifest.ipynb #746b8d5a
 MANIFEST, FORMAT = "manifest.json", "higgs_nb-checkpoint-1"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's names
-MODEL_FILES = ("config.json", "model.safetensors")  # transformers'
+MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")  # transformers' names: of one, or of parts
 MAX_FILES, MAX_HEADER, MAX_JSON = 1000, 2**24, 2**24  # files a checkpoint; bytes of a safetensors header, of a JSON file
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _validate(path: Path) -> tuple[tuple[Fault, ...], Manifest | None]:
         return (*faults, *unknown(files, False)), None
     try: manifest = Manifest.loads(read_json(path/MANIFEST))
     except (ValueError, RecursionError) as error: return (*faults, Fault("corrupt", MANIFEST, f"refused: {error}")), None
-    own = {"adapter": ADAPTER_FILES, "model": MODEL_FILES}.get(kind := str(manifest.meta.get("kind")), ())
+    own = {"adapter": ADAPTER_FILES, "model": ("config.json",)}.get(kind := str(manifest.meta.get("kind")), ())
     faults += [Fault("missing", name, f"not in the manifest of this {kind}") for name in own if name not in manifest.files]
     for name, entry in manifest.files.items():
         try: fault = check_file(path/name, name, entry, files.get(name))

@@ -107,7 +107,10 @@ def describe_data(dataset, looked_at: int = 64) -> dict:
     for i in range(0, len(dataset), max(1, len(dataset) // looked_at)):
         sample = dataset[i]
         for tensor in (sample.input_ids, sample.labels, sample.audio_ids, sample.audio_labels): digest.update(tensor.numpy().tobytes())
-    return dict(samples=len(dataset), tokens=sum(dataset.lengths), sha256=digest.hexdigest())
+        for wave in sample.waveforms: digest.update(wave.tobytes())
+    settings = {} if dataset.audio_in_codes else dict(audio_in_codes=False)
+    if dataset.extractor: settings["extractor"] = {k: v for k, v in dataset.extractor.to_dict().items() if isinstance(v, (bool, int, float, str))}
+    return dict(samples=len(dataset), tokens=sum(dataset.lengths), sha256=digest.hexdigest(), **settings)
 
 def describe_trained(model: PeftModel | nn.Module) -> dict:
     "Settings of an adapter, or that there is none, and how many parameters are trained."

@@ -189,7 +189,7 @@ def training_state(self: HiggsTrainer) -> dict:
     probes = [[step, {**asdict(p), "losses": list(p.losses.items()), "codebook_losses": list(p.codebook_losses.items())}] for step, p in self.probes]
     scaler = getattr(self.accelerator, "scaler", None)
     return dict(optimizer=optimizer_state(self.model, self.optimizer), schedule=self.lr_scheduler.state_dict(), scaler=scaler and scaler.state_dict(),
-                processes=[unpack(*state) for state in of_every_process(mine)], probes=probes, logged_step=self._globalstep_last_logged,
+                processes=[unpack(*state) for state in of_every_process(mine)], probes=probes, logged_step=self._globalstep_last_logged, max_steps=self.state.max_steps,
                 loss_sum=self._total_loss_scalar, seconds=self.earlier_seconds + time.time() - self.started)
 
 @patch
@@ -290,6 +290,9 @@ class TakeUpCallback(TrainerCallback):
         t.meter.reset()
         if (then := t.resumed) is None: return
         state.compute_steps(args, state.max_steps)  # intervals are this run's, not the checkpoint's
+        if (steps := then.get("max_steps", state.max_steps)) != state.max_steps:
+            schedule = "" if args.lr_scheduler_type.startswith("constant") else f", and its learning rate ({args.lr_scheduler_type.value}) follows the schedule of {state.max_steps} steps from here on"
+            logger.warning(f"resuming at step {state.global_step}: this run ends at step {state.max_steps}, the checkpoint's was to end at {steps}{schedule}")
         t.probes = [(step, OffsetProbe(**{**p, "losses": dict(p["losses"]), "codebook_losses": dict(p["codebook_losses"])})) for step, p in then["probes"]]
         t.earlier_seconds, t._total_loss_scalar, t._globalstep_last_logged, t._initial_global_step = then["seconds"], then["loss_sum"], then["logged_step"], 0
         if mine := t.own_state():

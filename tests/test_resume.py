@@ -6,7 +6,7 @@ import pytest, torch
 from peft import LoraConfig, get_peft_model
 from resume_job import log, make_trainer, run, said, table, train, whole_state
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, WhisperFeatureExtractor
 from transformers.integrations import is_tensorboard_available
 from transformers.utils import is_bitsandbytes_available
 
@@ -14,6 +14,7 @@ from higgs_nb.chatml import embedded_corpus
 from higgs_nb.checkpoint import CheckpointError, adapter_tensors
 from higgs_nb.manifest import list_checkpoints, main as higgs_validate
 from higgs_nb.model import load_model
+from higgs_nb.resume import describe_data, differences
 from higgs_nb.trainer import HiggsTrainer
 
 KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
@@ -112,9 +113,19 @@ def test_another_run_is_refused(cut, tmp_path, change, named):
     with pytest.raises(CheckpointError, match=named): make_trainer(tmp_path, **change).train(cut/"checkpoint-13")
 
 
-def test_another_run_is_resumed_if_forced(cut, tmp_path):
+def test_another_run_is_resumed_if_forced(cut, tmp_path, caplog):
     trainer = make_trainer(tmp_path, frames=range(20, 58, 2), max_steps=15)
     assert trainer.train(cut/"checkpoint-13", resume_force=True).global_step == 15
+    assert "this run ends at step 15, the checkpoint's was to end at 40, and its learning rate (linear) follows the schedule of 15 steps" in caplog.text
+
+
+def test_data_is_another_if_it_is_heard_otherwise(tmp_path):
+    data = make_trainer(tmp_path).train_dataset
+    before, data.audio_in_codes = describe_data(data), False
+    assert differences(before, describe_data(data)) == ["audio_in_codes: None then, False here"]
+    data.audio_in_codes, data.extractor = True, WhisperFeatureExtractor(feature_size=128)
+    heard, data.extractor = describe_data(data), WhisperFeatureExtractor(feature_size=80)
+    assert differences(heard, describe_data(data)) == ["extractor.feature_size: 128 then, 80 here"]
 
 
 def test_two_signals_end_at_once(cut, tmp_path):

@@ -21,8 +21,8 @@ from .samples import AudioTokens, SampleDataset, delay_pattern, sample_options
 from .saving import CheckpointError, Snapshot, explained, fsync, staging_directory
 
 # %% auto #0
-__all__ = ['FRAMES_PER_HOUR', 'answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', 'export_model', 'data_summary',
-           'corpus_summary', 'model_card']
+__all__ = ['answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', 'export_model', 'data_summary', 'corpus_summary',
+           'model_card']
 
 # %% ../nbs/13_export.ipynb #0985e271
 @torch.no_grad()
@@ -126,7 +126,9 @@ def data_summary(corpus: dict) -> str:
     "What a run says of its corpus, in words: clips, hours and speakers, to train on and held out."
     def part(name):
         said = f"{corpus[name]} conversations"
-        if hours := corpus.get(f"{name}_hours"): said += f" ({hours:.2f} hours of speech, {corpus[f'{name}_clips']} clips, {corpus[f'{name}_speakers'] or 'no'} named speakers)"
+        if hours := corpus.get(f"{name}_hours"):
+            length = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+            said += f" ({length} of speech in {corpus[f'{name}_clips']} clips, speakers with a name: {corpus[f'{name}_speakers']})"
         return said
     return f"{part('train')} to train on and {part('held_out')} held out"
 
@@ -135,11 +137,9 @@ def corpus_summary(train: SampleDataset, held_out: SampleDataset) -> dict:
     found = {}
     for name, data in (("train", train), ("held_out", held_out)):
         clips = [part for c in data.conversations for m in c.messages if m.role == "assistant" for part in m.content if isinstance(part, Audio)]
-        hours = sum(data.store.get(clip).shape[1] for clip in clips) / FRAMES_PER_HOUR
+        hours = sum(data.store.get(clip).shape[1] for clip in clips) / 25 / 3600
         found |= {name: len(data), f"{name}_clips": len(clips), f"{name}_hours": hours, f"{name}_speakers": len({c.speaker for c in data.conversations} - {None})}
     return found
-
-FRAMES_PER_HOUR = 25 * 3600
 
 def model_card(run: dict,  # what the training run has written to `run.json`
                kind: str,  # "adapter" or "merged"

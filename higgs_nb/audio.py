@@ -92,7 +92,7 @@ def read_audio(audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, 
     except FileNotFoundError: refuse("does not exist", "correct the path or bring the file back")
     except OSError as error: refuse(f"cannot be opened: {error.strerror}", "make it a readable file")
     except (sf.SoundFileError, TypeError) as error:  # soundfile answers a .raw file, which has no header, with a TypeError
-        refuse(f"is not a recording that can be decoded ({str(error).rpartition(': ')[2].rstrip('.')})", "give a wav, flac, ogg, opus or mp3 file")
+        refuse(f"is not a recording that can be decoded ({str(error).rpartition(': ')[2].rstrip('.')})", "give a wav, flac, ogg, opus or mp3 file; ffmpeg -i IN OUT.wav makes one of an m4a")
     if len(samples) < 0.95 * frames: refuse(f"stops after {len(samples) / rate:.1f} of {frames / rate:.1f} s", "copy or encode the file again")
     if not np.isfinite(samples).all(): refuse("holds samples that are NaN or infinite", "export it again from its source")
     return samples, rate

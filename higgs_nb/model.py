@@ -214,7 +214,8 @@ def load_model(name_or_path: str,  # directory or hub id
                whisper: str | None = None,  # a WhisperModel's directory or hub id: gives a checkpoint without a tower one
                **kwargs) -> HiggsAudioForTraining:
     "Load a checkpoint in transformers' format with its text head; `ValueError` if weights are missing, left over or of another shape."
-    config = HiggsAudioV2Config.from_pretrained(name_or_path, revision=revision)
+    try: config = HiggsAudioV2Config.from_pretrained(name_or_path, revision=revision)
+    except OSError as error: raise OSError(f"{error}\nWithout a network, fetch the base where there is one, `hf download {name_or_path}`, and give its directory. `higgs_doctor --base {name_or_path}` looks what is wrong.") from error
     new = extend_config(config, str(name_or_path), use_audio_out_self_attention, encode_whisper_embed, whisper)
     model, info = HiggsAudioForTraining.from_pretrained(name_or_path, config=config, revision=revision, dtype=dtype, attn_implementation=attn_implementation,
                                                         output_loading_info=True, use_safetensors=True, **kwargs)

@@ -202,6 +202,8 @@ def run(name: str,  # of a notebook in `nbs/runs`, or the path of one
     cannot be, `BlockingIOError` if a run goes on in `out`."""
     given, out, executed = check_parameters(name, {**(parameters or {}), "out": str(out)}), place(out), Path(out) / notebook_of(name).name
     out.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + 5
+    while occupied(out) and time.monotonic() < until: time.sleep(0.1)  # the notebook of a run that was just killed
     if occupied(out): raise BlockingIOError(f"a run goes on in {out}: wait for it, stop it, or choose another directory")
     held = lock(out, alone=False)
     try:

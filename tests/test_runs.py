@@ -1,5 +1,5 @@
 "Every notebook of nbs/runs is executed by papermill, with small parameters."
-import json, multiprocessing, os, shutil
+import json, multiprocessing, os, random, shutil, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, papermill, pytest, soundfile, torch
@@ -186,6 +186,26 @@ def test_a_sweep_of_training_runs(prepared, tmp_path):
     assert higgs_validate([str(tmp_path/"ranks"/"rank=2"), str(tmp_path/"ranks"/"rank=4")]) == 0
     shown = [o.data for c in nbformat.read(tmp_path/"ranks"/"compare"/"compare.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if "data" in o]
     assert any("| rank | held_out_audio_loss.after |" in d.get("text/markdown", "") for d in shown) and any("image/png" in d for d in shown)
+
+
+def test_killed_three_times_at_random_moments(prepared, tmp_path):
+    "Called again, it ends with exit code 0 and, to the bit, the adapter of a run that nobody disturbed."
+    given = dict(data=prepared, steps=12, save_every=1, eval_every=12, warmup=1, max_clips=4, speak=0, token_budget=512)
+    command = lambda out: [Path(sys.executable).with_name("higgs_run"), "train", "--out", out, *[x for key, value in given.items() for x in ("-p", f"{key}={value}")]]
+    start = time.monotonic()
+    whole = subprocess.run(command(tmp_path/"whole"), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    moments = [random.uniform(0, 0.6 * (time.monotonic() - start)) for _ in range(3)]
+    for moment in moments:
+        process = subprocess.Popen(command(tmp_path/"cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moment)
+        process.kill()
+        process.wait()
+    last = subprocess.run(command(tmp_path/"cut"), capture_output=True, text=True)
+    assert last.returncode == 0, f"killed after {moments} s: {last.stderr}"
+    adapters = [(tmp_path/run/"adapter"/"adapter_model.safetensors").read_bytes() for run in ("whole", "cut")]
+    assert adapters[0] == adapters[1], f"killed after {moments} s"
+    assert higgs_validate([str(tmp_path/"cut")]) == 0
 
 
 def test_a_second_run_keeps_the_first(prepared, trained):

@@ -171,9 +171,10 @@ def test_spoiled_in_every_way(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     "A run of two steps with a checkpoint after each."
-    folder = tmp_path_factory.mktemp("trained")/"run"
+    folder, threads = tmp_path_factory.mktemp("trained")/"run", torch.get_num_threads()
     short_run(folder).train()
-    return folder
+    yield folder
+    torch.set_num_threads(threads)
 
 
 def short_run(folder):

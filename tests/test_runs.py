@@ -25,12 +25,12 @@ SOUNDS, KOKORO = (os.environ.get(name, "") for name in ("HIGGS_NB_SOUNDS", "HIGG
 SMALL = {
     "corpus.ipynb": dict(source=SOUNDS, out="allison"),
     "fit_codec.ipynb": dict(corpus=str(embedded_corpus()), out="codec", codebook_size=16, width=24, steps=60, clips=8),
-    "prepare.ipynb": dict(out="prepared", max_clips=12),
+    "prepare.ipynb": dict(out="prepared", max_clips=40),
     "compare.ipynb": dict(out="compare"),  # of a sweep
     "pretrain.ipynb": dict(voices="codes.safetensors", out="pretrain", hidden_size=32, intermediate_size=64, vocabulary=320, steps=4, warmup=1, eval_every=4, save_every=4, speak=1),
     "voices.ipynb": dict(voices=KOKORO, out="voices", prompts=2, readings=0, held_out=1, variants=2),
     "export.ipynb": dict(out="export", text="Please hold."),  # of the run that `trained` makes
-    "train.ipynb": dict(out="run", steps=60, max_clips=12, token_budget=1024, eval_every=30, save_every=30, warmup=5, speak=1),
+    "train.ipynb": dict(out="run", steps=60, max_clips=40, token_budget=1024, learning_rate=0.003, eval_every=30, save_every=30, warmup=5, speak=1),
 }
 # notebook: what a machine may lack (None: nothing is missing), and why it is skipped then
 NEEDS = {

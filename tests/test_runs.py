@@ -90,14 +90,15 @@ def given_to_train(prepared, **changes):
 def test_what_prepare_leaves(prepared, trained):
     "A corpus that says its splits, of mono files at the codec's rate, with codes that the training run has used and not made again."
     corpus, whole = load_corpus(prepared), load_corpus(embedded_corpus())
-    assert [(c.id, c.transcript, c.extra["split"]) for c in corpus] == [(c.id, c.transcript, s) for s in ("train", "held_out") for c in [c for c in whole if c.extra["split"] == s][:12]]
+    parts = {s: [c for c in whole if c.extra["split"] == s][:SMALL["prepare.ipynb"]["max_clips"]] for s in ("train", "held_out")}
+    assert [(c.id, c.transcript, c.extra["split"]) for c in corpus] == [(c.id, c.transcript, s) for s, members in parts.items() for c in members]
     for c in corpus:
         [audio] = c.audio
         info = soundfile.info(audio.path)
         assert (info.samplerate, info.channels, info.format) == (24000, 1, "FLAC") and Path(audio.path).parent == prepared/"audio"
-    assert len(list(prepared.glob("codes/*/*.npy"))) == 24 and not (trained/"codes").exists()
+    assert len(list(prepared.glob("codes/*/*.npy"))) == len(corpus) and not (trained/"codes").exists()
     run = json.loads((prepared/"run.json").read_text())
-    assert run["conversations"] == dict(train=12, held_out=12) and run["recordings"] == 24 and not run["stands_out"]["clipped"]
+    assert run["conversations"] == {s: len(members) for s, members in parts.items()} == dict(train=40, held_out=32) and run["recordings"] == len(corpus) and not run["stands_out"]["clipped"]
 
 
 def test_what_a_run_leaves(prepared, trained):

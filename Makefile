@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed$(if $(CONSTRAINTS),,-unconstrained)
 
 .DEFAULT_GOAL := help
-.PHONY: help train base test lab docs bench prepare readme clean
+.PHONY: help train base test test-browser lab docs bench prepare readme clean
 
 define HELP
 make train     train an adapter on the embedded corpus: runs/train holds it and the executed notebook
 make base      pretrain the small base model: hours, and runs/voices must hold the speech that nbs/runs/voices.ipynb makes
 make test      run every test, the notebooks among them
+make test-browser  the site and the widgets in a headless Chromium; needs chromium, node and npm
 make lab       open the notebooks in JupyterLab
 make docs      build the site into _docs, with Quarto if it is installed, else with smalldocs
 make bench     run every benchmark in benchmarks/
@@ -48,15 +49,41 @@ base: $(SETUP)
 test: $(SETUP)
 	$(BIN)/pytest $(ARGS)
 
+# The browser is the system's, its driver and axe-core come from npm; without them `make test` skips these tests and says why.
+CHROMIUM ?= $(or $(shell command -v chromium),$(shell command -v chromium-browser),$(shell command -v google-chrome))
+test-browser: $(SETUP)
+	@test -x "$(CHROMIUM)" || { echo "make test-browser: no Chromium. On Debian: apt-get install chromium; else name it: make CHROMIUM=/path test-browser" >&2; exit 1; }
+	@command -v npm >/dev/null || { echo "make test-browser: no npm. On Debian: apt-get install nodejs npm" >&2; exit 1; }
+	npm ci --prefix tests/browser --no-audit --no-fund
+	$(BIN)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[browser]"
+	CHROMIUM="$(CHROMIUM)" $(BIN)/pytest tests/test_browser.py $(ARGS)
+
 lab: $(SETUP)
 	$(BIN)/jupyter-lab nbs $(ARGS)
 
 # nbdev writes into _proc what a page shows: API entries, no exported code, and links to where it expects the site to be published.
-# The links become links to notebooks, and Quarto or smalldocs makes HTML of it all.
+# The links become links to notebooks, pictures get a description, and Quarto or smalldocs makes HTML of it all.
+define PAGES
+import json, re
+from pathlib import Path
+site = re.search(r'site-url: "(.*)"', Path("nbdev.yml").read_text())[1]
+chapters = {nb.stem.split("_", 1)[1]: nb.name for nb in Path().glob("[0-9]*.ipynb")}
+for path in Path().rglob("*.ipynb"):
+    text = re.sub(re.escape(site) + r"/(\w+)\.html#", lambda link: f"/{chapters[link[1]]}#" if link[1] in chapters else link[0], path.read_text(encoding="utf-8"))
+    text = re.sub(r"(\.ipynb#\w+)\.\w+", r"\1", text)  # a method is described with its class
+    notebook, prose = json.loads(text), path.stem
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and source.strip(): prose = re.sub(r"\s+", " ", re.sub(r"\]\([^)]*\)|[#*`>|\[\]]", "", source)).strip().split(". ")[0]
+        if any(mime.startswith("image/") for out in cell.get("outputs", ()) for mime in out.get("data", ())) and "fig-alt" not in source:
+            cell["source"] = f"#| fig-alt: {json.dumps('A figure: ' + prose[:200])}\n{source}"  # what is said before a figure is what it shows
+    path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+endef
+export PAGES
+
 docs: $(SETUP)
 	PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -c "from nbdev.quarto import refresh_quarto_yml as yml; from nbdev.serve import proc_nbs; yml(); proc_nbs(force=True)"
-	@cd _proc && url=$$(sed -n 's/ *site-url: "\(.*\)"/\1/p' nbdev.yml) && for nb in [0-9]*.ipynb; do page=$${nb#*_}; \
-	  find . -name '*.ipynb' -exec sed -i.bak "s#$$url/$${page%.ipynb}\.html#/$$nb#g" {} +; done; find . -name '*.bak' -delete
+	@cd _proc && $(abspath $(BIN))/python -c "$$PAGES"
 	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else $(BIN)/smalldocs render _proc; fi
 	rm -rf _docs && mv _proc/_docs _docs
 	@echo "the site is in _docs: $(PYTHON) -m http.server -d _docs"
@@ -68,15 +95,27 @@ bench: $(SETUP)
 prepare: $(SETUP)
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	@$(BIN)/python -c "$$VIEWS"
 	@$(MAKE) --no-print-directory readme
 
-# README.md is nbs/index.ipynb as Markdown; links there are relative to nbs/, and the README lies one folder up.
+# A widget in a saved notebook is a view without a kernel behind it, which JupyterLab shows as an error: its still picture stays.
+define VIEWS
+import nbformat
+from pathlib import Path
+for path in Path("nbs").rglob("*.ipynb"):
+    notebook, found = nbformat.read(path, 4), False
+    for out in (out for cell in notebook.cells for out in cell.get("outputs", ())): found = bool(out.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)) or found
+    if found: nbformat.write(notebook, path)
+endef
+export VIEWS
+
+# README.md is nbs/index.ipynb as Markdown; links there are relative to nbs/, and the README lies one folder up; cells tagged `site` are for the site alone.
 define README
 import re, nbformat
 from nbconvert import MarkdownExporter
 index = nbformat.read("nbs/index.ipynb", 4)
 index.metadata.language_info = {"name": "python"}
-index.cells = [cell for cell in index.cells if "remove-cell" not in cell.metadata.get("tags", [])]
+index.cells = [cell for cell in index.cells if not {"remove-cell", "site"} & set(cell.metadata.get("tags", []))]
 text, _ = MarkdownExporter().from_notebook_node(index)
 text = re.sub(r"\]\(([\w./-]+\.(?:ipynb|svg|png))\)", r"](nbs/\1)", text)
 open("README.md", "w", encoding="utf-8").write(re.sub(r"\n{3,}", "\n\n", text))

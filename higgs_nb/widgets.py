@@ -117,8 +117,11 @@ class CorpusExplorer(Panel):
         self.sort = W.Dropdown(description="sort by", options=["id", *clips[0].measures(), "peak"], tooltip="order of the list; numbers from high to low")
         self.only = W.Checkbox(description="outliers only", indent=False, tooltip="show what is unusual about its measures")
         self.pick = W.Select(description="recording", rows=8, layout=W.Layout(width="34rem", max_width="100%"), tooltip="arrow keys go through the list")
+        self.before, self.after = (W.Button(description=text, tooltip=f"{text} of the list") for text in ("previous recording", "next recording"))  # JupyterLab keeps arrow keys
+        self.before.on_click(lambda button: self.go(-1))
+        self.after.on_click(lambda button: self.go(1))
         self.refill()
-        super().__init__([self.search, self.speaker, self.sort, self.only, self.pick])
+        super().__init__([self.search, self.speaker, self.sort, self.only, self.pick, self.before, self.after])
         for control in (self.search, self.speaker, self.sort, self.only): control.observe(lambda change: self.refill(), "value")
 
     def shown(self) -> list[int]:
@@ -128,6 +131,11 @@ class CorpusExplorer(Panel):
                 and self.speaker.value in ("all", c.conversation.speaker or "no speaker")]
         value = lambda i: self.clips[i].row.id if key == "id" else -(self.clips[i].row.peak if key == "peak" else self.clips[i].measures()[key])
         return sorted(kept, key=value)
+
+    def go(self, by: int):
+        "Pick the recording `by` places further down the list, if there is one."
+        shown = self.shown()
+        if self.pick.value in shown: self.pick.value = shown[min(max(shown.index(self.pick.value) + by, 0), len(shown) - 1)]
 
     def refill(self):
         "Fill the list; the recording that was picked stays so if it is still there."

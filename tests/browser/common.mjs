@@ -17,7 +17,7 @@ export async function launch(options = {}) {
     executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", headless: true, chromiumSandbox: false,
     args: ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
            "--autoplay-policy=no-user-gesture-required"], ...options})
-  context.on("close", () => rmSync(profile, {recursive: true, force: true}))
+  context.on("close", () => rmSync(profile, {recursive: true, force: true, maxRetries: 20, retryDelay: 250}))
   return context
 }
 

@@ -40,7 +40,7 @@ $(SETUP): settings.ini setup.py $(CONSTRAINTS)
 train: $(SETUP)
 	$(BIN)/higgs_run train --out runs/train $(ARGS)
 
-# The small base of the package, from scratch, in hours; runs/voices holds the speech that nbs/runs/voices.ipynb makes.
+# A small base, from scratch, in hours; runs/voices holds the speech that nbs/runs/voices.ipynb makes.
 base: $(SETUP)
 	@test -f runs/voices/codes.safetensors || { echo 'make base: runs/voices holds no speech yet: nbs/runs/voices.ipynb says how it is made' >&2; exit 1; }
 	$(BIN)/higgs_run pretrain --out runs/pretrain -p voices=$(CURDIR)/runs/voices/codes.safetensors $(ARGS)

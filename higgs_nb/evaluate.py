@@ -14,16 +14,20 @@ import numpy as np
 import soxr
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import InfNanRemoveLogitsProcessor
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from .chatml import Conversation, load_audio, sentence_key
+from .checkpoint import base_of
 from .codec import Codec
-from .generate import Speech, as_mp3
+from .generate import Encoder, Speech, as_mp3, generate_speech
+from .samples import AudioTokens, delay_pattern
 
 # %% auto #0
 __all__ = ['RATE', 'WHISPER_SHA256', 'METRICS', 'Judges', 'missing_judges', 'default_judges', 'whisper_folder', 'distill_mos',
            'normalise_english', 'Score', 'silence', 'repetition', 'score_clip', 'voice_of', 'interval', 'Evaluation',
-           'evaluate', 'speech_of', 'check_leaks']
+           'evaluate', 'speech_of', 'ForcedCodes', 'greedy', 'speak_beside', 'check_leaks']
 
 # %% ../nbs/10_evaluate.ipynb #283ee2f0
 RATE = 16000  # Hz that judges hear
@@ -198,11 +202,9 @@ class Evaluation:
                           for arm, clips in self.clips.items() for s, clip in zip(self.scores[arm], clips))
         return f"<table><tr>{''.join(f'<th>{html.escape(c)}</th>' for c in head)}</tr>{table}</table>{players}"
 
-    def to_json(self, path: str | Path) -> Path:
-        "Write the summary and every score."
-        scores = {arm: [dataclasses.asdict(s) for s in scores] for arm, scores in self.scores.items()}
-        Path(path).write_text(json.dumps(dict(summary=self.summary(), scores=scores), indent=1, ensure_ascii=False), encoding="utf-8")
-        return Path(path)
+    def to_dict(self) -> dict:
+        "The summary and every score, for JSON."
+        return dict(summary=self.summary(), scores={arm: [dataclasses.asdict(s) for s in scores] for arm, scores in self.scores.items()})
 
     def plot(self, metrics: Sequence[str] = ("WER %", "similarity", "stops %")):
         "Each metric with its intervals, an arm a line; returns the figure."
@@ -237,15 +239,48 @@ def evaluate(arms: Mapping[str, Sequence[Speech]],  # ways to speak, e.g. {"base
 # %% ../nbs/10_evaluate.ipynb #0ddcaf88
 def speech_of(conversations: Sequence[Conversation], codec: Codec | None = None,  # through this codec; None: as they were recorded
               codebooks: int | None = None,  # only the first so many
+              store=None,  # gives the codes of recordings; None: encoded anew
               ) -> list[Speech]:
     "The last recording of each conversation as a clip to judge."
     clips = []
     for c in conversations:
         x, rate = load_audio(c.audio[-1]), 24000
         codes = torch.zeros(0, 0, dtype=torch.long)
-        if codec is not None: codes = codec.encode(x)[:codebooks]; x, rate = codec.decode(codes), codec.sampling_rate
+        if codec is not None: codes = (store.get(c.audio[-1]) if store else codec.encode(x))[:codebooks]; x, rate = codec.decode(codes), codec.sampling_rate
         clips.append(Speech(c.id, c.transcript, codes, None, rate, torch.as_tensor(x)))
     return clips
+
+# %% ../nbs/10_evaluate.ipynb #ed8b69d0
+class ForcedCodes(InfNanRemoveLogitsProcessor):  # of a kind that works on each codebook by itself: `generate` of Higgs admits no others
+    "Makes the model say, in the codebooks `given`, each clip's `codes` (codebooks, frames), and in the others whatever it likes, for as many frames."
+    def __init__(self, codes: Sequence[Tensor], given: Sequence[int], tokens: AudioTokens):
+        self.ends, self.step = [tokens.stream_bos, tokens.stream_eos], 0
+        grids = [delay_pattern(c, torch.tensor([c.shape[1]]), *self.ends)[0] for c in codes]
+        self.grid = pad_sequence(grids, batch_first=True, padding_value=tokens.stream_eos)  # (clips, frames, codebooks), as `generate` makes them
+        self.forced = self.grid >= tokens.stream_bos
+        self.forced[..., list(given)] = True
+
+    def __call__(self, input_ids, scores):  # (clips * codebooks, codes)
+        row, self.step = min(self.step, self.grid.shape[1] - 1), self.step + 1
+        wanted, forced = (x[:, row].reshape(-1, 1).to(scores.device) for x in (self.grid, self.forced))
+        scores[:, self.ends] = -torch.inf
+        return torch.where(forced, torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0), scores)
+
+def greedy(model) -> dict:
+    "Options of `generate_speech` that leave nothing to chance: a generation config may resample what repeats itself even where nothing is sampled."
+    return dict(do_sample=False, **({"ras_win_max_num_repeat": 10**9} if getattr(base_of(model).generation_config, "ras_win_len", None) else {}))
+
+def speak_beside(model, tokenizer, conversations: Sequence[Conversation],  # that end with a recording
+                 codec: Codec,
+                 given: Sequence[int],  # codebooks that are taken from the recording
+                 store=None,  # gives the codes of recordings; None: encoded anew by `codec`
+                 batch_size: int = 8) -> list[Speech]:
+    "Speak, greedily, with the codebooks `given` as they were recorded; each clip is as long as its recording."
+    tokens, store, said = AudioTokens.from_config(base_of(model).config, tokenizer), store or Encoder(codec), []
+    for batch in (conversations[i:i + batch_size] for i in range(0, len(conversations), batch_size)):
+        codes = [store.get(c.audio[-1]) for c in batch]
+        said += generate_speech(model, tokenizer, batch, codec, store, max(c.shape[1] for c in codes), batch_size, logits_processor=[ForcedCodes(codes, given, tokens)], **greedy(model))
+    return [dataclasses.replace(s, text=c.transcript, stopped=None) for s, c in zip(said, conversations)]
 
 # %% ../nbs/10_evaluate.ipynb #149f4a12
 def check_leaks(train: Sequence[Conversation], held_out: Sequence[Conversation | str]) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 from higgs_nb.chatml import embedded_corpus, load_audio, load_corpus
 from higgs_nb.codec import load_codec
 from higgs_nb.checkpoint import CheckpointError, load_lora_adapters, main as higgs_validate
+from higgs_nb.evaluate import missing_judges
 from higgs_nb.export import answers, compare, export_model
 from higgs_nb.lora import merge_lora
 from higgs_nb.model import load_model
@@ -29,6 +30,7 @@ SMALL = {
     "compare.ipynb": dict(out="compare"),  # of a sweep
     "pretrain.ipynb": dict(voices="codes.safetensors", out="pretrain", hidden_size=32, intermediate_size=64, vocabulary=320, steps=4, warmup=1, eval_every=4, save_every=4, speak=1),
     "voices.ipynb": dict(voices=KOKORO, out="voices", prompts=2, readings=0, held_out=1, variants=2),
+    "evaluate.ipynb": dict(out="evaluate", max_texts=2, swap=1, max_frames=30, players=1, judge=not missing_judges()),  # of the run that `trained` makes
     "export.ipynb": dict(out="export", text="Please hold."),  # of the run that `trained` makes
     "train.ipynb": dict(out="run", steps=60, max_clips=40, token_budget=1024, learning_rate=0.003, eval_every=30, save_every=30, warmup=5, speak=1),
 }
@@ -43,7 +45,7 @@ def test_each_is_listed():
     assert set(SMALL) == set(RUNS), "a notebook of nbs/runs has no small parameters here, or is gone"
 
 
-@pytest.mark.parametrize("name", sorted(set(SMALL) - {"prepare.ipynb", "train.ipynb", "export.ipynb", "compare.ipynb"}))  # those are looked at more closely below
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"prepare.ipynb", "train.ipynb", "evaluate.ipynb", "export.ipynb", "compare.ipynb"}))  # those are looked at more closely below
 def test_run(name, tmp_path):
     if NEEDS.get(name): pytest.skip(NEEDS[name])
     if name == "pretrain.ipynb": synthetic_codes(tmp_path/"codes.safetensors")
@@ -127,6 +129,18 @@ def test_stock_peft_reads_the_adapter(trained):
     ours = load_lora_adapters(load_model(str(trained/"base")), trained/"adapter").eval()
     ids = torch.arange(40)[None]
     with torch.no_grad(): assert torch.equal(stock(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
+def test_an_evaluation_of_a_run(trained, tmp_path):
+    "Ways to speak the same held-out texts, side by side; merged, the adapter says the same. The judges join where they are installed."
+    given = SMALL["evaluate.ipynb"]
+    assert higgs_run(["evaluate", "--out", str(tmp_path), "-p", "run", str(trained), *(x for key, value in given.items() if key != "out" for x in ("-p", key, json.dumps(value)))]) == 0
+    found = json.loads((tmp_path/"evaluate.json").read_text())
+    assert list(found["arms"]["scores"]) == ["recordings", "codec", "codec, 4 codebooks", *(f"{who}, {way}" for who in ("base", "adapter") for way in ("greedy", "sampling")), "merged, greedy"]
+    assert all(len(scores) == 2 and (scores[0]["heard"] is None) != given["judge"] for scores in found["arms"]["scores"].values())
+    assert found["merged_gives_same_codes"] == dict(clips=2, same=2) and found["compared_with"]["conversations"] == 40
+    recorded, *swapped = [scores[0]["duration_s"] for scores in found["codebooks"]["scores"].values()]
+    assert len(swapped) == 3 and swapped == [recorded] * 3
 
 
 @pytest.fixture(scope="module")

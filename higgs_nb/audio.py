@@ -69,9 +69,12 @@ class Audio:
         if "://" in self.name: raise AudioError(Problem(f"{self.name} is an address in a network", "download it first, then name the file"))
 
     @property
-    def name(self) -> str: return self.path or f"a recording of {len(self.raw)} bytes"
+    def name(self) -> str:
+        "Its path, or its size where it has none."
+        return self.path or f"a recording of {len(self.raw)} bytes"
 
     def to_dict(self) -> dict:
+        "As a part of a ChatML message."
         return {"type": "audio"} | ({"path": self.path} if self.path else {"raw_audio": base64.b64encode(self.raw).decode("ascii")})
 
 # %% ../nbs/00_audio.ipynb #95904dbc

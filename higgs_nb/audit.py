@@ -226,7 +226,9 @@ class LabelAudit:
         return plot_audit(self, sample, figsize)
 
 # %% ../nbs/04b_audit.ipynb #012f9fa6
-def plot_audit(audit: LabelAudit, sample: int, figsize: tuple[float, float]) -> plt.Figure:
+def plot_audit(audit: LabelAudit,  # what `audit` returns
+               sample: int,  # number of the sample in the batch
+               figsize: tuple[float, float]) -> plt.Figure:  # inches
     "See `LabelAudit.plot`."
     chosen = (audit.flat.sample == sample).nonzero().flatten()
     if not len(chosen): raise IndexError(f"there is no sample {sample} in a batch of {len(audit.flat.starts)}")

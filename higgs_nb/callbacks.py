@@ -108,7 +108,8 @@ class EndCallback(TrainerCallback):
         if state.global_step >= state.max_steps: control.should_log, control.should_evaluate = True, args.eval_strategy != "no"
 
 # %% ../nbs/07d_callbacks.ipynb #c401b6cf
-def useful_flops(config: HiggsAudioV2Config, batch: dict,
+def useful_flops(config: HiggsAudioV2Config,  # of the model
+                 batch: dict,  # of `PackedCollator`
                  frozen: bool = True,  # the matrices are frozen, as under an adapter: they need no gradient of their own
                  ) -> float:
     "Operations, forward and backward, that a batch needs of the base."
@@ -117,8 +118,10 @@ def useful_flops(config: HiggsAudioV2Config, batch: dict,
     heads = config.vocab_size * len(batch["text_rows"]) + config.num_codebooks * config.codebook_size * len(batch["audio_rows"])
     return (4.0 if frozen else 6.0) * (config.num_hidden_layers * layer * batch["input_ids"].numel() + config.hidden_size * heads)
 
-def matmul_rate(device: torch.device | str, dtype: torch.dtype, size: int | None = None,  # rows and columns; None: 8192, 1024 on a CPU
-                seconds: float = 0.3) -> float:
+def matmul_rate(device: torch.device | str,  # "cpu", "cuda", ...
+                dtype: torch.dtype,  # of both matrices
+                size: int | None = None,  # rows and columns; None: 8192, 1024 on a CPU
+                seconds: float = 0.3) -> float:  # how long to measure, about
     "Operations a second of a large matrix product, measured."
     size = size or (1024 if torch.device(device).type == "cpu" else 8192)
     a, b, wait = *torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype), (device_module() or torch.cpu).synchronize
@@ -140,7 +143,9 @@ class SpeedCallback(TrainerCallback):
         self.config, self.token_budget, self.processes, self.peak, self.frozen = config, token_budget, processes, peak, frozen
         self.reset()
 
-    def reset(self): self.tokens = self.batches = self.flops = self.seconds = 0
+    def reset(self):
+        "Count from zero."
+        self.tokens = self.batches = self.flops = self.seconds = 0
     def on_step_begin(self, args, state, control, **kwargs): self.start = time.perf_counter()
     def on_step_end(self, args, state, control, **kwargs): self.seconds += time.perf_counter() - self.start
 

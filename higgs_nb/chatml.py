@@ -29,7 +29,9 @@ SPLITS = ("train", "held_out")
 class Text:
     "A part of a message that is read: any language, any writing, kept as it is."
     text: str
-    def to_dict(self) -> dict: return {"type": "text", "text": self.text}
+    def to_dict(self) -> dict:
+        "As a part of a ChatML message."
+        return {"type": "text", "text": self.text}
 
 @dataclass(frozen=True)
 class Message:
@@ -39,6 +41,7 @@ class Message:
     recipient: str | None = None       # whom the turn speaks to, where that is not everyone
 
     def to_dict(self) -> dict:
+        "As a ChatML message."
         out = {"role": self.role, "content": [part.to_dict() for part in self.content]}
         return out if self.recipient is None else out | {"recipient": self.recipient}
 

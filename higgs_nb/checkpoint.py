@@ -67,8 +67,10 @@ def weights_fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     with ThreadPoolExecutor() as pool: lines = list(pool.map(digest, (item for item in tensors if item[0] not in without)))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-def describe_base(model: nn.Module, id: str | None = None, revision: str | None = None, # of the base, for whoever looks for it
-                  without: list[str] | None = None, # tensors left out of the fingerprint; None: what the adapter replaces, if there is one
+def describe_base(model: nn.Module,  # the base, or a PeftModel around it
+                  id: str | None = None,  # directory or hub id it came from
+                  revision: str | None = None,  # commit of the hub repository, for whoever looks for it
+                  without: list[str] | None = None,  # tensors left out of the fingerprint; None: what the adapter replaces, if there is one
                   ) -> dict:
     "What a manifest says of a base model: where it comes from, configuration, fingerprints, number of tensors and parameters."
     tensors, without = base_tensors(model), replaced_tensors(model) if without is None else without
@@ -115,7 +117,7 @@ def adapter_files(model: PeftModel, base: dict, copy: bool) -> dict[str, Content
     config = json.dumps(adapter_config(model, base).to_dict(), indent=2, sort_keys=True, default=sorted).encode()
     return dict(zip(ADAPTER_FILES, (config, adapter_tensors(model, copy))))
 
-def is_stock(model: nn.Module) -> bool:
+def is_stock(model: nn.Module) -> bool:  # ours or transformers'
     "Whether transformers' own class holds all of the model."
     return not any(getattr(base_of(model).config, key, False) for key in ("use_audio_out_self_attention", "encode_whisper_embed"))
 
@@ -149,10 +151,11 @@ def take_snapshot(model: PeftModel | nn.Module, # with an adapter: the adapter i
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
     return Snapshot({**copies, **own}, {"versions": versions, **(meta or {}), "kind": "adapter" if adapted else "model", "base": base})
 
-def save_lora_adapters(model: PeftModel, output_dir: Path | str,
-                       *, base: dict, # of `describe_base`; what it lacks is computed, which reads the whole base
-                       meta: dict | None = None, # more for the manifest: step, losses, parameters of the run
-                       files: Mapping[str, Content] | None = None, # more files, by relative path: bytes, or tensors if it ends in .safetensors
+def save_lora_adapters(model: PeftModel,  # of `apply_lora`, trained
+                       output_dir: Path | str,  # made, and whole once it is there
+                       *, base: dict,  # of `describe_base`; what it lacks is computed, which reads the whole base
+                       meta: dict | None = None,  # more for the manifest: step, losses, parameters of the run
+                       files: Mapping[str, Content] | None = None,  # more files, by relative path: bytes, or tensors if it ends in .safetensors
                        ) -> Manifest:
     "Save a LoRA adapter and the modules trained with it, in PEFT's format with a manifest. `CheckpointError` if it is not saved."
     return take_snapshot(model, base=base, meta=meta, files=files, copy=False).save(output_dir)
@@ -174,8 +177,9 @@ def check_base(model: nn.Module, base: dict, path: Path, known: dict | None = No
         sizes = f"{then} then, {here} here" if then != here else f"other values in as many, {here}"
         raise CheckpointError(f"adapter not loaded: this base has other weights: {sizes}", path, remedy=remedy)
 
-def load_lora_adapters(base_model: nn.Module, # the base, without adapter; PEFT puts its layers into it
-                       path: Path | str | CheckpointReport, *, trainable: bool = False) -> PeftModel:
+def load_lora_adapters(base_model: nn.Module,  # the base, without adapter; PEFT puts its layers into it
+                       path: Path | str | CheckpointReport,  # directory of the adapter
+                       *, trainable: bool = False) -> PeftModel:  # go on training it
     """Load an adapter that `save_lora_adapters` saved onto the base that it was trained on, in the precision of that base; says so if
     that rounds a tensor. `CheckpointError` if the checkpoint is not whole, the base is another, or a tensor did not arrive."""
     if isinstance(base_model, PeftModel): raise CheckpointError("adapter not loaded: the model has one", remedy="load the base anew, or see `restore`")

@@ -66,7 +66,7 @@ def is_frame(input_ids: Tensor, tokens: AudioTokens) -> Tensor:
 
 class PaddedCollator:
     "Samples of any length, one a row: the batch of transformers' own forward, and the index of targets."
-    def __init__(self, tokens: AudioTokens,
+    def __init__(self, tokens: AudioTokens,  # placeholders, BOS and EOS of the model
                  pad_left: bool = False,  # pad the text on the left, for generation
                  round_to: int = 1,  # round the length up to a multiple
                  extractor: WhisperFeatureExtractor | None = None):  # that of the samples, for a model with a Whisper tower
@@ -97,7 +97,7 @@ class PaddedCollator:
 # %% ../nbs/04_collator.ipynb #8bf5b91d
 class PackedCollator:
     "Samples one behind the other in one row: no padding, no attention across samples."
-    def __init__(self, tokens: AudioTokens,
+    def __init__(self, tokens: AudioTokens,  # placeholders, BOS and EOS of the model
                  extractor: WhisperFeatureExtractor | None = None):  # that of the samples, for a model with a Whisper tower
         self.tokens, self.extractor = tokens, extractor
 
@@ -134,7 +134,7 @@ class PackedBatchSampler(torch.utils.data.Sampler):
     that is resumed sees what it would have seen."""
     def __init__(self, lengths: list[int],  # tokens of each sample
                  token_budget: int,  # tokens of a batch, at most
-                 seed: int = 0,
+                 seed: int = 0,  # of the order; the epoch is added
                  shuffle: bool = True,  # False: the same batches in every epoch, for evaluation
                  window: int = 1024,  # samples packed together: more fills better, fewer mixes better
                  ids: list[str] | None = None):  # names of the samples, for errors

@@ -24,13 +24,13 @@ __all__ = ['RENAMED', 'FIXED', 'TEXT_FIELDS', 'ENCODER_DEFAULTS', 'convert_name'
 RENAMED = ((r"^audio_codebook_embeddings\.", "model.embed_audio_tokens.embed_audio_tokens."), (r"^(embed_tokens|layers|norm)\.", r"model.\1."),
            (r"^audio_decoder_proj\.", ""), (r"^embed_audio_tokens\.", "model.embed_audio_tokens."))
 
-def convert_name(name: str) -> str:
+def convert_name(name: str) -> str:  # in the original's checkpoint
     "The name of a tensor of the original in our model."
     name = re.sub(r"^(module\.)?(model\.)?", "", name)
     for pattern, ours in RENAMED: name = re.sub(pattern, ours, name)
     return name
 
-def convert_state_dict(*parts: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_state_dict(*parts: dict[str, Tensor]) -> dict[str, Tensor]:  # name -> tensor, under the original's names
     "The tensors of all parts under our names, e.g. of a frozen and a trainable file; `ValueError` if two parts differ on one."
     merged = {}
     for part in parts:
@@ -47,7 +47,7 @@ TEXT_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_lay
                "initializer_range", "rms_norm_eps", "bos_token_id", "eos_token_id", "attention_bias", "attention_dropout", "mlp_bias", "head_dim", "rope_parameters")
 ENCODER_DEFAULTS = dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, num_mel_bins=128)  # Whisper large v3's
 
-def convert_config(original: dict) -> HiggsAudioV2Config:
+def convert_config(original: dict) -> HiggsAudioV2Config:  # its `config.json`, read
     "Our configuration for the original's `config.json`; `ValueError` names settings that have no counterpart."
     text = LlamaConfig(**original["text_config"])
     layers, adapter = original.get("audio_dual_ffn_layers"), original.get("audio_adapter_type")
@@ -83,7 +83,7 @@ def from_original(config: dict,  # of the original's `config.json`
     model.load_state_dict(state)
     return model.eval()
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:  # safetensors, or what `torch.save` wrote
     "The tensors of a safetensors or PyTorch file. No code in it is run."
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
 

@@ -37,12 +37,12 @@ class Finding:
 
 BROKEN = (ImportError, OSError, RuntimeError)  # what the import of a package with compiled parts ends with if they do not fit
 
-def version_of(package: str) -> str | None:
+def version_of(package: str) -> str | None:  # its name in the package index
     "The installed version of a package, None if it is not installed."
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return None
 
-def check_python(version=None) -> Finding:
+def check_python(version=None) -> Finding:  # (major, minor, ...); None: of this Python
     "Python is 3.11 or newer."
     version, found = tuple(version or sys.version_info)[:2], sys.version.split()[0]
     if version >= (3, 11): return Finding("Python", "ok", found)
@@ -84,7 +84,8 @@ def check_torch() -> Finding:
 # %% ../nbs/14_doctor.ipynb #fc1d1b51
 ROOM_GB = 2.0  # of a run with the released model: three checkpoints with their optimizer states, and the adapter
 
-def check_place(path: str | Path, what: str = "output directory") -> Finding:
+def check_place(path: str | Path,  # where files are to be written
+                what: str = "output directory") -> Finding:  # name of that place in the report
     "A file can be written in `path`, or in the nearest directory above it that exists, and there is room."
     there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
     try:
@@ -147,7 +148,7 @@ def check_torchaudio() -> Finding:
     return Finding("torchaudio", "ok", f"{getattr(found, '__version__', 'loads')}")
 
 # %% ../nbs/14_doctor.ipynb #f5353774
-def check_hub(base: str) -> Finding:
+def check_hub(base: str) -> Finding:  # hub id of a model
     "A base on the hub can be fetched, or was fetched before."
     if base == "tiny" or Path(base).exists(): return Finding("base", "ok", base if base == "tiny" else f"{base} is a directory here")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base): return Finding("base", "problem", f"{base} is no directory here, and no name on the hub", "correct the path, or write OWNER/NAME")
@@ -175,7 +176,10 @@ def check_notebooks() -> Finding:
 
 # %% ../nbs/14_doctor.ipynb #3b835ce8
 @contextmanager
-def memory_advice(token_budget: int, accumulate: int = 1, rank: int = 16, gradient_checkpointing: bool = False):
+def memory_advice(token_budget: int,  # tokens a batch, of the run
+                  accumulate: int = 1,  # batches a step
+                  rank: int = 16,  # of the adapter
+                  gradient_checkpointing: bool = False):  # whether the run trades time for memory already
     "Within `with`, an error that says that memory is used up becomes a `MemoryError` that says which parameters to lower, and to what."
     try: yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and on a CPU it is no more than that
@@ -187,7 +191,7 @@ def memory_advice(token_budget: int, accumulate: int = 1, rank: int = 16, gradie
                                      *(f"  - {s}" for s in steps), "  `nvidia-smi` says what else holds memory of the GPU."])) from error
 
 # %% ../nbs/14_doctor.ipynb #d9a21c89
-def main(argv=None) -> int:
+def main(argv=None) -> int:  # words of the command line; None: those of this process
     "`higgs_doctor`; 0 if a run can start, 1 if something has to be repaired first."
     parser = argparse.ArgumentParser(prog="higgs_doctor", description="Check what a run needs, and say what to do about what is missing.",
                                      epilog="exit code: 0 a run can start, 1 something has to be repaired first, 2 wrong usage")

@@ -27,7 +27,8 @@ __all__ = ['answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', '
 # %% ../nbs/13_export.ipynb #0985e271
 @torch.no_grad()
 def answers(model: nn.Module,  # ours or the stock class, or a PeftModel around one
-            tokenizer, text: str,
+            tokenizer,  # that of the model
+            text: str,  # what is spoken
             max_frames: int = 75,  # longest clip
             ) -> dict[str, Tensor]:
     "The greedy `codes` (codebooks, frames) of `text`, and `audio_logits`, `text_logits` (positions, classes) of `text` and a second of random codes; float32 on the CPU."
@@ -50,8 +51,10 @@ def answers(model: nn.Module,  # ours or the stock class, or a PeftModel around 
     return dict(codes=speech.codes.cpu().contiguous(), audio_logits=base.audio_lm_head(seen[0]).float().cpu(), text_logits=base.text_lm_head(seen[0]).float().cpu())
 
 # %% ../nbs/13_export.ipynb #babd9d9d
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor],  # of `answers`
-            what: str, path: Path,  # for the error
+def compare(found: dict[str, Tensor],  # of `answers`: of what was read back
+            expected: dict[str, Tensor],  # of the one in memory
+            what: str,  # what was compared, such as "the export", for the error
+            path: Path,  # of the export, likewise
             tolerance: float = 1e-3,  # largest difference of logits, as a share of the largest logit
             codes: bool = True,  # whether clips must be equal
             ) -> float:
@@ -65,7 +68,7 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor],  # of `answer
     return max(shares.values())
 
 # %% ../nbs/13_export.ipynb #209b1ed5
-def load_export(path: Path | str,
+def load_export(path: Path | str,  # directory of an export
                 stock: bool = True,  # with transformers' own class
                 base: dict | None = None,  # of an adapter: arguments of `load_model` that give its base
                 ) -> nn.Module:
@@ -76,13 +79,17 @@ def load_export(path: Path | str,
     model = HiggsAudioV2ForConditionalGeneration.from_pretrained(source["name_or_path"], **where) if stock else load_model(**source)
     return (PeftModel.from_pretrained(model, str(path)) if adapter else model).eval()
 
-def reply(question: str) -> None:
+def reply(question: str) -> None:  # JSON, see `ask`
     "What the fresh process does with the question of `ask`."
     q = json.loads(question)
     model = load_export(q["path"], q["stock"], q["base"]).to(q["device"])
     safetensors.torch.save_file(answers(model, AutoTokenizer.from_pretrained(q["path"]), q["text"], q["max_frames"]), q["file"])
 
-def ask(path: Path, model: nn.Module, base: dict | None, text: str, max_frames: int) -> dict[str, Tensor]:
+def ask(path: Path,  # directory of an export
+        model: nn.Module,  # the one in memory: says on which device, and with which class
+        base: dict | None,  # of an adapter: arguments of `load_model` that give its base
+        text: str,  # what is spoken
+        max_frames: int) -> dict[str, Tensor]:  # longest clip; 25 frames are a second
     "The answers of what lies in `path`, from a fresh process on the device of `model`; `CheckpointError` with the end of what it said if it fails."
     with tempfile.TemporaryDirectory() as folder:
         question = dict(path=str(path), stock=is_stock(model), base=base, device=str(base_of(model).device), text=text, max_frames=max_frames, file=f"{folder}/answers.safetensors")
@@ -91,7 +98,10 @@ def ask(path: Path, model: nn.Module, base: dict | None, text: str, max_frames: 
         return safetensors.torch.load_file(question["file"])
 
 # %% ../nbs/13_export.ipynb #7cc5c7fa
-def contents_of(model: nn.Module, tokenizer, card: str, base: dict | None) -> Snapshot:
+def contents_of(model: nn.Module,  # a PeftModel, or a model without adapter
+                tokenizer,  # that of the model
+                card: str,  # text of its README.md
+                base: dict | None) -> Snapshot:  # of `describe_base`, for the manifest
     "What an export of an adapter (a PeftModel) or of a model holds; see `export_model`."
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -100,11 +110,13 @@ def contents_of(model: nn.Module, tokenizer, card: str, base: dict | None) -> Sn
 
 def export_model(model: nn.Module,  # a PeftModel: its adapter is exported; else the model, e.g. of `merge_lora`
                  path: Path | str,  # the directory to be
-                 tokenizer, card: str,  # text of its README.md, see `model_card`
+                 tokenizer,  # saved with it
+                 card: str,  # text of its README.md, see `model_card`
                  *, base: dict | None = None,  # of `describe_base`, for the manifest
                  load: dict | None = None,  # for an adapter: arguments of `load_model` that give its base
                  expected: dict[str, Tensor] | None = None,  # `answers` of the adapted model, which a merged one has to give
-                 text: str = "The line is busy.", max_frames: int = 75,  # what both are asked to speak
+                 text: str = "The line is busy.",  # what both are asked to speak
+                 max_frames: int = 75,  # longest clip; 25 frames are a second
                  ) -> float:
     """Export a model so that it is whole, loads in a fresh process and answers as the one in memory does, or is not there: `CheckpointError` says why. Returns the largest difference
     of logits as a share of the largest. Merging rounds in the model's precision: in float32 the clip must stay the same, in others the logits within 5%."""
@@ -122,7 +134,7 @@ def export_model(model: nn.Module,  # a PeftModel: its adapter is exported; else
     return max(share, moved)
 
 # %% ../nbs/13_export.ipynb #5882ad7d
-def data_summary(corpus: dict) -> str:
+def data_summary(corpus: dict) -> str:  # of `corpus_summary`
     "What a run says of its corpus, in words: clips, hours and speakers, to train on and held out."
     def part(name):
         said = f"{corpus[name]} conversations"
@@ -132,7 +144,8 @@ def data_summary(corpus: dict) -> str:
         return said
     return f"{part('train')} to train on and {part('held_out')} held out"
 
-def corpus_summary(train: SampleDataset, held_out: SampleDataset) -> dict:
+def corpus_summary(train: SampleDataset,  # what is learned
+                   held_out: SampleDataset) -> dict:  # what is not
     "What `run.json` says of a corpus: conversations, and of both parts the clips that are learned, their hours, and how many speakers have names."
     found = {}
     for name, data in (("train", train), ("held_out", held_out)):

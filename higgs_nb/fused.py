@@ -88,6 +88,7 @@ class Rotate(Function):
 
     @staticmethod
     def turned(x, cos, sin):
+        "`x` turned by the angles of `cos` and `sin`."
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         (a, b), (c, d) = x.chunk(2, -1), out.chunk(2, -1)
         torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
@@ -95,7 +96,8 @@ class Rotate(Function):
         return out
 
 def rotate(x: Tensor,  # (rows, heads, head_dim)
-           cos: Tensor, sin: Tensor,  # (rows, 1, head_dim / 2)
+           cos: Tensor,  # (rows, 1, head_dim / 2)
+           sin: Tensor,  # (rows, 1, head_dim / 2)
            ) -> Tensor:
     "Queries or keys at their positions: (rows, heads, head_dim)"
     return Rotate.apply(x, cos.to(x.dtype), sin.to(x.dtype))

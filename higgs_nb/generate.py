@@ -26,7 +26,8 @@ __all__ = ['prompt_of', 'as_mp3', 'Speech', 'generate_speech', 'generate_codes',
 
 # %% ../nbs/09_generate.ipynb #46036377
 def prompt_of(conversation: Conversation,  # a trained answer at its end is left out
-              tokenizer, tokens: AudioTokens,
+              tokenizer,  # that of the model
+              tokens: AudioTokens,  # placeholders, BOS and EOS of the model
               store=None,  # gives the codes of recordings in the prompt
               **options,  # of `sample_options`: how the model reads recordings
               ) -> Sample:
@@ -41,7 +42,8 @@ def prompt_of(conversation: Conversation,  # a trained answer at its end is left
     return dataclasses.replace(sample, input_ids=torch.cat([sample.input_ids, torch.tensor(opening)]), labels=torch.cat([sample.labels, torch.full((len(opening),), -100)]))
 
 # %% ../nbs/09_generate.ipynb #b5ff3cee
-def as_mp3(waveform: Tensor | np.ndarray, sampling_rate: int) -> str:
+def as_mp3(waveform: Tensor | np.ndarray,  # (samples,), in -1 to 1
+           sampling_rate: int) -> str:  # Hz
     "A waveform (samples,) as a data URL that every browser plays; a tenth of the size of a wav, so that saved notebooks stay small."
     encoded = io.BytesIO()
     soundfile.write(encoded, np.asarray(waveform), sampling_rate, format="MP3")
@@ -77,12 +79,12 @@ class Speech:
 # %% ../nbs/09_generate.ipynb #b951e4db
 @torch.no_grad()
 def generate_speech(model,  # a `HiggsAudioForTraining`, a PeftModel around one, or the stock class
-                    tokenizer,
+                    tokenizer,  # that of the model
                     prompts: list[str | Conversation],  # texts, or conversations that end with the user
                     codec: Codec | None = None,  # turns codes into sound; None: codes only
                     store=None,  # gives the codes of recordings in prompts; None: encoded anew by `codec`
                     max_frames: int = 750,  # longest clip; 25 frames are a second
-                    batch_size: int = 8,
+                    batch_size: int = 8,  # prompts spoken at the same time
                     do_sample: bool = False,  # False: greedy
                     progress: bool = False,  # a progress bar over batches
                     **generation,  # temperature, top_k, top_p, ras_win_len, ...: see transformers' generate
@@ -106,7 +108,10 @@ def generate_speech(model,  # a `HiggsAudioForTraining`, a PeftModel around one,
     model.train(was_training)
     return speech
 
-def generate_codes(model, batch: dict[str, Tensor], max_frames: int, **generation) -> Tensor:
+def generate_codes(model,  # of transformers' class, without PEFT around it
+                   batch: dict[str, Tensor],  # of a `PaddedCollator` that pads on the left
+                   max_frames: int,  # longest clip; 25 frames are a second
+                   **generation) -> Tensor:  # see `generate_speech`
     "Frames that follow each prompt of a left-padded batch, delayed, (batch, frames, codebooks)."
     keys = ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
     keys = (keys if batch["audio_input_ids"].shape[1] else keys[:2]) + (("audio_features", "audio_feature_attention_mask") if "audio_features" in batch else ())
@@ -118,18 +123,23 @@ class Encoder:
     "A store without memory: encodes whatever it is asked for."
     def __init__(self, codec: Codec): self.codec = codec
     def get(self, audio: Audio) -> Tensor:
+        "The codes (codebooks, frames) of a recording."
         return self.codec.encode(load_audio(audio, self.codec.sampling_rate))
 
 # %% ../nbs/09_generate.ipynb #dc8e6f8f
 class SpeechCallback(TrainerCallback):
     "Speaks `prompts` before, after and every `every` steps of training; the wav files lie in `folder` as `step-000000/ID.wav`."
-    def __init__(self, prompts: list[str | Conversation], codec: Codec, tokenizer, folder: str | Path,
+    def __init__(self, prompts: list[str | Conversation],  # texts, or conversations that end with the user
+                 codec: Codec,  # turns codes into sound
+                 tokenizer,  # that of the model
+                 folder: str | Path,  # for the wav files
                  every: int = 0,  # steps; 0: only before and after
                  **generation):  # see `generate_speech`
         self.prompts, self.codec, self.tokenizer, self.folder, self.every, self.generation = prompts, codec, tokenizer, Path(folder), every, generation
         self.speech: dict[int, list[Speech]] = {}  # by step
 
     def speak(self, state, model):
+        "Speak, keep and save the prompts at this step; one process does, and at each step once."
         if not state.is_world_process_zero or state.global_step in self.speech: return
         base = getattr(model, "module", model)
         with torch.random.fork_rng():

@@ -166,7 +166,9 @@ class AudioAttentionLayer(HiggsLayer):
 AUDIO_ATTENTION_MODULES = ("audio_attn", "audio_post_audio_attn_layer_norm")  # of a layer
 
 @torch.no_grad()
-def start_as_identity(layer: AudioAttentionLayer, std: float = 0.02, seed: int = 0) -> None:
+def start_as_identity(layer: AudioAttentionLayer,  # of a model, changed in place
+                      std: float = 0.02,  # standard deviation of the random projections
+                      seed: int = 0) -> None:  # the same one gives the same values
     "Let audio self-attention begin as the exact identity. The same `seed` gives the same values."
     generator = torch.Generator().manual_seed(seed)
     for p in "qkv":

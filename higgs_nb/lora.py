@@ -37,7 +37,7 @@ EMBEDDINGS = ("model.embed_audio_tokens", "model.embed_tokens")
 def create_lora_config(targets: str | tuple[str, ...] = "all",  # a preset ("all", "attention", "audio") or names such as "self_attn.q_proj"
                        r: int = 16,  # rank
                        alpha: int | None = None,  # scale is alpha / r; None: 2 * r, for each rank of `rank_pattern` too
-                       dropout: float = 0.0,
+                       dropout: float = 0.0,  # share of the adapters' inputs set to 0 in training
                        train: tuple[str, ...] = (),  # modules trained in full: HEADS, EMBEDDINGS or parts of them
                        rank_pattern: dict[str, int] | None = None,  # another rank for single targets: {"mlp.gate_proj": 8}
                        **peft_options,  # use_rslora, use_dora, ...: see peft.LoraConfig
@@ -57,7 +57,8 @@ def create_lora_config(targets: str | tuple[str, ...] = "all",  # a preset ("all
 # %% ../nbs/06_lora.ipynb #f0a53b36
 TOWER = "audio_tower"
 
-def fit_config(config: LoraConfig, model: nn.Module,  # the base, before it is adapted
+def fit_config(config: LoraConfig,  # of `create_lora_config`, or any of PEFT's
+               model: nn.Module,  # the base, before it is adapted
                ) -> LoraConfig:
     "A copy of `config` that fits what `model` has; `ValueError` if a name asks for LoRA on a module that is new and so has to be trained in full."
     config, new = copy.copy(config), getattr(model, "new_modules", ())
@@ -102,7 +103,7 @@ class MatchTable(list):
 
 # %% ../nbs/06_lora.ipynb #909f0d35
 def match_table(model: nn.Module,  # the base, before it is adapted
-                config: LoraConfig) -> MatchTable:
+                config: LoraConfig) -> MatchTable:  # of `create_lora_config`, or any of PEFT's
     "What each target and each fully trained module matches on `model`; `ValueError` naming the near misses if one matches nothing."
     config, modules = fit_config(config, model), {n: m for n, m in model.named_modules() if TOWER not in n.split(".")}
     linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear)}
@@ -134,7 +135,7 @@ def match_table(model: nn.Module,  # the base, before it is adapted
 
 # %% ../nbs/06_lora.ipynb #3e76bc20
 def apply_lora(model: nn.Module,  # changed in place, as PEFT does
-               config: LoraConfig,
+               config: LoraConfig,  # of `create_lora_config`, or any of PEFT's
                text_loss: bool = True,  # False: text is not supervised, see `freeze_silent`
                ) -> PeftModel:
     "Put adapters into `model`; `RuntimeError` if the trainable parameters are not those of `match_table`. Fresh adapters change no output."
@@ -150,7 +151,7 @@ def apply_lora(model: nn.Module,  # changed in place, as PEFT does
     return adapted
 
 # %% ../nbs/06_lora.ipynb #17762877
-def freeze_silent(model: PeftModel) -> list[str]:
+def freeze_silent(model: PeftModel) -> list[str]:  # of `apply_lora`, changed in place
     "Freeze what has no gradient without text loss, the last layer's text network and the text head; logs and returns their names, and the match table shows them."
     last = f"layers.{model.config.num_hidden_layers - 1}.mlp."
     silent = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (last in n or "text_lm_head" in n)]
@@ -166,14 +167,14 @@ def freeze_silent(model: PeftModel) -> list[str]:
 
 FROZEN = "no gradient"
 
-def untrained(model: PeftModel) -> list[str]:
+def untrained(model: PeftModel) -> list[str]:  # of `apply_lora`, after training
     "Names of adapters and fully trained modules that are as they were at the start: `lora_B` zero, or equal to the base's."
     lora = [n for n, p in model.named_parameters() if ".lora_B." in n and not p.any()]
     pairs = [(n, p, n.replace("modules_to_save.default", "original_module")) for n, p in model.named_parameters() if ".modules_to_save." in n]
     return lora + [n for n, p, before in pairs if torch.equal(p, model.get_parameter(before))]
 
 # %% ../nbs/06_lora.ipynb #52e7b2c5
-def merge_lora(model: PeftModel) -> nn.Module:
+def merge_lora(model: PeftModel) -> nn.Module:  # of `apply_lora` or `load_lora_adapters`
     "A copy of the base with the adapter added into its weights; `model` is left as it is."
     merged = copy.deepcopy(model).merge_and_unload()
     merged.new_modules = ()  # they are in its weights now

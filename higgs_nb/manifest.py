@@ -136,11 +136,14 @@ class CheckpointReport:
 
     @property
     def status(self) -> str:
+        '"whole", "corrupt", "incomplete" (files are missing) or "unverified" (there is no manifest).'
         kinds = {p.kind for p in self.problems}
         return "corrupt" if "corrupt" in kinds else "incomplete" if "missing" in kinds else "whole" if self.manifest else "unverified"
 
     @property
-    def whole(self) -> bool: return self.status == "whole"
+    def whole(self) -> bool:
+        "Whether every file is as the manifest says."
+        return self.status == "whole"
 
     @property
     def step(self) -> int | None:
@@ -156,6 +159,7 @@ class CheckpointReport:
 class Reports(list):
     "Reports as a table, in text and in a notebook."
     def rows(self) -> list[tuple[str, str, str, str]]:
+        "Status, path, size and problems of each, as they are shown."
         size = lambda m: f"{sum(f['size'] for f in m.files.values()) / 1e6:,.2f} MB" if m else ""
         return [(r.status, str(r.path), size(r.manifest), "; ".join(map(str, r.problems))) for r in self]
 
@@ -202,7 +206,7 @@ def check_adapter(directory: Path, names: set[str]) -> list[Fault]:
     return faults or [Fault("note", MANIFEST, "missing: the files have a right form, but nothing says whether they are as saved")]
 
 # %% ../nbs/06b_manifest.ipynb #e9d058d5
-def validate_checkpoint(path: Path | str) -> CheckpointReport:
+def validate_checkpoint(path: Path | str) -> CheckpointReport:  # the directory of a checkpoint, an adapter or an export
     "Hold a directory against its manifest. Reads each file once, runs nothing, writes nothing, and raises nothing over what it finds."
     path = Path(path)
     if not path.exists() and not path.is_symlink(): return CheckpointReport(path, (Fault("missing", ".", "does not exist"),))
@@ -239,11 +243,11 @@ def members(run_dir: Path | str) -> list[CheckpointReport]:
     reports = [CheckpointReport(p) for p in Path(run_dir).iterdir()] if Path(run_dir).exists() else []
     return sorted((r for r in reports if r.step is not None), key=lambda r: (r.step, r.path.name))
 
-def list_checkpoints(run_dir: Path | str) -> Reports:
+def list_checkpoints(run_dir: Path | str) -> Reports:  # output directory of a run
     "Verdicts on every `checkpoint-*` and unfinished save of a run, by step."
     return Reports(validate_checkpoint(r.path) for r in members(run_dir))
 
-def latest_checkpoint(run_dir: Path | str) -> tuple[CheckpointReport | None, Reports]:
+def latest_checkpoint(run_dir: Path | str) -> tuple[CheckpointReport | None, Reports]:  # output directory of a run
     "The newest whole checkpoint of a run, None if there is none, and the newer ones that were passed over. Reads no older one."
     passed = Reports()
     for member in reversed(members(run_dir)):
@@ -254,7 +258,8 @@ def latest_checkpoint(run_dir: Path | str) -> tuple[CheckpointReport | None, Rep
 # %% ../nbs/06b_manifest.ipynb #1bcaca50
 DEPTH = 4  # how many folders a parent of many runs is searched down
 
-def find_checkpoints(path: Path, depth: int = DEPTH) -> list[Path]:
+def find_checkpoints(path: Path,  # a checkpoint, a run, or a folder of runs
+                     depth: int = DEPTH) -> list[Path]:  # how many folders deep
     "The checkpoints in a folder and in the folders in it, with itself if it is one too. No link is followed, and what earlier repairs moved away is left out."
     if not path.is_dir() or path.is_symlink(): return []
     itself = any((path/name).exists() for name in (MANIFEST, *ADAPTER_FILES))
@@ -263,7 +268,7 @@ def find_checkpoints(path: Path, depth: int = DEPTH) -> list[Path]:
     further = sorted(p for p in path.iterdir() if p not in within and not p.name.startswith(".") and not re.fullmatch(r"broken-\d+", p.name))
     return within + [c for p in further for c in find_checkpoints(p, depth - 1)]
 
-def move_aside(report: CheckpointReport) -> Path | None:
+def move_aside(report: CheckpointReport) -> Path | None:  # of `validate_checkpoint`
     "Move a broken checkpoint into a new folder `broken-N` beside it, and say where to; None if it is whole, unverified, gone, or its writer may live."
     if report.status not in ("corrupt", "incomplete") or not (report.path.exists() or report.path.is_symlink()): return None
     if HIDDEN.fullmatch(report.path.name) and writer_of(report.path) != "gone": return None
@@ -274,7 +279,7 @@ def move_aside(report: CheckpointReport) -> Path | None:
         report.path.rename(aside/report.path.name)
         return aside/report.path.name
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:  # words of the command line; None: those of this process
     "Print a verdict on every checkpoint given, or found below the directories given."
     parser = argparse.ArgumentParser("higgs_validate", epilog="exit code: 0 if all are whole, 1 otherwise, 2 for wrong usage",
                                      description="Say of checkpoints whether they are whole, incomplete, corrupt or unverified.")

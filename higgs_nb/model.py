@@ -144,9 +144,12 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
 
 # %% ../nbs/05_model.ipynb #7d2dca18
 def tiny_config(tokenizer,  # gives the vocabulary and the special ids
-                hidden_size: int = 256, num_layers: int = 4, num_heads: int = 4, intermediate_size: int = 768,
+                hidden_size: int = 256,  # width of the residual stream
+                num_layers: int = 4,  # decoder layers
+                num_heads: int = 4,  # query heads; half as many for keys and values
+                intermediate_size: int = 768,  # width inside both feed-forward networks
                 codebook_size: int = 1026,  # codes of a codebook and the two stream codes
-                num_codebooks: int = 8) -> HiggsAudioV2Config:
+                num_codebooks: int = 8) -> HiggsAudioV2Config:  # codes of a frame
     "A small configuration of the released model's class: about 10 million parameters with the defaults."
     ids = tokenizer.convert_tokens_to_ids
     return HiggsAudioV2Config(
@@ -156,7 +159,9 @@ def tiny_config(tokenizer,  # gives the vocabulary and the special ids
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, audio_token_id=ids("<|AUDIO_OUT|>"),
         audio_bos_token_id=ids("<|audio_out_bos|>"), audio_delay_token_id=ids("<|reserved_special_token_6|>"))
 
-def tiny_model(tokenizer, seed: int = 0, **config) -> HiggsAudioForTraining:
+def tiny_model(tokenizer,  # gives the vocabulary and the special ids
+               seed: int = 0,  # of the random weights
+               **config) -> HiggsAudioForTraining:  # of `tiny_config`
     "A small model with random weights, the same for the same `seed`; `config` goes to `tiny_config`."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -172,8 +177,11 @@ def whisper_settings(config: HiggsAudioV2Config, whisper: WhisperConfig, audio_i
     config.encode_whisper_embed, config.whisper_config = True, {k: getattr(whisper, k) for k in WHISPER_FIELDS}
     config.audio_in_token_id = config.audio_token_id - 1 if audio_in_token_id is None else audio_in_token_id
 
-def extend_config(config: HiggsAudioV2Config, name: str, use_audio_out_self_attention: bool | None, encode_whisper_embed: bool | None,
-                  whisper: str | None) -> tuple[str, ...]:
+def extend_config(config: HiggsAudioV2Config,  # of the checkpoint, changed in place
+                  name: str,  # of the checkpoint, for errors
+                  use_audio_out_self_attention: bool | None,  # see `load_model`
+                  encode_whisper_embed: bool | None,  # see `load_model`
+                  whisper: str | None) -> tuple[str, ...]:  # see `load_model`
     "Change `config` to what a run asks for; returns the modules that its checkpoint lacks. `ValueError` if that cannot be done."
     attends, hears = (getattr(config, key, False) for key in ("use_audio_out_self_attention", "encode_whisper_embed"))
     for key, has, asked in (("use_audio_out_self_attention", attends, use_audio_out_self_attention), ("encode_whisper_embed", hears, encode_whisper_embed)):

@@ -97,7 +97,9 @@ class RunMonitor(Panel):
             if self.ended(): self.follow.value = False
             else: await asyncio.sleep(self.every_s)
 
-    def ended(self) -> bool: return (self.run_dir / "run.json").exists() or bool(self.steps()) and any("train_runtime" in e for e in read_log(self.run_dir)[-2:])
+    def ended(self) -> bool:
+        "Whether the run has come to its end."
+        return (self.run_dir / "run.json").exists() or bool(self.steps()) and any("train_runtime" in e for e in read_log(self.run_dir)[-2:])
 
     def steps(self) -> int:
         "How many steps the run wants, as it was told or as its newest checkpoint says; 0: not known."
@@ -117,9 +119,12 @@ class RunMonitor(Panel):
         saved = "; ".join(f"{name}: {verdict}" for name, verdict in checkpoint_rows(self.run_dir)) or "none yet"
         return f"<p role='status'><strong>{', '.join(facts)}</strong></p><p>checkpoints: {html.escape(saved)}</p>"
 
-    def chart(self, history: list[dict]) -> str: return picture(plot_run(history, self.show.value, self.chance), f"The {self.show.value} of {self.run_dir.name} up to step {history[-1]['step']}") if history else ""
+    def chart(self, history: list[dict]) -> str:
+        "The chosen picture of the log, as HTML."
+        return picture(plot_run(history, self.show.value, self.chance), f"The {self.show.value} of {self.run_dir.name} up to step {history[-1]['step']}") if history else ""
 
     def heard(self) -> str:
+        "A player of the chosen sample, as HTML."
         wav = samples_of(self.run_dir).get(self.sample.value)
         if not wav: return ""
         wave = load_audio(wav, 24000, None) if soundfile.info(wav).frames else np.zeros(0)  # a model may say nothing

@@ -52,7 +52,7 @@ def notebook_of(name: str) -> Path:
     near = difflib.get_close_matches(name, run_notebooks(), n=1)
     raise ValueError(f"no run is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" There are {', '.join(run_notebooks())}, and .ipynb files by their path.")
 
-def parameters_of(name: str) -> dict[str, dict]:
+def parameters_of(name: str) -> dict[str, dict]:  # of a notebook in `nbs/runs`, such as "train", or the path of one
     "The parameters of a run notebook: name -> its type, default (as it stands there) and help."
     return papermill.inspect_notebook(str(notebook_of(name)))
 
@@ -82,21 +82,22 @@ def check_parameters(name: str, given: dict) -> dict:
     return values
 
 # %% ../nbs/12_run.ipynb #78b37dd7
-def parameters(name: str, namespace: dict) -> dict:
+def parameters(name: str,  # of the run notebook
+               namespace: dict) -> dict:  # its `globals()`
     "The values of a run notebook's parameters in its `globals()`, checked, with those that papermill put there: see `check_parameters`."
     injected = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
     given = {target.id for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign) for target in node.targets}
     return check_parameters(name, {key: namespace[key] for key in {**parameters_of(name), **dict.fromkeys(given)}})
 
 # %% ../nbs/12_run.ipynb #f869db4e
-def describe(name: str | None = None) -> str:
+def describe(name: str | None = None) -> str:  # of a run notebook; None: list them
     "What a run notebook takes, a parameter a line; without a name, what can be run."
     if name is None: return "\n".join(f"{n:<12}{summary(n)}" for n in run_notebooks())
     rows = [(p["name"], p["inferred_type_name"], p["default"], p["help"]) for p in parameters_of(name).values()]
     widths = [min(max(map(len, column)), 34) + 2 for column in zip(*rows)] if rows else []
     return "\n".join([f"{name}: {summary(name)}", *("  " + "".join(f"{cell:<{width - 2}}  " for cell, width in zip(row, widths)).rstrip() for row in rows)])
 
-def summary(name: str) -> str:
+def summary(name: str) -> str:  # of a run notebook
     "The line after `>` at the top of a run notebook."
     top = next((c.source for c in nbformat.read(notebook_of(name), 4).cells if c.cell_type == "markdown"), "")
     return next((line[1:].strip().rstrip(".") for line in top.splitlines() if line.startswith(">")), "")
@@ -135,14 +136,14 @@ def occupied(out: Path) -> bool:
     except BlockingIOError: return True
     return False
 
-def occupy(out: Path) -> None:
+def occupy(out: Path) -> None:  # directory of a run
     "Say until this process ends that a run goes on in `out`, which is made if it is not there."
     out.mkdir(parents=True, exist_ok=True)
     HELD.append(lock(out, alone=False))
 
 # %% ../nbs/12_run.ipynb #a7d3c2e2
 def goes_on(out: str | Path,  # directory of a run; made if it is not there
-            parameters: dict) -> bool:
+            parameters: dict) -> bool:  # name -> value, of `parameters`
     """Whether `out` holds a run of the same `parameters` that was cut off and can be resumed. If not, whatever results are there are set aside, and the parameters of the run
     that begins are noted. Prints what it finds."""
     out = Path(out)
@@ -181,14 +182,14 @@ def surroundings() -> dict:
                 environment={k: v for k, v in sorted(os.environ.items()) if kept.match(k)}, versions={d.name: d.version for d in sorted(distributions(), key=lambda d: d.name.lower())})
 
 # %% ../nbs/12_run.ipynb #073ff163
-def defaults_of(name: str) -> dict:
+def defaults_of(name: str) -> dict:  # of a run notebook
     "Default values of a run notebook's parameters; one that is no plain value is left out."
     def value(text):
         try: return [ast.literal_eval(text)]
         except (ValueError, SyntaxError): return []
     return {key: v for key, p in parameters_of(name).items() for v in value(p["default"])}
 
-def place(out: str | Path) -> Path:
+def place(out: str | Path) -> Path:  # directory of a run, to be
     "`out` as a path; `ValueError` if it is a file, or lies where the notebooks are."
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f"--out {out} is a file: name a directory that exists or can be made")
@@ -197,7 +198,7 @@ def place(out: str | Path) -> Path:
 
 def run(name: str,  # of a notebook in `nbs/runs`, or the path of one
         out: str | Path,  # directory for everything the run makes, the executed notebook too
-        parameters: dict | None = None) -> Path:
+        parameters: dict | None = None) -> Path:  # name -> value; the others keep their defaults
     """Execute a run notebook; returns the executed notebook, which is saved after each cell and twice a minute. `PapermillExecutionError` if a cell fails, `ValueError` for parameters that
     cannot be, `BlockingIOError` if a run goes on in `out`."""
     given, out, executed = check_parameters(name, {**(parameters or {}), "out": str(out)}), place(out), Path(out) / notebook_of(name).name
@@ -215,7 +216,9 @@ def run(name: str,  # of a notebook in `nbs/runs`, or the path of one
 
 
 # %% ../nbs/12_run.ipynb #1f8b629e
-def is_done(name: str, out: str | Path, parameters: dict) -> bool:
+def is_done(name: str,  # of a run notebook
+            out: str | Path,  # directory of a run
+            parameters: dict) -> bool:  # name -> value, as for `run`
     "Whether `out` holds the executed notebook of a run with these parameters that came to its end."
     executed = Path(out) / notebook_of(name).name
     try: nb = nbformat.read(executed, 4)
@@ -242,6 +245,7 @@ class StopSignals:
         if self.file.exists(): self.file.unlink()
 
     def notice(self, number, frame):
+        "Ask the run to stop; at a second signal end at once, as without this."
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -264,13 +268,15 @@ def split_assignments(argv: list[str]) -> list[str]:
     after_p = lambda i: i and argv[i - 1] in ("-p", "--parameter")
     return [part for i, word in enumerate(argv) for part in (word.split("=", 1) if after_p(i) and re.match(r"[A-Za-z_]\w*=", word) else [word])]
 
-def read_parameters(name: str, file: Path | None, pairs: list[list[str]]) -> dict:
+def read_parameters(name: str,  # of a run notebook
+                    file: Path | None,  # of YAML
+                    pairs: list[list[str]]) -> dict:  # [key, text], of `-p`
     "The values of a YAML file, and of pairs of key and text, which win over it: text is YAML, too, except where the notebook takes text."
     from_file, known = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file else {}, parameters_of(name)
     if not isinstance(from_file, dict): raise ValueError(f"{file} holds a {type(from_file).__name__}: write `parameter: value`, one a line")
     return {**from_file, **{k: v if known.get(k, {}).get("inferred_type_name") == "str" else yaml.safe_load(v) for k, v in pairs}}
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:  # words of the command line; None: those of this process
     """`higgs_run NAME -p KEY=VALUE ... -f FILE.yaml --out DIR`; 0: done, 1: the run failed, 2: it could not start, 75: it was asked to stop, and the same
     command goes on."""
     parser = argparse.ArgumentParser(prog="higgs_run", description="Run a notebook of nbs/runs with papermill.", add_help=False,

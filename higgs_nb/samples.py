@@ -100,7 +100,8 @@ def delay_pattern(codes: Tensor,  # (codebooks, frames), clips one after the oth
 
 # %% ../nbs/03_samples.ipynb #7086a18a
 def undelay(audio_ids: Tensor,  # (frames, codebooks) as generated, with or without the leading BOS frame
-            bos: int, eos: int) -> tuple[Tensor, bool]:
+            bos: int,  # code that opens a codebook's stream, 1024
+            eos: int) -> tuple[Tensor, bool]:  # code that ends it, 1025
     "Undo `delay_pattern` on one clip; returns `(codes (codebooks, frames), stopped)`, `stopped` is False when EOS never came."
     n = audio_ids.shape[1]
     if len(audio_ids) and (audio_ids[0] == bos).all(): audio_ids = audio_ids[1:]
@@ -124,7 +125,7 @@ def merge_scene(messages: tuple) -> list[tuple[int, str, tuple, str | None]]:
     return turns
 
 def prepare_chatml_sample(conversation: Conversation | dict,  # ChatML; a dict is read by `Conversation.from_dict`
-                          tokenizer) -> tuple[list[int], list[int], list[Audio], str | None]:
+                          tokenizer) -> tuple[list[int], list[int], list[Audio], str | None]:  # a fast tokenizer that knows `SPECIAL_TOKENS`
     """Tokenize a conversation, one placeholder a recording; returns `(input_ids, label_ids, audios, speaker)`, both id lists
     `(tokens,)`, audios in order of their placeholders. The rules are those of the original `prepare_chatml_sample`."""
     if isinstance(conversation, dict): conversation = Conversation.from_dict(conversation)
@@ -180,7 +181,8 @@ class ChatMLDatasetSample:
         return self.audio_ids_concat[:, start:start + int(self.code_lengths[index])]
 
 # %% ../nbs/03_samples.ipynb #466cdf2d
-def encode_conversation(conversation: Conversation, tokenizer,
+def encode_conversation(conversation: Conversation,  # text and recordings, turn by turn
+                        tokenizer,  # a fast tokenizer that knows `SPECIAL_TOKENS`
                         codes: list[Tensor],  # of each recording, (codebooks, frames), in order
                         waveforms: dict[int, tuple[Tensor, int]] | None = None,  # for the Whisper tower: recording -> ((samples,), Hz)
                         ) -> ChatMLDatasetSample:
@@ -205,7 +207,7 @@ def whisper_extractor(config,  # of the model
     settings = config.whisper_config
     return WhisperFeatureExtractor(feature_size=settings["num_mel_bins"], chunk_length=settings["max_source_positions"] // 50)
 
-def sample_options(config) -> dict:
+def sample_options(config) -> dict:  # of a model, a `HiggsAudioV2Config`
     "How a checkpoint reads recordings, as arguments of `SampleDataset` and `expand`: what its config says, and as the released one where it says nothing."
     return dict(delay=getattr(config, "use_delay_pattern", True), extractor=whisper_extractor(config), audio_in_codes=getattr(config, "encode_audio_in_tokens", True))
 
@@ -256,7 +258,7 @@ class Sample:
     def __len__(self): return len(self.input_ids)
 
 def expand(sample: ChatMLDatasetSample,  # one placeholder a recording
-           tokens: AudioTokens,
+           tokens: AudioTokens,  # placeholders, BOS and EOS of the model
            id: str = "",  # named in errors
            delay: bool = True,  # as the checkpoint was trained
            audio_in_codes: bool = True,  # False: what is heard has no frames, as when only a Whisper tower hears it
@@ -291,7 +293,10 @@ def expand(sample: ChatMLDatasetSample,  # one placeholder a recording
 # %% ../nbs/03_samples.ipynb #cc73c3b1
 class SampleDataset(torch.utils.data.Dataset):
     "Conversations as `Sample`s. `store` gives the codes of a recording: `get(Audio) -> (codebooks, frames)`, see `higgs_nb.codec.CodeStore`."
-    def __init__(self, conversations: list[Conversation], tokenizer, store, tokens: AudioTokens,
+    def __init__(self, conversations: list[Conversation],  # as `load_corpus` gives them
+                 tokenizer,  # a fast tokenizer that knows `SPECIAL_TOKENS`
+                 store,  # gives the codes of recordings: a `CodeStore`
+                 tokens: AudioTokens,  # placeholders, BOS and EOS of the model
                  delay: bool = True,  # of the codebooks, as the checkpoint was trained
                  extractor: WhisperFeatureExtractor | None = None,  # of `whisper_extractor`: recordings that are heard bring their waveforms
                  audio_in_codes: bool = True):  # False: recordings that are heard bring no codes
@@ -312,7 +317,10 @@ class SampleDataset(torch.utils.data.Dataset):
         "Tokens of every sample, frames included: what a sampler needs to fill batches. Encodes whatever the store does not hold yet."
         return [len(self[i]) for i in range(len(self))]
 
-def encode_with(conversation: Conversation, tokenizer, store, extractor: WhisperFeatureExtractor | None = None) -> ChatMLDatasetSample:
+def encode_with(conversation: Conversation,  # text and recordings, turn by turn
+                tokenizer,  # a fast tokenizer that knows `SPECIAL_TOKENS`
+                store,  # a `CodeStore`, or whatever has its `get`
+                extractor: WhisperFeatureExtractor | None = None) -> ChatMLDatasetSample:  # of `whisper_extractor`; None: no waveforms
     "`encode_conversation` with codes from a store, and with the waveforms of what is heard where an `extractor` wants them."
     heard = [m.role != "assistant" for m in conversation.messages for part in m.content if isinstance(part, Audio)]
     def wave(audio): return torch.from_numpy(load_audio(audio, extractor.sampling_rate, None)), extractor.sampling_rate

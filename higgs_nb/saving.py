@@ -107,7 +107,8 @@ def bits(tensor: Tensor) -> Tensor:
     "The bytes of a tensor, uint8; a copy only if it is not contiguous or not on the CPU."
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor,  # of any shape and dtype
+              b: Tensor) -> bool:  # held against it
     "Whether two tensors have one dtype, one shape and the same bits."
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
@@ -225,7 +226,8 @@ def verified(checkpoint: Path | str | CheckpointReport) -> CheckpointReport:
     if not report.whole: raise CheckpointError(f"checkpoint not loaded: {report}", report.path, remedy="take the newest whole checkpoint")
     return report
 
-def load_files(checkpoint: Path | str | CheckpointReport, *names: str) -> dict[str, Content]:
+def load_files(checkpoint: Path | str | CheckpointReport,  # its directory, or what `validate_checkpoint` said of it
+               *names: str) -> dict[str, Content]:  # relative paths; none: all files
     """What the files `names` of a whole checkpoint hold, or all that its manifest names: tensors of a safetensors file, else bytes. Each is
     hashed again as it is read, so a report of an hour ago will do. `CheckpointError` if a file is not what was saved, or was never there."""
     report, contents = verified(checkpoint), {}
@@ -246,8 +248,9 @@ def remove_directory(path: Path) -> None:
         fsync(path.parent)
         shutil.rmtree(hidden)
 
-def prune_checkpoints(run_dir: Path | str, keep: int, # newest whole checkpoints that stay, at least 1
-                      protect: Iterable[Path | str] = (), # checkpoints that stay in any case, such as the best one
+def prune_checkpoints(run_dir: Path | str,  # output directory of a run
+                      keep: int,  # newest whole checkpoints that stay, at least 1
+                      protect: Iterable[Path | str] = (),  # checkpoints that stay in any case, such as the best one
                       ) -> list[Path]:
     "Remove the checkpoints older than the newest `keep` whole ones, and what dead writers left; returns what was removed."
     if keep < 1: raise ValueError(f"keep = {keep}: at least one checkpoint must stay")

@@ -53,7 +53,7 @@ def name_of(values: dict) -> str:
 # %% ../nbs/12b_sweep.ipynb #85c12c7f
 KEYS = ("run", "out", "parameters", "grid", "runs")
 
-def read_sweep(path: str | Path) -> list[SweepRun]:
+def read_sweep(path: str | Path) -> list[SweepRun]:  # of the YAML file
     """The runs of a YAML file with `run` (a notebook), `out` (a directory; sweeps/ and the file's name), `parameters` (of all runs), `grid` (lists of values) and `runs` (a list of sets of values).
     `ValueError` with everything that is wrong."""
     path = Path(path)
@@ -166,13 +166,14 @@ exit $code
 """
 HIGGS_SWEEP = "import sys; from higgs_nb.sweep import main; sys.exit(main())"
 
-def slurm_script(path: Path, runs: list[SweepRun]) -> str:
+def slurm_script(path: Path,  # of the YAML file
+                 runs: list[SweepRun]) -> str:  # of `read_sweep`
     "An sbatch script: one task of an array for each run of the sweep in the file `path`, started where this is called."
     quoted = dict(cwd=Path.cwd(), python=sys.executable, command=HIGGS_SWEEP, sweep=path.resolve())
     return SLURM.format(name=f"sweep-{path.stem}", last=len(runs) - 1, out=runs[0].out.parent.resolve(), again=TRY_AGAIN, **{k: shlex.quote(str(v)) for k, v in quoted.items()})
 
 # %% ../nbs/12b_sweep.ipynb #bb32fca4
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:  # words of the command line; None: those of this process
     "`higgs_sweep sweep.yaml`; 0: all runs are done, 1: some failed, 2: it could not start, 75: it was asked to stop, and the same command goes on."
     parser = argparse.ArgumentParser(prog="higgs_sweep", description="Run a notebook of nbs/runs with many sets of parameters; runs that are done are left alone.",
                                      epilog="exit code: 0 all done, 1 some failed, 2 could not start, 75 stopped when asked: the same command goes on")

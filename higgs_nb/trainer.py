@@ -66,9 +66,7 @@ class HiggsTrainingArguments(TrainingArguments):
 # %% ../nbs/08_trainer.ipynb #b64107ec
 class LossMeter:
     "Running sums of the text loss and of each codebook's, with their counts, kept on the device."
-    def __init__(self): self.reset()
-
-    def reset(self): self.sums, self.counts = 0, 0
+    def __init__(self): self.sums, self.counts = 0, 0
 
     def add(self, out):
         "Add the `HiggsOutput` of one batch."
@@ -89,7 +87,9 @@ class Shard(torch.utils.data.Sampler):
     def __init__(self, sampler: PackedBatchSampler, rank: int, processes: int):
         self.batch_sampler, self.rank, self.processes = sampler, rank, processes
 
-    def set_epoch(self, epoch: int): self.batch_sampler.set_epoch(epoch)
+    def set_epoch(self, epoch: int):
+        "The order of this epoch, in all processes."
+        self.batch_sampler.set_epoch(epoch)
     def __len__(self): return math.ceil(len(self.batch_sampler) / self.processes)
 
     def __iter__(self):
@@ -119,7 +119,9 @@ def check_hearing(model, dataset) -> None:
 class HiggsTrainer(Trainer):
     """Trains a LoRA adapter, or the parameters of a model without one that require a gradient, on packed batches. `train_dataset` and `eval_dataset` are `SampleDataset`s. Logs `text_loss`, `audio_loss` and
     `codebook_0` ... for training, the same with `eval_` for held-out data, and the offset probe. Checkpoints are verified before they count."""
-    def __init__(self, model: PeftModel | nn.Module, args: HiggsTrainingArguments, train_dataset, eval_dataset=None, tokenizer=None,
+    def __init__(self, model: PeftModel | nn.Module,  # of `apply_lora`, or a model that is trained as a whole
+                 args: HiggsTrainingArguments, train_dataset, eval_dataset=None,  # two of `SampleDataset`; None: no evaluation
+                 tokenizer=None,  # for the audit of the first batch; None: that of the samples
                  base: dict | None = None,  # where the base comes from: {"id": ..., "revision": ...}; goes into every checkpoint
                  callbacks: list[TrainerCallback] | None = None, **kwargs):
         base_of(model).loss_weights = LossWeights(args.text_loss_weight, args.audio_loss_weight, args.codebook_weights and tuple(args.codebook_weights), args.label_smoothing_factor)
@@ -166,7 +168,7 @@ class HiggsTrainer(Trainer):
         "Add the parts of the training loss whenever the loss is logged."
         if "loss" in logs and torch.is_tensor(self.meter.sums):
             parts = self.meter.means(lambda x: self.accelerator.reduce(x, "sum"))
-            self.meter.reset()
+            self.meter = LossMeter()
             logs.update(parts, **self.speed.report())
             if self.state.epoch is not None and self.state.epoch <= 1: self.judge_loss(parts.get("audio_loss"), "training data that it sees for the first time")
         super().log(logs, start_time)
@@ -287,7 +289,7 @@ class TakeUpCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         t = self.trainer
         t.probes, t.earlier_seconds = [], 0.0
-        t.meter.reset()
+        t.meter = LossMeter()
         if (then := t.resumed) is None: return
         state.compute_steps(args, state.max_steps)  # intervals are this run's, not the checkpoint's
         if (steps := then.get("max_steps", state.max_steps)) != state.max_steps:

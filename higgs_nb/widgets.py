@@ -46,9 +46,13 @@ class Panel(W.VBox):
             if not isinstance(control, W.Button): control.observe(lambda change: self.update(), "value")
         self.update()
 
-    def update(self): self.view.value = self.still()
+    def update(self):
+        "Show what the controls ask for."
+        self.view.value = self.still()
 
-    def still(self) -> str: raise NotImplementedError(f"{type(self).__name__} has to say what it shows")
+    def still(self) -> str:
+        "What is shown, as HTML: all that is left where no kernel runs."
+        raise NotImplementedError(f"{type(self).__name__} has to say what it shows")
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
@@ -196,8 +200,12 @@ class LabelExplorer(Panel):
         "The rows of `LabelAudit.table` of the chosen sample, padding left out."
         return [r for r in self.table if r["sample"] == self.sample.value and r["kind"] != "pad"]
 
-    def reach(self): self.position.max = len(self.rows()) - 1
-    def go(self, by: int): self.position.value = min(max(self.position.value + by, 0), self.position.max)
+    def reach(self):
+        "Let `position` end where the sample does."
+        self.position.max = len(self.rows()) - 1
+    def go(self, by: int):
+        "Move by so many positions, as far as the sample goes."
+        self.position.value = min(max(self.position.value + by, 0), self.position.max)
 
     def column(self) -> str:
         "What stands at the chosen position, in words."

@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed$(if $(CONSTRAINTS),,-unconstrained)
 
 .DEFAULT_GOAL := help
-.PHONY: help train base test lab docs bench prepare readme clean
+.PHONY: help train base test test-browser lab docs bench prepare readme clean
 
 define HELP
 make train     train an adapter on the embedded corpus: runs/train holds it and the executed notebook
 make base      pretrain the small base model: hours, and runs/voices must hold the speech that nbs/runs/voices.ipynb makes
 make test      run every test, the notebooks among them
+make test-browser  the site and the widgets in a headless Chromium; needs chromium, node and npm
 make lab       open the notebooks in JupyterLab
 make docs      build the site into _docs, with Quarto if it is installed, else with smalldocs
 make bench     run every benchmark in benchmarks/
@@ -47,6 +48,15 @@ base: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/pytest $(ARGS)
+
+# The browser is the system's, its driver and axe-core come from npm. `make test` leaves these tests out.
+CHROMIUM ?= $(or $(shell command -v chromium),$(shell command -v chromium-browser),$(shell command -v google-chrome))
+test-browser: $(SETUP)
+	@test -x "$(CHROMIUM)" || { echo "make test-browser: no Chromium. On Debian: apt-get install chromium; else name it: make CHROMIUM=/path test-browser" >&2; exit 1; }
+	@command -v npm >/dev/null || { echo "make test-browser: no npm. On Debian: apt-get install nodejs npm" >&2; exit 1; }
+	npm ci --prefix tests/browser --no-audit --no-fund
+	$(BIN)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[browser]"
+	CHROMIUM="$(CHROMIUM)" $(BIN)/pytest -m browser tests/test_browser.py $(ARGS)
 
 lab: $(SETUP)
 	$(BIN)/jupyter-lab nbs $(ARGS)

@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
+from types import FunctionType
 
 import nbformat, pytest
 from conftest import BIN, ROOT, committed, run
@@ -55,11 +56,8 @@ def undocumented(module):
         thing = getattr(module, name)
         if not (inspect.isclass(thing) or inspect.isfunction(thing)) or thing.__module__ != module.__name__: continue
         if not thing.__doc__ or thing.__doc__.startswith(f"{name}("): bare.append(f"{module.__name__}.{name}")  # that is what a dataclass gives itself
-        for method, held in vars(thing).items() if inspect.isclass(thing) else ():
-            if isinstance(held, (classmethod, staticmethod)): held = held.__func__
-            if inspect.isfunction(held): held = getattr(thing, method)
-            elif not isinstance(held, (property, cached_property)): continue
-            if not method.startswith("_") and not inspect.getdoc(held): bare.append(f"{module.__name__}.{name}.{method}")
+        methods = [k for k, v in vars(thing).items() if isinstance(v, (FunctionType, classmethod, staticmethod, property, cached_property))] if inspect.isclass(thing) else []
+        bare += [f"{module.__name__}.{name}.{k}" for k in methods if k[0] != "_" and not any(getattr(vars(base).get(k), "__doc__", None) for base in thing.__mro__)]
     return bare
 
 

@@ -24,8 +24,8 @@ from .resume import any_process, device_module
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'STOP_FILE', 'TRY_AGAIN', 'Preempted', 'StopCallback', 'log_columns', 'LogFileCallback', 'EndCallback',
-           'useful_flops', 'matmul_rate', 'SpeedCallback']
+__all__ = ['logger', 'STOP_FILE', 'TRY_AGAIN', 'SPOKEN', 'Preempted', 'StopCallback', 'log_columns', 'LogFileCallback',
+           'EndCallback', 'useful_flops', 'matmul_rate', 'SpeedCallback']
 
 # %% ../nbs/07d_callbacks.ipynb #de8847e8
 STOP_FILE = "STOP"
@@ -70,10 +70,12 @@ class StopCallback(TrainerCallback):
         control.should_save = control.should_training_stop = True
 
 # %% ../nbs/07d_callbacks.ipynb #8c81f3e7
+SPOKEN = ("eval_wer", "eval_similarity", "eval_stops")  # of speech that is judged, see `ScoreCallback`
+
 def log_columns(codebooks: int) -> list[str]:
     "The columns of `log.csv`, the same for every run of models with as many codebooks."
     losses = ["loss", "text_loss", "audio_loss", *(f"codebook_{k}" for k in range(codebooks))]
-    return ["step", "epoch", *losses, *(f"eval_{name}" for name in losses), *(f"eval_probe_{o:+d}" for o in OFFSETS), "learning_rate", "grad_norm", "tokens_per_second", "memory_mb"]
+    return ["step", "epoch", *losses, *(f"eval_{name}" for name in losses), *(f"eval_probe_{o:+d}" for o in OFFSETS), *SPOKEN, "learning_rate", "grad_norm", "tokens_per_second", "memory_mb"]
 
 class LogFileCallback(TrainerCallback):
     """Writes every log entry as a line of `log.jsonl` in the output directory, and what training and held-out data say as a row of `log.csv`, as it happens. Both hold this
@@ -97,9 +99,9 @@ class LogFileCallback(TrainerCallback):
         return json.dumps({"step": entry["step"], **entry}) + "\n"
 
     def row(self, entry: dict) -> str:
-        "The columns of `log_columns`; nothing of an entry without losses."
+        "The columns of `log_columns`; nothing of an entry without losses or scores."
         text = io.StringIO()
-        if entry.keys() & {"loss", "eval_loss"}: csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n").writerow(entry)
+        if entry.keys() & {"loss", "eval_loss", *SPOKEN}: csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n").writerow(entry)
         return text.getvalue()
 
 class EndCallback(TrainerCallback):

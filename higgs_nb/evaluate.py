@@ -21,13 +21,13 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from .chatml import Conversation, load_audio, sentence_key
 from .checkpoint import base_of
 from .codec import Codec
-from .generate import Encoder, Speech, as_mp3, generate_speech
+from .generate import Encoder, Speech, SpeechCallback, as_mp3, generate_speech
 from .samples import AudioTokens, delay_pattern
 
 # %% auto #0
 __all__ = ['RATE', 'WHISPER_SHA256', 'METRICS', 'Judges', 'missing_judges', 'default_judges', 'whisper_folder', 'distill_mos',
            'normalise_english', 'Score', 'silence', 'repetition', 'score_clip', 'voice_of', 'interval', 'Evaluation',
-           'evaluate', 'speech_of', 'ForcedCodes', 'greedy', 'speak_beside', 'check_leaks']
+           'evaluate', 'speech_of', 'ForcedCodes', 'greedy', 'speak_beside', 'ScoreCallback', 'check_leaks']
 
 # %% ../nbs/10_evaluate.ipynb #283ee2f0
 RATE = 16000  # Hz that judges hear
@@ -126,7 +126,12 @@ def repetition(heard: list[str], said: list[str]) -> float:
     pairs, wanted = (Counter(zip(words, words[1:])) for words in (heard, said))
     return sum(max(n - max(wanted[pair], 1), 0) for pair, n in pairs.items()) / max(len(heard), 1)
 
-def score_clip(waveform: np.ndarray | Tensor, sampling_rate: int, text: str, judges: Judges, id: str = "", stopped: bool | None = None,
+def score_clip(waveform: np.ndarray | Tensor,  # (samples,)
+               sampling_rate: int,  # Hz
+               text: str,  # what was to be said
+               judges: Judges,  # e.g. `default_judges()`
+               id: str = "",  # of the clip
+               stopped: bool | None = None,  # whether it ended by itself; None: nobody generated it
                target: np.ndarray | None = None,  # (features,) the voice that is wanted, of `voice_of`
                others: Mapping[str, np.ndarray] | None = None,  # voices that are not
                recorded_s: float | None = None,  # duration of the recording of this text
@@ -149,13 +154,19 @@ def score_clip(waveform: np.ndarray | Tensor, sampling_rate: int, text: str, jud
     if judges.opinion: score.opinion = judges.opinion(x)
     return score
 
-def voice_of(waveforms: Sequence[np.ndarray], sampling_rate: int, judges: Judges) -> np.ndarray:
+def voice_of(waveforms: Sequence[np.ndarray],  # (samples,) each, of one voice
+             sampling_rate: int,  # Hz
+             judges: Judges) -> np.ndarray:  # their `embed` hears
     "The mean voice of recordings, (features,), of length 1."
     mean = np.mean([judges.embed(soxr.resample(np.asarray(w, dtype=np.float32), sampling_rate, RATE)) for w in waveforms], 0)
     return mean / np.linalg.norm(mean)
 
 # %% ../nbs/10_evaluate.ipynb #e405b1ac
-def interval(numerators, denominators=None, draws: int = 1000, seed: int = 0) -> tuple[float, float, float] | None:
+def interval(numerators,  # one a clip; a None is left out where there are no denominators
+             denominators=None,  # one a clip; None: a plain mean
+             draws: int = 1000,  # of as many clips, with replacement
+             seed: int = 0,  # of the draws
+             ) -> tuple[float, float, float] | None:
     "`sum(numerators) / sum(denominators)`, or the mean, with the 2.5 and 97.5 percentiles of bootstrap draws over clips; None of nothing."
     a = np.array([x for x in numerators if x is not None], dtype=np.float64)
     if not len(a): return None
@@ -220,12 +231,13 @@ class Evaluation:
         return fig
 
 def evaluate(arms: Mapping[str, Sequence[Speech]],  # ways to speak, e.g. {"base": ..., "adapter": ...}, each with waveforms
-             judges: Judges,
+             judges: Judges,  # e.g. `default_judges()`
              target: np.ndarray | Mapping[str, np.ndarray] | None = None,  # the wanted voice, of `voice_of`; or that of each clip, by id
              others: Mapping[str, np.ndarray] | None = None,  # other voices
              recorded_s: Mapping[str, float] | None = None,  # durations of recordings, by id
              players: int = 2,  # clips of each arm that the result lets one hear
-             progress: bool = True) -> Evaluation:
+             progress: bool = True,  # a bar for each arm
+             ) -> Evaluation:
     "Judge every clip of every arm. `ValueError` if a clip has no waveform."
     found = Evaluation({}, {})
     for arm, clips in arms.items():
@@ -237,7 +249,8 @@ def evaluate(arms: Mapping[str, Sequence[Speech]],  # ways to speak, e.g. {"base
     return found
 
 # %% ../nbs/10_evaluate.ipynb #0ddcaf88
-def speech_of(conversations: Sequence[Conversation], codec: Codec | None = None,  # through this codec; None: as they were recorded
+def speech_of(conversations: Sequence[Conversation],  # each with a recording
+              codec: Codec | None = None,  # through this codec; None: as they were recorded
               codebooks: int | None = None,  # only the first so many
               store=None,  # gives the codes of recordings; None: encoded anew
               ) -> list[Speech]:
@@ -266,15 +279,18 @@ class ForcedCodes(InfNanRemoveLogitsProcessor):  # of a kind that works on each 
         scores[:, self.ends] = -torch.inf
         return torch.where(forced, torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0), scores)
 
-def greedy(model) -> dict:
+def greedy(model) -> dict:  # or a PeftModel around one
     "Options of `generate_speech` that leave nothing to chance: a generation config may resample what repeats itself even where nothing is sampled."
     return dict(do_sample=False, **({"ras_win_max_num_repeat": 10**9} if getattr(base_of(model).generation_config, "ras_win_len", None) else {}))
 
-def speak_beside(model, tokenizer, conversations: Sequence[Conversation],  # that end with a recording
-                 codec: Codec,
+def speak_beside(model,  # or a PeftModel around one
+                 tokenizer,  # that of the model
+                 conversations: Sequence[Conversation],  # that end with a recording
+                 codec: Codec,  # turns codes into sound
                  given: Sequence[int],  # codebooks that are taken from the recording
                  store=None,  # gives the codes of recordings; None: encoded anew by `codec`
-                 batch_size: int = 8) -> list[Speech]:
+                 batch_size: int = 8,  # clips spoken at the same time
+                 ) -> list[Speech]:
     "Speak, greedily, with the codebooks `given` as they were recorded; each clip is as long as its recording."
     tokens, store, said = AudioTokens.from_config(base_of(model).config, tokenizer), store or Encoder(codec), []
     for batch in (conversations[i:i + batch_size] for i in range(0, len(conversations), batch_size)):
@@ -282,8 +298,33 @@ def speak_beside(model, tokenizer, conversations: Sequence[Conversation],  # tha
         said += generate_speech(model, tokenizer, batch, codec, store, max(c.shape[1] for c in codes), batch_size, logits_processor=[ForcedCodes(codes, given, tokens)], **greedy(model))
     return [dataclasses.replace(s, text=c.transcript, stopped=None) for s, c in zip(said, conversations)]
 
+# %% ../nbs/10_evaluate.ipynb #64bfffa2
+class ScoreCallback(SpeechCallback):
+    """A `SpeechCallback` whose clips are judged. Logs `eval_wer` (%), `eval_similarity` and `eval_stops` (%); `scores.json` beside the wav files of a step has every clip's `Score`, and `result`
+    an arm for each step. Add it to a trainer with `add_callback`."""
+    logged = {"eval_wer": "WER %", "eval_similarity": "similarity", "eval_stops": "stops %"}
+
+    def __init__(self, trainer,  # a `HiggsTrainer`, for its log
+                 judges: Judges,  # e.g. `default_judges()`
+                 *args,  # prompts, which have to be conversations, codec, tokenizer, folder, every: see `SpeechCallback`
+                 target: np.ndarray | None = None,  # (features,) the wanted voice, of `voice_of`
+                 **kwargs):  # see `SpeechCallback`
+        super().__init__(*args, **kwargs)
+        self.trainer, self.judges, self.target, self.result = trainer, judges, target, Evaluation({})
+
+    def speak(self, state, model):
+        if (said := super().speak(state, model)) is None: return
+        arm, words = f"step {state.global_step}", {c.id: c.transcript for c in self.prompts}
+        found = evaluate({arm: [dataclasses.replace(s, text=words[s.id]) for s in said]}, self.judges, self.target, players=0, progress=False)
+        (self.folder / f"step-{state.global_step:06d}" / "scores.json").write_text(json.dumps(found.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+        self.result.scores |= found.scores
+        values = {key: found.summary()[arm][name] for key, name in self.logged.items()}
+        self.trainer.log({key: value[0] for key, value in values.items() if value is not None})
+
 # %% ../nbs/10_evaluate.ipynb #149f4a12
-def check_leaks(train: Sequence[Conversation], held_out: Sequence[Conversation | str]) -> None:
+def check_leaks(train: Sequence[Conversation],  # what was trained on
+                held_out: Sequence[Conversation | str],  # what is to be spoken: conversations, or texts
+                ) -> None:
     "`ValueError` names the sentences and recordings of `held_out`, conversations or texts, that are in `train` too."
     def digest(audio): return hashlib.sha256(audio.raw if audio.raw is not None else Path(audio.path).read_bytes()).hexdigest()
     trained = {sentence_key(t.text): c.id for c in train for m in c.messages if m.role == "user" for t in m.content if hasattr(t, "text")} | {sentence_key(c.transcript): c.id for c in train}

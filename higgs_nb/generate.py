@@ -148,6 +148,7 @@ class SpeechCallback(TrainerCallback):
         out = self.folder / f"step-{state.global_step:06d}"
         out.mkdir(parents=True, exist_ok=True)
         for s in said: s.save(out / f"{s.id}.wav")
+        return said
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.global_step: self.speak(state, model)  # a resumed run has spoken

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from .audio import load_audio
 from .generate import Speech
 from .manifest import members, validate_checkpoint
-from .plots import plot_losses, series
+from .plots import plot_losses, plot_scores, series
 from .widgets import Panel, picture, player
 
 # %% auto #0
@@ -47,7 +47,7 @@ def samples_of(run_dir: str | Path) -> dict[str, Path]:  # output directory of a
     return {f"step {int(f.parent.name[5:])}, {f.stem}": f for f in sorted(Path(run_dir).glob("samples/step-*/*.wav"))}
 
 # %% ../nbs/11c_monitor.ipynb #b9f038f2
-VIEWS = ("losses", "probe", "speed and memory")
+VIEWS = ("losses", "probe", "scores", "speed and memory")
 
 def plot_run(history: list[dict],  # of `read_log`
              view: str,  # one of `VIEWS`
@@ -55,6 +55,7 @@ def plot_run(history: list[dict],  # of `read_log`
     "One of `VIEWS` of a run's log."
     fig = Figure(figsize=(9, 2.8), layout="constrained")
     if view == "losses": return plot_losses(history, chance, fig)
+    if view == "scores": return plot_scores(history, fig)
     if view == "probe":
         ax = fig.subplots()
         for offset, style in (("-1", ":"), ("+0", "--"), ("+1", "-"), ("+2", "-.")):
@@ -75,7 +76,7 @@ class RunMonitor(Panel):
         self.status, self.sound = W.HTML(), W.HTML()
         self.follow = W.ToggleButton(description="follow", value=False, tooltip=f"look at the run every {every_s:g} s")
         self.again = W.Button(description="look now", tooltip="look at the run once")
-        self.show = W.ToggleButtons(description="show", options=VIEWS, tooltips=["audio, text and each codebook", "the offset probe", "tokens a second, memory"])
+        self.show = W.ToggleButtons(description="show", options=VIEWS, tooltips=["audio, text and each codebook", "the offset probe", "speech that is judged", "tokens a second, memory"])
         self.sample = W.Dropdown(description="speech", options=["none"], tooltip="what the model said, by step")
         self.again.on_click(lambda button: self.update())
         super().__init__([self.follow, self.again, self.show, self.sample])

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 # %% auto #0
-__all__ = ['plot_waveform', 'plot_codes', 'series', 'plot_losses', 'LiveLosses']
+__all__ = ['plot_waveform', 'plot_codes', 'series', 'plot_losses', 'plot_scores', 'LiveLosses']
 
 # %% ../nbs/11_plots.ipynb #389f54b2
 def plot_waveform(waveform: np.ndarray,  # (samples,)
@@ -59,6 +59,17 @@ def plot_losses(history: list[dict],  # `trainer.state.log_history`, or the line
         if chance and name != "text_loss": ax.axhline(chance, color="crimson", lw=0.8)
         ax.set(title={"audio_loss": "audio (nats)", "text_loss": "text (nats)", "codebook": "each codebook (nats)"}[name], xlabel="step"); ax.title.set_fontsize(10)
         if keys and ax.lines: ax.legend(fontsize=7, ncol=4 if name == "codebook" else 1)
+    return fig
+
+# %% ../nbs/11_plots.ipynb #a061ee75
+def plot_scores(history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
+                figure=None):  # matplotlib figure to draw on; None: a new one
+    "What judges said of held-out sentences over steps: word errors, likeness to the voice, clips that stop; returns the figure."
+    fig = figure or plt.figure(figsize=(9, 2.2), layout="constrained")
+    fig.clear()
+    for ax, (key, name) in zip(fig.subplots(1, 3), {"eval_wer": "word error rate (%)", "eval_similarity": "similarity to the voice", "eval_stops": "stops by itself (%)"}.items()):
+        ax.plot(*series(history, key), "o-", color="#264653", ms=3, lw=1)
+        ax.set(title=name, xlabel="step"); ax.title.set_fontsize(10)
     return fig
 
 # %% ../nbs/11_plots.ipynb #6060c487

@@ -80,8 +80,8 @@ def _digest(config, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 class WorldCodec(Codec):
-    "WORLD features as codes, 8 x 1024 at 25 frames/s, by a network fitted to the voices at hand; see `WorldVQ`."
-    format, version, file = "higgs_nb.WorldCodec", 2, "codec.safetensors"
+    "WORLD features as codes, 8 x 1024 at 25 frames/s, fitted to the voices at hand; see `WorldVQ`."
+    format, version, file = "higgs_nb.WorldCodec", 3, "codec.safetensors"
 
     def __init__(self, net: WorldVQ):
         self.net, self.config = net, net.config
@@ -104,7 +104,7 @@ class WorldCodec(Codec):
 def fit(cls: WorldCodec,
         waveforms: Iterable[np.ndarray],     # (samples,) each, mono, at the config's sampling rate
         config: WorldConfig = WorldConfig(),
-        steps: int = 3600,                   # see `fit_world_vq`
+        steps: int = 2400,                   # see `fit_world_vq`
         seed: int = 0,
         progress: bool = True) -> WorldCodec:
     "A codec fitted to the waveforms. Raises a ValueError if they are too short."

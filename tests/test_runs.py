@@ -2,7 +2,7 @@
 import json, multiprocessing, os, random, shutil, subprocess, sys, time
 from pathlib import Path
 
-import nbformat, papermill, pytest, soundfile, torch
+import nbformat, numpy as np, papermill, pytest, soundfile, torch
 from conftest import ROOT, committed
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -56,7 +56,8 @@ def synthetic_codes(path):
     "What nbs/runs/voices.ipynb would make, of a few recordings in the package."
     codec, clips = load_codec(), load_corpus(embedded_corpus())[:8]
     codes = [codec.encode(load_audio(c.audio[-1])).to(torch.int16) for c in clips]
-    rows = [dict(id=c.id, text=c.transcript, speaker_id=("af_heart", "am_michael")[i % 2], split=("train", "held_out")[i > 5], frames=[x.shape[1]]) for i, (c, x) in enumerate(zip(clips, codes))]
+    rows = [dict(id=c.id, text=c.transcript, speaker_id=("af_heart", "am_michael")[i % 2], split=("train", "held_out")[i > 5], frames=[x.shape[1]],
+                 words=[np.linspace(0, x.shape[1], len(c.transcript.split()), endpoint=False).tolist()]) for i, (c, x) in enumerate(zip(clips, codes))]
     save_file(dict(codes=torch.cat(codes, 1)), path, dict(rows=json.dumps(rows)))
 
 

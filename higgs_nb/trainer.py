@@ -4,6 +4,7 @@
 
 # %% ../nbs/08_trainer.ipynb #c8f0b309
 from __future__ import annotations
+import atexit
 import dataclasses
 import json
 import math
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 import torch
+from accelerate import PartialState
 from fastcore.basics import patch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -136,6 +138,7 @@ class HiggsTrainer(Trainer):
         if args.fsdp or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("FSDP and DeepSpeed divide the adapter among processes, which checkpoints cannot gather yet: leave them out. Plain processes (DDP) train the same, each with the whole base.")
         self.add_callback(TakeUpCallback(self))
+        if args.world_size > 1: atexit.register(PartialState().destroy_process_group)  # left open, its threads may abort a process that ends
         self.loss_is_scaled_for_ga = True  # counts are those of the whole step
         self.meter, self.probes, self.base, self.resumed, self.earlier_seconds, self.saver = LossMeter(), [], base or {}, None, 0.0, BackgroundSaver()
 

@@ -74,7 +74,7 @@ def check_torch() -> Finding:
     if not torch.cuda.is_available():
         if driver: return Finding("GPU", "problem", f"{driver} is there, and torch {torch.__version__} (built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPUs'}) does not use it",
                                   "install a torch built for this driver, or a newer driver; and look at CUDA_VISIBLE_DEVICES, which is " + repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
-        return Finding("GPU", "note", f"none; torch {torch.__version__} on {os.cpu_count()} cores", "enough for base=tiny; of the released model the weights alone take about 12 GB")
+        return Finding("GPU", "note", f"none; torch {torch.__version__} on {os.cpu_count()} cores", "enough for base=small; of the released model the weights alone take about 12 GB")
     free, total = torch.cuda.mem_get_info()
     found = f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, driver {driver or 'unknown'}, torch {torch.__version__}"
     if not torch.cuda.is_bf16_supported(including_emulation=False): return Finding("GPU", "note", f"{found}; it has no bf16", "training in bf16 is slow here: a GPU of the Ampere generation or newer has it")
@@ -150,7 +150,7 @@ def check_torchaudio() -> Finding:
 # %% ../nbs/14_doctor.ipynb #f5353774
 def check_hub(base: str) -> Finding:  # hub id of a model
     "A base on the hub can be fetched, or was fetched before."
-    if base == "tiny" or Path(base).exists(): return Finding("base", "ok", base if base == "tiny" else f"{base} is a directory here")
+    if base in ("small", "tiny") or Path(base).exists(): return Finding("base", "ok", base if base in ("small", "tiny") else f"{base} is a directory here")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base): return Finding("base", "problem", f"{base} is no directory here, and no name on the hub", "correct the path, or write OWNER/NAME")
     try: from huggingface_hub import constants, try_to_load_from_cache
     except ImportError as error: return Finding("base", "problem", f"{error}", "pip install huggingface_hub")
@@ -196,7 +196,7 @@ def main(argv=None) -> int:  # words of the command line; None: those of this pr
     parser = argparse.ArgumentParser(prog="higgs_doctor", description="Check what a run needs, and say what to do about what is missing.",
                                      epilog="exit code: 0 a run can start, 1 something has to be repaired first, 2 wrong usage")
     parser.add_argument("--out", default="runs", help="directory that runs will write to (runs)")
-    parser.add_argument("--base", default="tiny", help="the base that you want to train: a name on the hub is looked up there")
+    parser.add_argument("--base", default="small", help="the base that you want to train: a name on the hub is looked up there")
     args = parser.parse_args(argv)
     checks = [check_python, check_packages, check_torch, lambda: check_place(args.out), check_cache, check_audio, check_data, check_torchaudio, check_notebooks, lambda: check_hub(args.base)]
     found = [check() for check in checks]

@@ -161,7 +161,7 @@ def model_card(run: dict,  # what the training run has written to `run.json`
                ) -> str:
     "The README.md of an export, with the metadata that model hubs read."
     given, shown = run["parameters"], ("targets", "rank", "steps", "learning_rate", "seed")
-    hub = None if given["base"] == "tiny" or Path(given["base"]).is_dir() else given["base"]
+    hub = None if given["base"] in ("small", "tiny") or Path(given["base"]).is_dir() else given["base"]
     revised = f", revision={base['revision']!r}" if base["revision"] else ""
     options = "".join(f", {k}={given[k]!r}" for k in ("use_audio_out_self_attention", "whisper") if given.get(k))
     where = repr(hub or "base") + revised + options if kind == "adapter" else repr(kind)
@@ -174,7 +174,7 @@ def model_card(run: dict,  # what the training run has written to `run.json`
 
 # Higgs Audio V2, fine-tuned: {'LoRA adapter' if kind == 'adapter' else 'merged model'}
 
-Base: {hub or {'tiny': 'a small model with random weights'}.get(given['base'], Path(given['base']).name)}, revision {base['revision'] or 'none'}, {base['parameters']:,} parameters, \
+Base: {hub or {'small': 'the small base of higgs_nb', 'tiny': 'a small model with random weights'}.get(given['base'], Path(given['base']).name)}, revision {base['revision'] or 'none'}, {base['parameters']:,} parameters, \
 weights {base['weights_fingerprint'][:16]}. Its licence and the rights to the recordings apply.
 
 ```python

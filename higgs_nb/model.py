@@ -6,6 +6,8 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +22,8 @@ logger = logging.get_logger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'PACKED_FIELDS', 'RELEASED', 'WHISPER_FIELDS', 'codebook_loss_sums', 'target_counts', 'LossWeights',
-           'HiggsOutput', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'whisper_settings', 'extend_config',
-           'start_new_modules', 'load_model']
+           'HiggsOutput', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'base_path', 'whisper_settings',
+           'extend_config', 'start_new_modules', 'load_model']
 
 # %% ../nbs/05_model.ipynb #2bbe41b1
 def codebook_loss_sums(logits: Tensor,  # (rows, codebooks, codes)
@@ -166,6 +168,13 @@ def tiny_model(tokenizer,  # gives the vocabulary and the special ids
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return HiggsAudioForTraining(tiny_config(tokenizer, **config))
+
+def base_path(base: str,  # "small": the base in the package; "tiny": that of a training run; else what `load_model` takes
+              run: str | Path = "",  # directory of the training run
+              ) -> str:
+    "Where a base lies that a run calls by its name: a folder, or its id on the hub."
+    return {"small": str(files("higgs_nb") / "data" / "base"), "tiny": str(Path(run) / "base")}.get(base, base)
+
 
 # %% ../nbs/05_model.ipynb #d4958de8
 RELEASED = "bosonai/higgs-audio-v2-generation-3B-base"  # 128256 tokens, 28 layers, 5.77 billion parameters

@@ -7,6 +7,7 @@ from conftest import ROOT, committed
 
 SMALL = {  # tutorial: its parameters here; what it makes goes into the test's folder, where it runs
     "read_a_run.ipynb": dict(run="run", clips=2, steps=4),
+    "your_voice.ipynb": dict(out="run", steps=2, texts=2, max_clips=2),
 }
 NOTEBOOKS = [file for file in committed() if file.suffix == ".ipynb" and file.parts[0] == "nbs" and file.parts[1] != "runs"]
 

@@ -45,7 +45,9 @@ class Codec(ABC):
         "Waveform (frames * samples_per_frame,) float32 of codes (codebooks, frames)."
 
     @property
-    def samples_per_frame(self) -> int: return self.sampling_rate // self.frame_rate
+    def samples_per_frame(self) -> int:
+        "Samples that a frame of codes stands for."
+        return self.sampling_rate // self.frame_rate
 
     def frames(self, samples: int) -> int:
         "Number of frames that hold so many samples."

@@ -35,16 +35,23 @@ class WorldConfig:
     width: int = 256                 # channels of the network
 
     @property
-    def features(self) -> int: return self.envelope_dim + self.aperiodicity_dim + 2
+    def features(self) -> int:
+        "Numbers of a WORLD frame: envelope, aperiodicity, log F0, voicing."
+        return self.envelope_dim + self.aperiodicity_dim + 2
+
     @property
-    def num_codebooks(self) -> int: return len(self.parts)
+    def num_codebooks(self) -> int:
+        "Codes of a frame."
+        return len(self.parts)
 
 # %% ../nbs/01b_world.ipynb #4ffd6518
 def _pyworld():
     try: return importlib.import_module("pyworld")
     except ImportError as error: raise ImportError(f"the WORLD codec needs pyworld ({error}): pip install pyworld-prebuilt") from error
 
-def world_features(waveform: np.ndarray, config: WorldConfig = WorldConfig()) -> np.ndarray:
+def world_features(waveform: np.ndarray,  # (samples,) of whole frames, at the config's sampling rate
+                   config: WorldConfig = WorldConfig(),  # of the codec
+                   ) -> np.ndarray:
     "Envelope, aperiodicity, log F0 (of Hz) and voicing (0 or 1) of a waveform of whole frames: (frames * stack, features) float32."
     world, rate, x = _pyworld(), config.sampling_rate, np.asarray(waveform, dtype=np.float64)
     period_ms = 1000 / (config.frame_rate * config.stack)
@@ -105,7 +112,9 @@ class WorldVQ(nn.Module):
         for name, values in dict(mean=torch.zeros(f), scale=torch.ones(f)).items(): self.register_buffer(name, values)
         self.codebooks = nn.ParameterList([nn.Parameter(torch.zeros(c.codebook_size, self.dims[p]), requires_grad=False) for p in c.parts])
 
-    def normalise(self, features: Tensor) -> Tensor: return (features - self.mean) * self.scale
+    def normalise(self, features: Tensor) -> Tensor:
+        "Features in the units of the distance that is quantised, of the same shape."
+        return (features - self.mean) * self.scale
 
     def split(self, x: Tensor) -> dict[str, Tensor]:
         "Frames of normalised features, by part: (batch, frames, dim)"
@@ -138,7 +147,9 @@ class WorldVQ(nn.Module):
         return x + self.refiner(x.unflatten(1, (-1, self.config.stack)).flatten(2).transpose(1, 2)).transpose(1, 2)
 
     @torch.no_grad()
-    def encode(self, features: Tensor) -> Tensor: return self.quantize(self.split(self.normalise(features)))
+    def encode(self, features: Tensor) -> Tensor:
+        "The codes (batch, codebooks, rows / stack) of WORLD features (batch, rows, features)."
+        return self.quantize(self.split(self.normalise(features)))
 
     @torch.no_grad()
     def features_of(self, codes: Tensor) -> Tensor:

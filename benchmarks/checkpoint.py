@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 def adapter_of_3b(r: int):
     "A PEFT model of the released configuration: adapters with random values in memory, the base without any."
     with torch.device("meta"):
-        model = apply_lora(HiggsAudioV2ForConditionalGeneration(HiggsAudioV2Config(), use_text_head=True), create_lora_config("all", r=r))
+        model = apply_lora(HiggsAudioV2ForConditionalGeneration(HiggsAudioV2Config(codebook_size=1026), use_text_head=True), create_lora_config("all", r=r))
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.requires_grad: module._parameters[name] = torch.nn.Parameter(torch.randn(p.shape))

@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --sizes 512x128256 # of one size, width x vocabulary
     python benchmarks/train_step.py --only agreement   # 50 steps of both on equal labels
     python benchmarks/train_step.py --only growth      # from 1,024 to 8,192 tokens a step
+    python benchmarks/train_step.py --sizes released   # on a GPU: the released configuration with random weights; benchmarks/results/train_step_gpu.json
 
 Arms, all with the same base, the same LoRA (r=16 on all linear layers of the decoder), bfloat16 with float32 adapters, the same samples and the same seed:
 
@@ -13,7 +14,7 @@ Arms, all with the same base, the same LoRA (r=16 on all linear layers of the de
     equal   `ours` on the labels of `stock`: the same work, text head included
 
 Each arm is a real training run with its optimizer. Arms take turns in one process; time is from the end of one step to the end of the next, without the first step of each turn.
-Memory is the largest resident set of a process of its own. Useful arithmetic is what a frozen base needs, forward and gradient of the inputs: 4 x (attention and one
+Memory is the largest resident set of a process of its own, on a GPU what its allocator held at most. Useful arithmetic is what a frozen base needs, forward and gradient of the inputs: 4 x (attention and one
 feed-forward network) x tokens + 4 x audio head x supervised frames + 4 x text head x supervised text positions. Padding and adapters count as nothing.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time, warnings
@@ -32,7 +33,8 @@ from higgs_nb.model import HiggsAudioForTraining
 from higgs_nb.samples import IGNORE, AudioTokens, Sample, SampleDataset, delay_pattern
 from higgs_nb.trainer import HiggsTrainer, HiggsTrainingArguments
 
-RESULTS = Path(__file__).parent / "results" / "train_step.json"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RESULTS = Path(__file__).parent / "results" / ("train_step_gpu.json" if DEVICE == "cuda" else "train_step.json")
 LENGTHS = (157, 149, 168, 420, 119, 75, 164, 132, 340, 202, 253, 254, 340, 225, 186, 149)  # tokens of the 16 samples of a step
 LAYERS, CODES, MATRICES = 8, 1026, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZES = ("256x8192", "512x128256", "1024x32000")
@@ -41,7 +43,8 @@ warnings.simplefilter("ignore", FutureWarning)
 
 
 def configuration(size: str, layers: int = LAYERS) -> HiggsAudioV2Config:
-    "Heads of 64, half as many for keys and values, a feed-forward network three times as wide. The special tokens are the last of the vocabulary."
+    "Heads of 64, half as many for keys and values, a feed-forward network three times as wide. The special tokens are the last of the vocabulary. `released`: that of the released model."
+    if size == "released": return HiggsAudioV2Config(codebook_size=CODES, attn_implementation="sdpa")
     width, vocab = map(int, size.split("x"))
     return HiggsAudioV2Config(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 128, head_dim=64,
                               intermediate_size=3 * width, codebook_size=CODES, attn_implementation="sdpa", pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -57,7 +60,7 @@ def make_sample(length: int, config, rule: str, g: torch.Generator) -> Sample:
     frames = round((length - 34) * 25 / 29)
     codes, tokens = torch.randint(0, 1024, (8, frames - 9), generator=g), tokens_of(config)
     audio_ids, audio_labels = delay_pattern(codes, torch.tensor([frames - 9]), 1024, 1025)
-    prompt = torch.randint(3, config.vocab_size - 10, (length - frames - 4,), generator=g)
+    prompt = torch.randint(3, config.audio_bos_token_id - 10, (length - frames - 4,), generator=g)
     closing = torch.tensor([config.vocab_size - 5, config.vocab_size - 6, config.vocab_size - 6])
     ids = torch.cat([prompt, torch.tensor([config.audio_bos_token_id]), torch.full((frames - 7,), tokens.audio_out), torch.full((7,), tokens.audio_delay), closing])
     if rule == "stock":  # HiggsAudioV2Processor(..., output_labels=True): all but audio placeholders, audio_out_bos and padding; codes, but neither BOS nor EOS
@@ -105,8 +108,8 @@ class Arm:
     def __post_init__(self):
         torch.manual_seed(0)
         kind, rule = (HiggsAudioV2ForConditionalGeneration, "stock") if self.name == "stock" else (HiggsAudioForTraining, "stock" if self.name == "equal" else "ours")
-        base = kind(self.config, use_text_head=True)
-        start = torch.Generator().manual_seed(1)
+        with torch.device(DEVICE): base = kind(self.config, use_text_head=True)
+        start = torch.Generator(DEVICE).manual_seed(1)
         with torch.no_grad():  # the same base, in whatever order a class makes its parts
             for _, p in sorted(base.named_parameters()):
                 if p.ndim > 1: p.normal_(std=0.02, generator=start)
@@ -126,6 +129,7 @@ class Arm:
         if self.name == "stock":
             fields, collate = ("input_ids", "attention_mask", "labels", "audio_input_ids", "audio_labels", "audio_input_ids_mask"), PaddedCollator(self.data.tokens)
             batch = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1) if whole else dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+            if DEVICE == "cuda": options["bf16"] = False  # under autocast, a GPU adds up the codebooks in float32, and transformers 5.23 fails to put them among bfloat16 text
             trainer = Trainer(self.model, TrainingArguments(self.folder, remove_unused_columns=False, **batch, **options), train_dataset=self.data, callbacks=[watch],
                               data_collator=lambda samples: {k: v for k, v in collate(samples).items() if k in fields})
             if whole: trainer.model_accepts_loss_kwargs = False  # else the audio loss is divided by the number of text labels
@@ -136,6 +140,10 @@ class Arm:
         trainer.train()
         return watch
 
+    def bytes(self) -> int:
+        "What the weights take."
+        return sum(p.nbytes for p in self.model.parameters())
+
     def useful(self) -> float:
         "Operations of one step that count."
         layer = self.model.get_base_model().model.layers[0]
@@ -143,33 +151,37 @@ class Arm:
         tokens, frames = sum(self.data.lengths), sum(int((s.audio_labels[1:] != IGNORE).any(1).sum()) for s in self.data.samples)
         text = sum(int((s.labels[1:] != IGNORE).sum()) for s in self.data.samples)
         width = self.config.hidden_size
-        return 4.0 * (LAYERS * (size(layer.self_attn) + size(layer.mlp)) * tokens + 8 * CODES * width * frames + self.config.vocab_size * width * text)
+        return 4.0 * (self.config.num_hidden_layers * (size(layer.self_attn) + size(layer.mlp)) * tokens + 8 * CODES * width * frames + self.config.vocab_size * width * text)
 
 
-def matrix_rate(n: int = 4096) -> float:
-    "Operations a second of a large bfloat16 matrix product."
-    a = torch.ones(n, n, dtype=torch.bfloat16)
+def matrix_rate(n: int = 4096 if DEVICE == "cpu" else 8192) -> float:
+    "Operations a second of a large bfloat16 matrix product of random numbers."
+    a, wait = torch.randn(n, n, device=DEVICE).bfloat16(), torch.cuda.synchronize if DEVICE == "cuda" else int
     def once():
+        wait()
         start = time.perf_counter()
         a @ a
+        wait()
         return time.perf_counter() - start
     once()
-    return 2 * n**3 / min(once() for _ in range(3))
+    return 2 * n**3 / min(once() for _ in range(3 if DEVICE == "cpu" else 20))
 
 
 def speed(size: str, turns: int, steps: int) -> list[dict]:
     "The arms in turn."
     with tempfile.TemporaryDirectory() as folder:
         arms = [Arm(name, configuration(size), folder) for name in ("stock", "ours", "equal")]
-        seconds, rates = {a.name: [] for a in arms}, [matrix_rate()]
+        seconds, rates, held = {a.name: [] for a in arms}, [matrix_rate()], {}
         for _ in range(turns):
             for arm in arms:
+                if DEVICE == "cuda": torch.cuda.reset_peak_memory_stats(); others = torch.cuda.memory_allocated() - arm.bytes()
                 seconds[arm.name] += arm.train(steps).seconds
+                if DEVICE == "cuda": held[arm.name] = dict(resident_gb=arm.bytes() / 1e9, peak_gb=(torch.cuda.max_memory_allocated() - others) / 1e9)
                 rates.append(matrix_rate())
         tokens, rate = sum(LENGTHS), max(rates)
         return [dict(size=size, arm=a.name, tokens_per_second=tokens / median(seconds[a.name]), ratio=median(seconds["stock"]) / median(seconds[a.name]),
                      useful_gflops=a.useful() / median(seconds[a.name]) / 1e9, share=a.useful() / median(seconds[a.name]) / rate, matrix_gflops=rate / 1e9,
-                     seconds=[round(s, 3) for s in seconds[a.name]]) for a in arms]
+                     seconds=[round(s, 4) for s in seconds[a.name]], **held.get(a.name, {})) for a in arms]
 
 
 def memory(size: str, name: str) -> dict:
@@ -209,24 +221,24 @@ def growth(size: str = "512x128256") -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="WIDTHxVOCABULARY")
+    parser.add_argument("--sizes", nargs="+", default=SIZES if DEVICE == "cpu" else ("released",), metavar="WIDTHxVOCABULARY")
     parser.add_argument("--turns", type=int, default=3, help="turns of each arm")
     parser.add_argument("--steps", type=int, default=3, help="steps a turn; the first does not count")
     parser.add_argument("--only", choices=("speed", "agreement", "growth"), help="one part")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["machine"] = dict(cores=os.cpu_count(), threads=torch.get_num_threads(), processor=platform.processor() or platform.machine(), torch=torch.__version__,
-                              transformers=transformers.__version__, capability=torch.backends.cpu.get_cpu_capability())
+                              transformers=transformers.__version__, capability=torch.backends.cpu.get_cpu_capability(), **(dict(gpu=torch.cuda.get_device_name()) if DEVICE == "cuda" else {}))
     if args.only in (None, "speed"):
         rows = [r for r in results.get("speed", []) if r["size"] not in args.sizes]
         print(f"{'width x vocabulary':<20}{'arm':<8}{'tokens/s':>10}{'ratio':>8}{'GFLOP/s':>9}{'share':>8}{'peak GB':>9}{'above the model':>17}")
         for size in args.sizes:
             for row in speed(size, args.turns, args.steps):
-                row |= memory(size, row["arm"])
+                if DEVICE == "cpu": row |= memory(size, row["arm"])
                 rows.append(row)
                 print(f"{size:<20}{row['arm']:<8}{row['tokens_per_second']:>10,.0f}{row['ratio']:>8.2f}{row['useful_gflops']:>9.0f}{row['share']:>8.1%}{row['peak_gb']:>9.2f}"
                       f"{row['peak_gb'] - row['resident_gb']:>17.2f}", flush=True)
-        results["speed"] = sorted(rows, key=lambda r: (int(r["size"].split("x")[0]), r["size"]))
+        results["speed"] = sorted(rows, key=lambda r: (r["size"] == "released" or int(r["size"].split("x")[0]), r["size"]))
     if args.only in (None, "agreement"):
         results["agreement"] = a = agreement()
         print(f"losses of {a['steps']} steps on equal labels: {a['stock'][0]:.3f} -> {a['stock'][-1]:.3f}, largest gap {a['largest_gap']:.1e}, at the first step {a['first_gap']:.1e}")

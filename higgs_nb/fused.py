@@ -4,6 +4,7 @@
 
 # %% ../nbs/04c_fused.ipynb #616f6d7d
 from __future__ import annotations
+from inspect import signature
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
@@ -16,9 +17,9 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudi
 from .samples import IGNORE
 
 # %% auto #0
-__all__ = ['SHORT', 'CHUNK', 'BLOCK', 'Permute', 'permute', 'RMSNormPair', 'rms_norm_pair', 'active', 'Rotate', 'rotate',
-           'SwiGLU', 'swiglu', 'LoraProjections', 'lora_matrices', 'project', 'ShortAttention', 'attend_to_itself',
-           'attend', 'ChunkedCrossEntropy', 'chunked_cross_entropy']
+__all__ = ['GROUPED', 'SHORT', 'CHUNK', 'BLOCK', 'Permute', 'permute', 'RMSNormPair', 'rms_norm_pair', 'active', 'Rotate',
+           'rotate', 'SwiGLU', 'swiglu', 'LoraProjections', 'lora_matrices', 'project', 'ShortAttention',
+           'attend_to_itself', 'attend', 'ChunkedCrossEntropy', 'chunked_cross_entropy']
 
 # %% ../nbs/04c_fused.ipynb #23bd6294
 class Permute(Function):
@@ -171,6 +172,7 @@ def project(modules: tuple[nn.Module, ...],  # linear layers, with or without ad
     return tuple(next(outputs) if f else m(x) for m, f in zip(modules, found))
 
 # %% ../nbs/04c_fused.ipynb #6a02f4b9
+GROUPED = dict(enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else {}  # torch 2.11 groups queries unasked
 SHORT = 512  # rows of a sample whose attention matrix is kept for the backward, on a CPU
 
 class ShortAttention(Function):
@@ -213,7 +215,7 @@ def attend(attn: nn.Module,  # gives the scale, and the implementation in its co
     if not len(q): return torch.cat([q, k, v], 1)[:, :q.shape[1]].flatten(1)  # nothing, with a gradient for all three
     if kind == "sdpa" and flash:
         longest = max(lengths)
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=attn.scaling, window_size=(-1, 0), enable_gqa=True).flatten(1)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=attn.scaling, window_size=(-1, 0), **GROUPED).flatten(1)
     if kind == "sdpa":
         samples = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)))
         return torch.cat([attend_to_itself(*qkv, attn.scaling) for qkv in samples if qkv[0].shape[1]], 1).transpose(0, 1).flatten(1)
@@ -257,6 +259,7 @@ class ChunkedCrossEntropy(Function):
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * grad.to(d_hidden.dtype), None if d_weight is None else (d_weight * grad).to(ctx.dtype), None, None, None, None
 
+@torch.compiler.disable  # torch 2.11 cannot trace it
 def chunked_cross_entropy(hidden: Tensor,  # (rows, hidden)
                           head: nn.Module,  # a linear layer without bias: hidden -> parts * classes
                           targets: Tensor,  # (rows, parts), -100 = not supervised; a part is a codebook, the text is one part

@@ -199,7 +199,8 @@ class HiggsDecoder(HiggsAudioV2Model):
     @torch.compiler.disable  # its operations are fused already, and torch.compile fails on rows of changing length (torch 2.13)
     def packed_forward(self, input_ids, audio_input_ids, position_ids, packed: dict, whisper=None, whisper_rows=None) -> Tensor:
         "The last hidden states of a packed row in the order of the sequence: (positions, hidden)"
-        hidden = torch.cat([self.embed_tokens(input_ids[0].index_select(0, packed["text_positions"])), self.embed_audio_tokens(audio_input_ids[0])])
+        texts, frames = self.embed_tokens(input_ids[0].index_select(0, packed["text_positions"])), self.embed_audio_tokens(audio_input_ids[0])
+        hidden = torch.cat([texts, frames.to(texts.dtype)])  # under autocast, a GPU adds up the codebooks in float32
         row = PackedRow.make(self.config, self.rotary_emb, hidden, position_ids, **packed)
         if whisper is not None: hidden = hidden.index_copy(0, row.place[whisper_rows], whisper.to(hidden.dtype))
         for layer in self.layers: hidden = layer(hidden, packed=row)
@@ -211,6 +212,7 @@ class HiggsDecoder(HiggsAudioV2Model):
         if input_ids is None: return frames
         embeds = self.embed_tokens(input_ids)
         if frames is None: return embeds
+        frames = frames.to(embeds.dtype)  # under autocast, a GPU adds up the codebooks in float32
         return embeds.masked_scatter(is_frame[..., None], frames if audio_input_ids_mask is None else frames[audio_input_ids_mask])
 
     def forward(self, input_ids=None, audio_input_ids=None, attention_mask=None, audio_input_ids_mask=None, position_ids=None, past_key_values=None,

@@ -50,6 +50,7 @@ class HiggsTrainingArguments(TrainingArguments):
     text_loss_weight: float = field(default=1.0, metadata={"help": "weight of the text loss"})
     audio_loss_weight: float = field(default=1.0, metadata={"help": "weight of the audio loss, the mean over codebooks"})
     codebook_weights: list[float] | None = field(default=None, metadata={"help": "weight of each codebook in the audio loss; None: all 1"})
+    code_noise: float = field(default=0.0, metadata={"help": "share of the codes that the model reads wrongly in training, so that it learns to go on after mistakes of its own"})
     probe: str = field(default="stop", metadata={"help": "what the offset probe does to a run that does not learn speech: stop | warn | off"})
     probe_after: int = field(default=20, metadata={"help": "steps before the probe judges"})
     on_save_error: str = field(default="stop", metadata={"help": "what a checkpoint that could not be saved does to the run: stop | warn"})
@@ -64,6 +65,7 @@ class HiggsTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name, choices in (("probe", ("stop", "warn", "off")), ("on_save_error", ("stop", "warn"))):
             if getattr(self, name) not in choices: raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+        if not 0 <= self.code_noise < 1: raise ValueError(f"code_noise={self.code_noise}: a share, from 0 up to 1")
 
 # %% ../nbs/08_trainer.ipynb #b64107ec
 class LossMeter:
@@ -162,10 +164,17 @@ class HiggsTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The loss of a micro-batch, as its share of the step; see `HiggsAudioForTraining.losses`."
-        out = model(**inputs, counts=num_items_in_batch)
+        out = model(**self.noisy(inputs), counts=num_items_in_batch)
         self.meter.add(out)
         loss = out.loss * self.accelerator.num_processes  # gradients are averaged over devices
         return (loss, out) if return_outputs else loss
+
+    def noisy(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        "A batch in which the model reads some codes wrongly, as `code_noise` says; what it is to predict stays."
+        codes = inputs["audio_input_ids"]
+        if not self.args.code_noise or not self.model.training: return inputs
+        wrong = (torch.rand(codes.shape, device=codes.device) < self.args.code_noise) & (codes < self.tokens.stream_bos)
+        return {**inputs, "audio_input_ids": torch.where(wrong, torch.randint_like(codes, self.tokens.stream_bos), codes)}
 
     def log(self, logs, start_time=None):
         "Add the parts of the training loss whenever the loss is logged."
@@ -231,7 +240,7 @@ def _determine_best_metric(self: HiggsTrainer, metrics, trial) -> bool:
 @patch
 def describe_run(self: HiggsTrainer) -> dict:
     "What must be the same for a run to be resumed, besides the base."
-    settings = ("token_budget", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "text_loss_weight", "audio_loss_weight", "codebook_weights", "label_smoothing_factor",
+    settings = ("token_budget", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "text_loss_weight", "audio_loss_weight", "codebook_weights", "label_smoothing_factor", "code_noise",
                 "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
     trained = {str(p.dtype) for p in self.model.parameters() if p.requires_grad}
     precision = dict(base=str(base_of(self.model).dtype), trained=sorted(trained), computed=self.args.mixed_precision)

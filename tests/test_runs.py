@@ -32,7 +32,7 @@ SMALL = {
     "voices.ipynb": dict(voices=KOKORO, out="voices", prompts=2, readings=0, held_out=1, variants=2),
     "evaluate.ipynb": dict(out="evaluate", max_texts=2, swap=1, max_frames=30, players=1, judge=not missing_judges()),  # of the run that `trained` makes
     "export.ipynb": dict(out="export", text="Please hold."),  # of the run that `trained` makes
-    "train.ipynb": dict(out="run", base="tiny", steps=60, max_clips=40, token_budget=1024, learning_rate=0.003, eval_every=30, save_every=30, warmup=5, speak=1),
+    "train.ipynb": dict(out="run", base="tiny", steps=60, max_clips=40, token_budget=1024, learning_rate=0.003, eval_every=30, save_every=30, warmup=5, speak=1, table=2),
 }
 # notebook: what a machine may lack (None: nothing is missing), and why it is skipped then
 NEEDS = {

@@ -111,7 +111,7 @@ def test_wheel_holds_package_data_and_runs(wheel):
 def test_wheel_trains_outside_the_repository(wheel, tmp_path):
     site = tmp_path/"site"
     run(sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
-    train = "from higgs_nb import run; print(run.__file__); raise SystemExit(run.main(['train', '--out', 'out', '-p', 'steps', '2', '-p', 'max_clips', '4', '-p', 'speak', '0']))"
+    train = "from higgs_nb import run; print(run.__file__); raise SystemExit(run.main(['train', '--out', 'out', '-p', 'steps', '2', '-p', 'max_clips', '4', '-p', 'speak', '0', '-p', 'table', '0']))"
     said = run(sys.executable, "-c", train, cwd=tmp_path, PYTHONPATH=str(site))
     assert str(site/"higgs_nb") in said.splitlines()[0] and (tmp_path/"out/run.json").exists()
 

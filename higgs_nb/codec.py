@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from tqdm.auto import tqdm
 from .chatml import Audio, load_audio
-from .world import WorldConfig, WorldVQ, fit_world_vq, world_features, world_synthesis
+from .world import WorldConfig, WorldVQ, fit_bandwidth_extension, fit_world_vq, is_band_limited, world_features, world_synthesis
 
 # %% auto #0
 __all__ = ['Codec', 'WorldCodec', 'HiggsCodec', 'load_codec', 'CodeStore']
@@ -83,7 +83,7 @@ def _digest(config, tensors: dict[str, torch.Tensor]) -> str:
 
 class WorldCodec(Codec):
     "WORLD features as codes, 8 x 1024 at 25 frames/s, fitted to the voices at hand; see `WorldVQ`."
-    format, version, file = "higgs_nb.WorldCodec", 3, "codec.safetensors"
+    format, version, file = "higgs_nb.WorldCodec", 4, "codec.safetensors"
 
     def __init__(self, net: WorldVQ):
         self.net, self.config = net, net.config
@@ -92,8 +92,12 @@ class WorldCodec(Codec):
     @cached_property
     def fingerprint(self) -> str: return _digest((self.format, self.version, asdict(self.config)), self.net.state_dict())
 
-    def encode(self, waveform) -> torch.Tensor:
-        return self.net.encode(torch.from_numpy(world_features(_whole_frames(waveform, self), self.config))[None])[0]
+    def heard(self, waveform) -> np.ndarray:
+        "The WORLD features (frames * stack, features) of a waveform, extended if it ends at 8 kHz."
+        features = world_features(_whole_frames(waveform, self), self.config)
+        return self.net.extend(torch.from_numpy(features)).numpy() if is_band_limited(features, self.config) else features
+
+    def encode(self, waveform) -> torch.Tensor: return self.net.encode(torch.from_numpy(self.heard(waveform))[None])[0]
 
     def features(self, codes) -> np.ndarray:
         "The WORLD features (frames * stack, features) that codes stand for; the first codebooks alone give a coarser picture."
@@ -110,9 +114,14 @@ def fit(cls: WorldCodec,
         seed: int = 0,
         progress: bool = True) -> WorldCodec:
     "A codec fitted to the waveforms. Raises a ValueError if they are too short."
-    blank = cls(WorldVQ(config))
-    features = [world_features(_whole_frames(w, blank), config) for w in tqdm(waveforms, desc="features", disable=not progress)]
-    return cls(fit_world_vq(features, config, steps, seed=seed, progress=progress))
+    codec = cls(WorldVQ(config))
+    waveforms = [_whole_frames(w, codec) for w in waveforms]
+    features = [world_features(w, config) for w in tqdm(waveforms, desc="features", disable=not progress)]
+    full = [w for w, f in zip(waveforms, features) if not is_band_limited(f, config)]
+    if full:
+        codec.net.extension.copy_(fit_bandwidth_extension(full[::-(-len(full) // 200)], config, progress=progress))  # 200 are plenty
+        features = [codec.net.extend(torch.from_numpy(f)).numpy() if is_band_limited(f, config) else f for f in features]
+    return cls(fit_world_vq(features, config, steps, codec.net.extension, seed=seed, progress=progress))
 
 # %% ../nbs/02_codec.ipynb #277da92e
 @patch

@@ -5,16 +5,18 @@
 # %% ../nbs/01b_world.ipynb #eeadea6a
 from __future__ import annotations
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 import numpy as np
+import soxr
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['WorldConfig', 'world_features', 'world_synthesis', 'nearest', 'Residual', 'WorldVQ', 'k_means', 'fit_codebooks',
-           'feature_loss', 'fit_world_vq']
+__all__ = ['TOP_HZ', 'TOP_DB', 'WorldConfig', 'world_features', 'world_synthesis', 'is_band_limited', 'fit_bandwidth_extension',
+           'nearest', 'Residual', 'WorldVQ', 'k_means', 'fit_codebooks', 'feature_loss', 'fit_world_vq']
 
 # %% ../nbs/01b_world.ipynb #4b3acc56
 @dataclass(frozen=True)
@@ -86,6 +88,38 @@ def world_synthesis(features: np.ndarray, config: WorldConfig = WorldConfig()) -
     waveform = np.pad(waveform, (0, max(0, samples - len(waveform))))[:samples]
     return (waveform / max(1.0, np.abs(waveform).max())).astype(np.float32)
 
+# %% ../nbs/01b_world.ipynb #cc3de338
+TOP_HZ, TOP_DB = 9000, 4  # a recording made at 16 kHz is empty above; how far its mean level there may stand out of the noise floor
+
+def is_band_limited(features: np.ndarray,  # (rows, features) of a recording, of `world_features`
+                    config: WorldConfig = WorldConfig()) -> bool:
+    "Whether a recording ends at 8 kHz or below."
+    voiced = features[features[:, -1] > 0.5, :config.envelope_dim].astype(np.float64)
+    if not len(voiced): return False
+    rate, world = config.sampling_rate, _pyworld()
+    level = 10 * np.log10(world.decode_spectral_envelope(voiced.mean(0, keepdims=True), rate, world.get_cheaptrick_fft_size(rate))[0])
+    top = level[np.linspace(0, rate / 2, len(level)) > TOP_HZ]
+    return len(top) > 0 and bool(top.mean() < config.noise_floor_db + TOP_DB)
+
+def fit_bandwidth_extension(waveforms: Iterable[np.ndarray],  # (samples,) of whole frames each, of full bandwidth
+                            config: WorldConfig = WorldConfig(),
+                            ridge: float = 0.05,  # variance added to each number: without it the map leans on what is almost nothing, and other recordings burst into noise
+                            progress: bool = True) -> Tensor:
+    "What loses its top has to be added to: a linear map of envelope and aperiodicity, of voiceless and of voiced frames: (2, numbers + 1, numbers)."
+    rate, narrow, wide = config.sampling_rate, [], []
+    for w in tqdm(waveforms, desc="bandwidth extension", disable=not progress):
+        low = soxr.resample(soxr.resample(np.asarray(w, dtype=np.float32), rate, 16000), 16000, rate)[:len(w)]
+        narrow.append(world_features(np.pad(low, (0, len(w) - len(low))), config))
+        wide.append(world_features(w, config))
+    x, y = (torch.from_numpy(np.concatenate(f)).double() for f in (narrow, wide))
+    def change(rows):
+        known, added = x[rows, :-2], (y - x)[rows, :-2]
+        if len(known) < 100: return torch.zeros(known.shape[1] + 1, known.shape[1], dtype=x.dtype)  # less than a second tells nothing
+        centred = known - known.mean(0)
+        by_known = torch.linalg.solve(centred.T @ centred + ridge * len(known) * torch.eye(known.shape[1]), centred.T @ added)
+        return torch.cat([by_known, (added.mean(0) - known.mean(0) @ by_known)[None]])
+    return torch.stack([change(x[:, -1] <= 0.5), change(x[:, -1] > 0.5)]).float()
+
 # %% ../nbs/01b_world.ipynb #75da2a95
 def nearest(x: Tensor, entries: Tensor) -> Tensor:
     "Index (n,) of the nearest of the entries (k, dim) to each of x (n, dim)."
@@ -109,8 +143,15 @@ class WorldVQ(nn.Module):
         c, w, f = config, config.width, config.features
         self.config, self.dims = config, dict(e=(f - 1) * c.stack, m=c.stack)  # numbers a frame
         self.refiner = nn.Sequential(nn.Conv1d(f * c.stack, w, 3, padding=1), *[Residual(w) for _ in range(3)], nn.ConvTranspose1d(w, f, 3 * c.stack, stride=c.stack, padding=c.stack))
-        for name, values in dict(mean=torch.zeros(f), scale=torch.ones(f)).items(): self.register_buffer(name, values)
+        for name, values in dict(mean=torch.zeros(f), scale=torch.ones(f), extension=torch.zeros(2, f - 1, f - 2)).items(): self.register_buffer(name, values)
         self.codebooks = nn.ParameterList([nn.Parameter(torch.zeros(c.codebook_size, self.dims[p]), requires_grad=False) for p in c.parts])
+
+    @torch.no_grad()
+    def extend(self, features: Tensor) -> Tensor:
+        "Features (..., features) of a recording that ends at 8 kHz, with what is likely above; see `fit_bandwidth_extension`."
+        known, voiced = features[..., :-2], features[..., -1:] > 0.5
+        voiceless_change, voiced_change = (known @ change[:-1] + change[-1] for change in self.extension)
+        return torch.cat([known + torch.where(voiced, voiced_change, voiceless_change), features[..., -2:]], -1)
 
     def normalise(self, features: Tensor) -> Tensor:
         "Features in the units of the distance that is quantised, of the same shape."
@@ -195,6 +236,7 @@ def feature_loss(y: Tensor,  # (batch, rows, features), of `WorldVQ.decode`
 def fit_world_vq(features: list[np.ndarray],  # (rows, features) each, of `world_features`
                  config: WorldConfig = WorldConfig(),
                  steps: int = 2000,  # of the network
+                 extension: Tensor | None = None,  # of `fit_bandwidth_extension`; the features are extended already
                  batch: int = 20,  # examples a step
                  frames: int = 64,  # of an example
                  learning_rate: float = 2e-3,
@@ -211,6 +253,7 @@ def fit_world_vq(features: list[np.ndarray],  # (rows, features) each, of `world
     net.mean.copy_(rows.mean(0)); net.mean[-1] = 0.5
     net.scale.copy_(1 / spread); net.scale[:a], net.scale[-1] = 3 / spread[:a].max(), 2 * config.voicing_weight
     net.scale[a:a + config.aperiodicity_dim] *= config.aperiodicity_weight
+    if extension is not None: net.extension.copy_(extension)
     x = net.normalise(rows)
     fit_codebooks(net, x, generator, progress)
     nn.init.zeros_(net.refiner[-1].weight)  # it begins with what the codebooks say

@@ -350,6 +350,7 @@ def split_corpus(conversations: list[Conversation],  # the whole corpus
     return tuple([c for c in conversations if (sentence_key(c.transcript) in out) == held] for held in (False, True))
 
 # %% ../nbs/01_chatml.ipynb #0f63dad4
-def embedded_corpus() -> Path:
-    "The folder of the corpus inside the package; its licence and attribution stand in it."
-    return Path(str(files("higgs_nb"))) / "data" / "allison"
+def embedded_corpus(speaker: str = "allison",  # "allison": English; "june": French
+                    ) -> Path:
+    "The folder of a corpus inside the package; its licence and attribution stand in it."
+    return Path(str(files("higgs_nb"))) / "data" / speaker

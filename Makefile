@@ -75,6 +75,9 @@ for path in Path().rglob("*.ipynb"):
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown" and source.strip(): prose = re.sub(r"\s+", " ", re.sub(r"\]\([^)]*\)|[#*`>|\[\]]", "", source)).strip().split(". ")[0]
+        for out in cell.get("outputs", ()):  # in a signature a link is only its text
+            shown = out.get("data", {}).get("text/markdown")
+            if shown: out["data"]["text/markdown"] = re.sub(r"```python.*?```", lambda code: re.sub(r"\[(`[^`]*`)\]\([^)\s]*\)", r"\1", code[0]), "".join(shown), flags=re.DOTALL)
         if any(mime.startswith("image/") for out in cell.get("outputs", ()) for mime in out.get("data", ())) and "fig-alt" not in source:
             cell["source"] = f"#| fig-alt: {json.dumps('A figure: ' + prose[:200])}\n{source}"  # what is said before a figure is what it shows
     path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")

@@ -143,6 +143,18 @@ def test_site_has_a_page_for_each_notebook(site):
     assert (site/"search.json").stat().st_size > 1000
 
 
+def test_first_cell_is_the_title_alone():
+    "nbdev makes title, description and options of it; whatever else stands there, no page shows."
+    title = re.compile(r"# .*\n*(> .*\n*)?(- [\w-]+: .*\n*)*")
+    held = [str(f) for f in committed() if f.suffix == ".ipynb" and not title.fullmatch(nbformat.read(ROOT/f, 4).cells[0].source)]
+    assert not held, f"move the text below into a cell of its own in {', '.join(held)}"
+
+
+def test_no_link_is_shown_as_it_is_written(site):
+    found = [f"{page.relative_to(site)}: {link}" for page in site.rglob("*.html") for link in re.findall(r"\]\(/[\w/]+\.ipynb[^)]*\)", page.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
 def test_site_asks_nothing_of_other_hosts(site):
     outside = re.compile(r"^\s*(?:https?:)?//")
     found = [f"{page.relative_to(site)}: {address}" for page in site.rglob("*.html") for address in Loads(page.read_text(encoding="utf-8")).found if address and outside.match(address)]

@@ -142,7 +142,8 @@ def data_summary(corpus: dict) -> str:  # of `corpus_summary`
             length = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
             said += f" ({length} of speech in {corpus[f'{name}_clips']} clips, speakers with a name: {corpus[f'{name}_speakers']})"
         return said
-    return f"{part('train')} to train on and {part('held_out')} held out"
+    rehearsed = f", {corpus['rehearsed']} utterances of the base's own speech in the new voice beside them," if corpus.get("rehearsed") else ""
+    return f"{part('train')} to train on{rehearsed} and {part('held_out')} held out"
 
 def corpus_summary(train: SampleDataset,  # what is learned
                    held_out: SampleDataset) -> dict:  # what is not

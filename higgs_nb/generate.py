@@ -61,8 +61,8 @@ class Speech:
 
     @property
     def duration_s(self) -> float:
-        "Seconds, at 25 frames each."
-        return self.codes.shape[1] / 25
+        "Seconds of its sound; without one, of its codes, at 25 frames each."
+        return self.codes.shape[1] / 25 if self.waveform is None else len(self.waveform) / self.sampling_rate
 
     def save(self, path: str | Path) -> Path:
         "Write a 16-bit wav file."

@@ -104,7 +104,7 @@ test("a player of the home page plays", async () => {
 test("the keyboard goes from the top of the home page into its text, and what has the focus is seen", async () => {
   const {page} = await open("index.html")
   const seen = new Set()
-  for (let i = 0; i < 60; i++) {
+  for (let i = 0; i < 90; i++) {
     await page.keyboard.press("Tab")
     seen.add(await page.evaluate(() => { const e = document.activeElement; return e.closest("main") ? "main" : e.closest("nav,aside,header,.sidebar,#sidebar") ? "navigation" : e.tagName }))
     if (seen.has("main")) break

@@ -21,6 +21,7 @@ make clean     remove what was built; .venv and runs/ stay
 
 Each sets up .venv by itself, and again when settings.ini, setup.py or constraints.txt has changed.
   ARGS="..."           more arguments, e.g. make test ARGS="-k codec -x"
+  WORKERS=0            make test in one process, which shows tests as they go
   PYTHON=python3.12    the Python that .venv is made with (remove .venv to change it)
   CONSTRAINTS=         without the tested versions, e.g. for the torch of your GPU: make CONSTRAINTS= train
 On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares you several GB of CUDA libraries.
@@ -46,8 +47,10 @@ base: $(SETUP)
 	@test -f runs/voices/codes.safetensors || { echo 'make base: runs/voices holds no speech yet: nbs/runs/voices.ipynb says how it is made' >&2; exit 1; }
 	$(BIN)/higgs_run pretrain --out runs/pretrain -p voices=$(CURDIR)/runs/voices/codes.safetensors $(ARGS)
 
+# A file of tests is one worker's. Their models are tiny, so that a thread each is enough.
+WORKERS ?= logical
 test: $(SETUP)
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 # The browser is the system's, its driver and axe-core come from npm. `make test` leaves these tests out.
 CHROMIUM ?= $(or $(shell command -v chromium),$(shell command -v chromium-browser),$(shell command -v google-chrome))

@@ -24,7 +24,7 @@ __all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'SHARD', 'stable_config', 'bas
            'base_tensors', 'replaced_tensors', 'weights_fingerprint', 'describe_base', 'adapter_state', 'trained_state',
            'adapter_tensors', 'adapter_config', 'adapter_files', 'is_stock', 'model_config', 'model_files',
            'take_snapshot', 'save_lora_adapters', 'check_base', 'load_lora_adapters', 'load_adapter', 'load_weights',
-           'restore', 'try_on_fresh_base', 'try_to_load', 'preflight']
+           'restore', 'empty_base', 'try_on_fresh_base', 'try_to_load', 'preflight']
 
 # %% ../nbs/07_checkpoint.ipynb #ba57356a
 BASE_KEYS = {"config", "config_fingerprint", "weights_fingerprint", "without", "tensors", "parameters"}
@@ -226,20 +226,24 @@ def _check_arrival(loaded: dict[str, Tensor], saved: dict[str, Tensor], path: Pa
     if rounded: warnings.warn(f"{len(rounded)} tensors of {path} were rounded to {loaded[rounded[0]].dtype}, the base's: {rounded[:3]}")
 
 # %% ../nbs/07_checkpoint.ipynb #27df50b2
-def try_on_fresh_base(model: PeftModel, path: Path) -> None:
-    "Load the adapter of `model` with the configuration in `path` as onto a fresh base, whose tensors are on the meta device; `CheckpointError` if it does not fit."
+def empty_base(model: PeftModel) -> nn.Module:
+    "The base of `model` without an adapter, its tensors on the meta device."
     empty = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
     empty |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
-    state, fresh = adapter_state(model), PeftModel(copy.deepcopy(model, empty).unload(), PeftConfig.from_pretrained(str(path)), low_cpu_mem_usage=True)
+    return copy.deepcopy(model, empty).unload()
+
+def try_on_fresh_base(model: PeftModel, path: Path, fresh: nn.Module | None = None) -> None:
+    "Load the adapter of `model` with the configuration in `path` onto a `fresh` base of `empty_base`; `CheckpointError` if it does not fit."
+    state, fresh = adapter_state(model), PeftModel(empty_base(model) if fresh is None else copy.deepcopy(fresh), PeftConfig.from_pretrained(str(path)), low_cpu_mem_usage=True)
     try:
         if odd := set_peft_model_state_dict(fresh, state, low_cpu_mem_usage=True).unexpected_keys: raise KeyError(odd[0])
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError("the adapter would be saved, and could not be loaded on a fresh base", path, error,
                               "give full names in `modules_to_save`, such as 'model.embed_audio_tokens'; `apply_lora` checks them") from error
 
-def try_to_load(model: PeftModel | nn.Module, path: Path) -> None:
+def try_to_load(model: PeftModel | nn.Module, path: Path, fresh: nn.Module | None = None) -> None:
     "Load what was saved of `model` beside it; `CheckpointError` if it does not fit, or is not the same."
-    if isinstance(model, PeftModel): return try_on_fresh_base(model, path)
+    if isinstance(model, PeftModel): return try_on_fresh_base(model, path, fresh)
     fresh = type(model).from_pretrained(str(path), dtype="auto", use_safetensors=True, **({"use_text_head": True} if type(model) is stock_class(model) else {}))
     _check_arrival(fresh.state_dict(), trained_state(model), path)
 
@@ -247,6 +251,7 @@ def preflight(output_dir: Path | str, # where checkpoints will be; made if it is
               bytes_needed: int, # for all that will lie there at one time, `save_total_limit + 2` checkpoints, optimizer state included
               model: PeftModel | nn.Module | None = None, # rehearse with this: saved, and loaded back into it; None: with a tensor of no importance
               base: dict | None = None, # of `describe_base`, as for `save_lora_adapters`
+              fresh: nn.Module | None = None, # of `empty_base`, to try the adapter on; None: made of `model`, which must be whole
               ) -> int:
     "Save, read back, rename, load and remove a checkpoint in `output_dir`; returns the free bytes. `CheckpointError` says what failed."
     output_dir = Path(output_dir)
@@ -259,7 +264,7 @@ def preflight(output_dir: Path | str, # where checkpoints will be; made if it is
             if model is None: load_files(box/"checkpoint-0")
             else:
                 restore(model, box/"checkpoint-0", base)
-                try_to_load(model, box/"checkpoint-0")
+                try_to_load(model, box/"checkpoint-0", fresh)
             with explained("its place could not be cleared", output_dir):
                 for left in output_dir.glob(".preflight.*"):
                     if left == box or HIDDEN.fullmatch(left.name) and writer_of(left) == "gone": remove_directory(left.rename(hidden_name(output_dir/"preflight", "removing")))

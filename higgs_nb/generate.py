@@ -20,6 +20,7 @@ from .chatml import Audio, Conversation, Text, load_audio, tts_conversation
 from .codec import Codec
 from .collator import PaddedCollator
 from .samples import AudioTokens, Sample, encode_with, expand, sample_options, undelay
+from .shard import is_sharded
 
 # %% auto #0
 __all__ = ['prompt_of', 'as_mp3', 'Speech', 'generate_speech', 'generate_codes', 'Encoder', 'SpeechCallback']
@@ -116,7 +117,7 @@ def generate_codes(model,  # of transformers' class, without PEFT around it
     keys = ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
     keys = (keys if batch["audio_input_ids"].shape[1] else keys[:2]) + (("audio_features", "audio_feature_attention_mask") if "audio_features" in batch else ())
     inputs = {k: batch[k].to(model.device) for k in keys}
-    out = model.generate(**inputs, max_new_tokens=max_frames + model.config.num_codebooks + 1, **generation)
+    out = model.generate(**inputs, max_new_tokens=max_frames + model.config.num_codebooks + 1, synced_gpus=is_sharded(model), **generation)
     return out[:, batch["audio_input_ids"].shape[1]:]
 
 class Encoder:
@@ -139,12 +140,13 @@ class SpeechCallback(TrainerCallback):
         self.speech: dict[int, list[Speech]] = {}  # by step
 
     def speak(self, state, model):
-        "Speak, keep and save the prompts at this step; one process does, and at each step once."
-        if not state.is_world_process_zero or state.global_step in self.speech: return
+        "Speak, keep and save the prompts at this step, once. The first process does; a sharded base needs all of them to speak."
+        if state.global_step in self.speech or not (state.is_world_process_zero or is_sharded(model)): return
         base = getattr(model, "module", model)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.speech[state.global_step] = said = generate_speech(base, self.tokenizer, self.prompts, self.codec, **self.generation)
+        if not state.is_world_process_zero: return
         out = self.folder / f"step-{state.global_step:06d}"
         out.mkdir(parents=True, exist_ok=True)
         for s in said: s.save(out / f"{s.id}.wav")

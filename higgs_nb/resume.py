@@ -7,12 +7,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -25,7 +27,8 @@ logger = logging.get_logger(__name__)
 # %% auto #0
 __all__ = ['logger', 'STATE_FILES', 'pack', 'unpack', 'state_files', 'read_state', 'device_module', 'rng_state', 'set_rng_state',
            'optimizer_state', 'load_optimizer_state', 'describe_data', 'describe_trained', 'differences',
-           'checkpoint_to_resume', 'host_group', 'several', 'any_process', 'of_every_process', 'on_first_process']
+           'checkpoint_to_resume', 'host_group', 'several', 'any_process', 'of_every_process', 'on_first_process',
+           'leave_processes']
 
 # %% ../nbs/07c_resume.ipynb #54881f63
 def pack(state, name: str = "state") -> tuple[object, dict[str, Tensor]]:
@@ -176,3 +179,11 @@ def on_first_process(do: Callable[[], object]):
     if error: raise error
     if not first and said: raise CheckpointError(f"in the first process: {said}")
     return result
+
+# %% ../nbs/07c_resume.ipynb #7ec4a4c3
+def leave_processes(pause: float = 0.5  # seconds for the threads to let go of what they exchanged last
+                    ):
+    "Leave the group of processes; for the end of a process, alone: nothing is waited for that another one would have to do."
+    if not several(): return
+    time.sleep(pause)
+    PartialState().destroy_process_group()

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 import torch
-from accelerate import PartialState
 from fastcore.basics import patch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -25,16 +24,17 @@ from .audit import audit
 from .chatml import Audio
 from .background import BackgroundSaver
 from .callbacks import EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
-from .checkpoint import base_of, describe_base, preflight, restore, stable_config, take_snapshot, trained_state
+from .checkpoint import base_of, describe_base, empty_base, preflight, restore, stable_config, take_snapshot, trained_state
 from .collator import PackedBatchSampler, PackedCollator
 from .lora import freeze_silent
 from .manifest import CheckpointReport, Manifest
 from .model import LossWeights, target_counts
 from .probe import OffsetProbe, offset_probe
-from .resume import (checkpoint_to_resume, describe_data, describe_trained, differences, load_optimizer_state, of_every_process, on_first_process,
+from .resume import (checkpoint_to_resume, describe_data, describe_trained, differences, leave_processes, load_optimizer_state, of_every_process, on_first_process,
                              any_process, optimizer_state, pack, read_state, rng_state, set_rng_state, state_files, unpack)
 from .samples import IGNORE
 from .saving import CheckpointError, explained, make_dirs, prune_checkpoints
+from .shard import is_sharded, shard_base
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +54,7 @@ class HiggsTrainingArguments(TrainingArguments):
     probe: str = field(default="stop", metadata={"help": "what the offset probe does to a run that does not learn speech: stop | warn | off"})
     probe_after: int = field(default=20, metadata={"help": "steps before the probe judges"})
     on_save_error: str = field(default="stop", metadata={"help": "what a checkpoint that could not be saved does to the run: stop | warn"})
+    shard_base: bool = field(default=False, metadata={"help": "divide the frozen base among the processes (FSDP2), see shard_base; the adapter stays whole on each"})
     measure_peak: bool = field(default=False, metadata={"help": "measure a large matrix product before the first step, to log the share of it that training reaches"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "batches are made by our collator"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a loss that is not a number must be seen"})
@@ -134,15 +135,23 @@ class HiggsTrainer(Trainer):
         if not args.text_loss_weight: freeze_silent(model)
         if args.should_save:
             with explained("this run could not save: its directory could not be made", Path(args.output_dir)): make_dirs(Path(args.output_dir))
+        self.base, self.fresh = base or {}, None
+        if args.shard_base: self.divide(model, args)
         self.speed, self.stop = SpeedCallback(model.config, args.token_budget, args.world_size, frozen=isinstance(model, PeftModel)), StopCallback(args.output_dir)
         super().__init__(model, args, data_collator=PackedCollator(self.tokens, train_dataset.extractor), train_dataset=train_dataset, eval_dataset=eval_dataset,
                          callbacks=[self.speed, EndCallback(), self.stop, *(callbacks or []), LogFileCallback()], **kwargs)
         if args.fsdp or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed divide the adapter among processes, which checkpoints cannot gather yet: leave them out. Plain processes (DDP) train the same, each with the whole base.")
+            raise ValueError("FSDP and DeepSpeed, as accelerate sets them up, divide the adapter among processes, too, and none of them could save it: leave them out. shard_base=True divides the frozen base alone.")
         self.add_callback(TakeUpCallback(self))
-        if args.world_size > 1: atexit.register(PartialState().destroy_process_group)  # left open, its threads may abort a process that ends
+        if args.world_size > 1: atexit.register(leave_processes)
         self.loss_is_scaled_for_ga = True  # counts are those of the whole step
-        self.meter, self.probes, self.base, self.resumed, self.earlier_seconds, self.saver = LossMeter(), [], base or {}, None, 0.0, BackgroundSaver()
+        self.meter, self.probes, self.resumed, self.earlier_seconds, self.saver = LossMeter(), [], None, 0.0, BackgroundSaver()
+
+    def divide(self, model, args):
+        "Describe the base while it is whole, then divide it among the processes."
+        if args.world_size == 1: return logger.warning("shard_base=True, and there is one process: it holds the whole base")
+        if isinstance(model, PeftModel): self.base, self.fresh = describe_base(model, self.base.get("id"), self.base.get("revision")), empty_base(model)
+        shard_base(model, args.device)
 
     def loader(self, dataset, shuffle: bool) -> torch.utils.data.DataLoader:
         "This process's packed batches of a dataset; the order depends on the seed and the epoch alone."
@@ -391,9 +400,10 @@ def before_training(self: HiggsTrainer):
     """Raise `CheckpointError` if nothing could be saved or what is saved not be loaded, `LabelError` if the labels of the first batch are impossible; describe
     base and run once; measure the device if asked to."""
     origin = {k: self.base.get(k) for k in ("id", "revision")}
-    self.base = describe_base(self.model, **origin) if isinstance(self.model, PeftModel) else dict(origin, config=stable_config(self.model))
+    if not isinstance(self.model, PeftModel): self.base = dict(origin, config=stable_config(self.model))
+    elif not is_sharded(self.model): self.base = describe_base(self.model, **origin)
     size = sum(t.nbytes for t in trained_state(self.model).values()) + 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)  # Adam's two moments
-    on_first_process(lambda: preflight(self.args.output_dir, size * ((self.args.save_total_limit or 3) + 2), self.model, self.base))
+    on_first_process(lambda: preflight(self.args.output_dir, size * ((self.args.save_total_limit or 3) + 2), self.model, self.base, self.fresh))
     audit(next(iter(self.get_train_dataloader())), self.tokenizer, self.tokens)
     self.run = self.describe_run()
     if self.args.measure_peak: self.speed.peak = matmul_rate(self.args.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.mixed_precision, self.model.dtype))

@@ -7,6 +7,8 @@ import transformers
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from higgs_nb.chatml import Conversation
+from higgs_nb.codec import load_codec
+from higgs_nb.generate import SpeechCallback
 from higgs_nb.lora import apply_lora, create_lora_config
 from higgs_nb.model import HiggsAudioForTraining, tiny_config
 from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
@@ -74,10 +76,11 @@ class FullDisk(TrainerCallback):
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def train(folder, resume=None, force=False, die=None, full=None, patience=None, **settings):
-    "One process of a run; `die`, `full` and `patience`: arguments of callbacks."
+def train(folder, resume=None, force=False, die=None, full=None, patience=None, speak=False, **settings):
+    "One process of a run; `die`, `full` and `patience`: arguments of callbacks; `speak`: before, every three steps and after."
     torch.set_num_threads(1)
     callbacks = [kind(*given) for kind, given in ((Die, die), (FullDisk, full), (EarlyStoppingCallback, patience)) if given]
+    if speak: callbacks.append(SpeechCallback(["La", "La la"], load_codec(), byte_tokenizer(), Path(folder) / "samples", every=3, max_frames=12))
     trainer = make_trainer(folder, callbacks=callbacks, **settings)
     trainer.train(resume, resume_force=force)
     return trainer
@@ -109,7 +112,7 @@ def start(function, folder, *args, ranks=1, **kwargs):
     return found
 
 
-def finish(processes, timeout=120):
+def finish(processes, timeout=300):
     "Exit codes; when one process ends badly the others, which would wait for it, are ended, as launchers do."
     until = time.monotonic() + timeout
     while any(p.is_alive() for p in processes):

@@ -50,7 +50,29 @@ def test_a_save_that_fails_fails_everywhere(tmp_path):
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
-    assert run(tmp_path, ranks=2, fsdp="full_shard") == [1, 1] and "FSDP and DeepSpeed divide the adapter" in said(tmp_path)
+    assert run(tmp_path, ranks=2, fsdp="full_shard") == [1, 1]
+    assert "FSDP and DeepSpeed, as accelerate sets them up, divide the adapter" in said(tmp_path) and "shard_base=True" in said(tmp_path)
+
+
+def test_a_base_that_is_divided(whole, tmp_path):
+    "16 steps with half of each layer in each process, and then, from a checkpoint, with the whole base in each: to the bit what a run with the whole base is."
+    assert run(tmp_path, ranks=2, shard_base=True, save_steps=13, die=(16, KILL)) == [-KILL, -KILL], said(tmp_path)
+    assert run(tmp_path, ranks=2, resume="auto") == [0, 0], said(tmp_path)
+    same_run(tmp_path, whole)
+
+
+def test_a_divided_base_recomputes_and_speaks(tmp_path):
+    "Two layers with audio self-attention, activations recomputed in the backward, and speech every three steps, to which both processes add and which the first keeps."
+    settings = dict(ranks=2, model=dict(num_layers=2), audio_attention=True, gradient_checkpointing=True, speak=True, max_steps=6, save_steps=3, eval_steps=3)
+    for name in ("whole", "divided"): assert run(tmp_path/name, shard_base=name == "divided", **settings) == [0, 0], said(tmp_path/name)
+    assert log(tmp_path/"divided") == log(tmp_path/"whole")
+    for file in ("checkpoint-6/adapter_model.safetensors", "samples/step-000006/0.wav", "samples/step-000006/1.wav", "samples/step-000000/1.wav"):
+        assert (tmp_path/"divided"/file).read_bytes() == (tmp_path/"whole"/file).read_bytes(), file
+
+
+def test_one_process_has_nothing_to_divide(tmp_path):
+    assert run(tmp_path, shard_base=True, max_steps=2, save_steps=2) == [0] and "it holds the whole base" in said(tmp_path)
+    assert run(tmp_path/"all", ranks=2, shard_base=True, adapter=None) == [1, 1] and "give it an adapter" in said(tmp_path/"all")
 
 
 FRAMES = (20, 22, 24, 26, 28, 30, 32, 34)  # eight sentences: one row of all, or two rows of four

@@ -14,7 +14,7 @@ import numpy as np, soundfile as sf, soxr
 
 # %% auto #0
 __all__ = ['Problem', 'CorpusError', 'AudioError', 'complain', 'collect_problems', 'did_you_mean', 'Audio', 'read_audio',
-           'load_audio', 'AudioStats', 'measure_audio', 'AudioRow', 'CorpusReport']
+           'load_audio', 'trim_end', 'AudioStats', 'measure_audio', 'AudioRow', 'CorpusReport']
 
 # %% ../nbs/00_audio.ipynb #d99e2042
 @dataclass(frozen=True)
@@ -111,6 +111,18 @@ def load_audio(audio: Audio | str | Path,            # a recording: wav, flac, o
     if not len(wave):
         raise AudioError(Problem(f"{getattr(audio, 'name', audio)} holds no samples at {sampling_rate} Hz", "record it again or take it out"))
     return np.ascontiguousarray(wave, dtype=np.float32)
+
+# %% ../nbs/00_audio.ipynb #1caa2167
+def trim_end(waveform: np.ndarray,  # (samples,)
+             sampling_rate: int,    # Hz
+             keep_s: float,         # seconds that stay after the end of the sound
+             below_db: float = 40.0,  # what is so far below the loudest 10 ms is silence
+             ) -> np.ndarray:
+    "The waveform without the silence at its end, all but `keep_s` of it; a silent one as it is."
+    hop = sampling_rate // 100
+    power = np.square(waveform[:len(waveform) // hop * hop].reshape(-1, hop), dtype=np.float64).mean(1)
+    if not len(power) or not power.max(): return waveform
+    return waveform[:(np.flatnonzero(power > power.max() * 10 ** (-below_db / 10))[-1] + 1) * hop + round(keep_s * sampling_rate)]
 
 # %% ../nbs/00_audio.ipynb #73512a53
 @dataclass(frozen=True)

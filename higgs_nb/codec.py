@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib, importlib, io, json, os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from tqdm.auto import tqdm
+from .audio import trim_end
 from .chatml import Audio, load_audio
 from .world import WorldConfig, WorldVQ, fit_bandwidth_extension, fit_world_vq, is_band_limited, world_features, world_synthesis
 
@@ -31,6 +33,7 @@ class Codec(ABC):
     frame_rate: int = 25        # frames a second
     num_codebooks: int = 8
     codebook_size: int = 1024   # codes lie in [0, codebook_size)
+    at_once: int = 1            # recordings that are encoded at one time, each in a thread, by `CodeStore.encode_all`
 
     @property
     @abstractmethod
@@ -84,6 +87,7 @@ def _digest(config, tensors: dict[str, torch.Tensor]) -> str:
 class WorldCodec(Codec):
     "WORLD features as codes, 8 x 1024 at 25 frames/s, fitted to the voices at hand; see `WorldVQ`."
     format, version, file = "higgs_nb.WorldCodec", 4, "codec.safetensors"
+    at_once = min(16, os.cpu_count() or 1)  # WORLD computes on one core, and lets others do so, too
 
     def __init__(self, net: WorldVQ):
         self.net, self.config = net, net.config
@@ -218,8 +222,10 @@ class CodeStore:
 
     def __init__(self, root: str | Path,  # a folder; made if it is not there
                  codec: Codec,
-                 max_duration_s: float | None = 30.0):  # a longer recording is refused
-        self.codec, self.max_duration_s, self.folder = codec, max_duration_s, Path(root) / codec.fingerprint[:16]
+                 max_duration_s: float | None = 30.0,  # a longer recording is refused
+                 end_silence_s: float | None = None):  # seconds that are kept of the silence at its end, see `trim_end`; None: all
+        self.codec, self.max_duration_s, self.end_silence_s = codec, max_duration_s, end_silence_s
+        self.folder = Path(root) / (codec.fingerprint[:16] + (f"-end-{end_silence_s:g}s" if end_silence_s is not None else ""))
         self.hits = self.misses = 0
         self.dtype = np.int16 if codec.codebook_size <= 2**15 else np.int32
         self._memory = {}
@@ -237,15 +243,20 @@ class CodeStore:
         path = self.path(audio)
         known = path in self._memory or path.exists()
         if path not in self._memory:
-            if len(self._memory) >= self.remembered: self._memory.pop(next(iter(self._memory)))
-            self._memory[path] = self._read(path) if known else self._encode(audio, path)
+            self._remember(path, self._read(path) if known else self._encode(audio, path))
         self.hits, self.misses = self.hits + known, self.misses + (not known)
         return torch.from_numpy(self._memory[path].astype(np.int64))
 
 # %% ../nbs/02_codec.ipynb #c8558d20
 @patch
+def _remember(self: CodeStore, path: Path, codes: np.ndarray):
+    if len(self._memory) >= self.remembered: self._memory.pop(next(iter(self._memory)))
+    self._memory[path] = codes
+
+@patch
 def _encode(self: CodeStore, audio: Audio, path: Path) -> np.ndarray:
     waveform = load_audio(audio, self.codec.sampling_rate, self.max_duration_s)
+    if self.end_silence_s is not None: waveform = trim_end(waveform, self.codec.sampling_rate, self.end_silence_s)
     try: codes = self.codec.encode(waveform).numpy().astype(self.dtype)
     except ValueError as error: raise ValueError(f"{audio.name}: {error}") from error
     file = io.BytesIO()
@@ -267,9 +278,11 @@ def _read(self: CodeStore, path: Path) -> np.ndarray:
 @patch
 def encode_all(self: CodeStore, audios: Iterable[Audio], progress: bool = True) -> dict[str, int]:
     "Make sure that the codes of all recordings are stored; counts the `clips`, `hits` and `misses` of this call."
-    audios, hits, misses = list(audios), self.hits, self.misses
-    with tqdm(audios, desc="codes", unit="clip", disable=not progress) as bar:
-        for audio in bar:
-            self.get(audio)
-            bar.set_postfix(new=self.misses - misses, refresh=False)
-    return dict(clips=len(audios), hits=self.hits - hits, misses=self.misses - misses)
+    audios = list(audios)
+    clips = {self.path(audio): audio for audio in audios}
+    new = {path for path in clips if not path.exists()}
+    def codes_of(path): return self._encode(clips[path], path) if path in new else self._read(path)
+    with ThreadPoolExecutor(self.codec.at_once) as pool, tqdm(zip(clips, pool.map(codes_of, clips)), desc="codes", unit="clip", total=len(clips), disable=not progress) as bar:
+        for path, codes in bar: self._remember(path, codes)
+    self.hits, self.misses = self.hits + len(audios) - len(new), self.misses + len(new)
+    return dict(clips=len(audios), hits=len(audios) - len(new), misses=len(new))

@@ -18,8 +18,8 @@ from .samples import IGNORE
 
 # %% auto #0
 __all__ = ['GROUPED', 'SHORT', 'CHUNK', 'BLOCK', 'Permute', 'permute', 'RMSNormPair', 'rms_norm_pair', 'active', 'Rotate',
-           'rotate', 'SwiGLU', 'swiglu', 'LoraProjections', 'lora_matrices', 'project', 'ShortAttention',
-           'attend_to_itself', 'attend', 'ChunkedCrossEntropy', 'chunked_cross_entropy']
+           'rotate', 'SwiGLU', 'swiglu', 'LoraProjections', 'dropout_mask', 'lora_matrices', 'project',
+           'ShortAttention', 'attend_to_itself', 'attend', 'ChunkedCrossEntropy', 'chunked_cross_entropy']
 
 # %% ../nbs/04c_fused.ipynb #23bd6294
 class Permute(Function):
@@ -124,51 +124,63 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class LoraProjections(Function):
     "The arithmetic of `project`."
     @staticmethod
-    def forward(ctx, x, scales, *matrices):  # matrices: every W (out, in), then every A (rank, in), then every B (out, rank)
+    def forward(ctx, x, scales, mask, *matrices):  # mask: None, or (rows, in) bool; matrices: every W (out, in), then every A (rank, in), then every B (out, rank)
         W, A, B = (matrices[i:i + len(scales)] for i in range(0, len(matrices), len(scales)))
         with torch.autocast(x.device.type, enabled=False):
-            inner = x @ torch.cat(A).to(x.dtype).t()  # (rows, sum of ranks)
+            inner = (x if mask is None else x * mask) @ torch.cat(A).to(x.dtype).t()  # (rows, sum of ranks)
             out = [F.linear(x, w.to(x.dtype)) for w in W]
             for y, b, s, part in zip(out, B, scales, inner.split([len(a) for a in A], 1)): y.addmm_(part, b.to(x.dtype).t(), alpha=s)
-        ctx.save_for_backward(x, inner, *matrices)
+        ctx.save_for_backward(x, inner, mask, *matrices)
         ctx.scales = scales
         return tuple(out)
 
     @staticmethod
     def backward(ctx, *grads):
-        x, inner, *matrices = ctx.saved_tensors
+        x, inner, mask, *matrices = ctx.saved_tensors
         n, dtype = len(ctx.scales), x.dtype
         W, A, B = matrices[:n], matrices[n:2 * n], matrices[2 * n:]
         ranks, dB, d_inner = [len(a) for a in A], [], torch.empty_like(inner)
         for g, b, s, d, part in zip(grads, B, ctx.scales, d_inner.split(ranks, 1), inner.split(ranks, 1)):
             torch.mul(g @ b.to(dtype), s, out=d)
             dB.append((g.t() @ part).mul_(s).to(b.dtype))
-        dA = (d_inner.t() @ x).to(A[0].dtype).split(ranks)
+        dA = (d_inner.t() @ (x if mask is None else x * mask)).to(A[0].dtype).split(ranks)
         dx = d_inner @ torch.cat(A).to(dtype) if ctx.needs_input_grad[0] else None
         if dx is not None:
+            if mask is not None: dx.mul_(mask)
             for g, w in zip(grads, W): dx.addmm_(g, w.to(dtype))
-        return dx, None, *[None] * n, *dA, *dB
+        return dx, None, None, *[None] * n, *dA, *dB
 
-def lora_matrices(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, float] | None:
-    "W, A, B and the scale of a linear layer with one plain adapter over a frozen matrix; None of anything else."
+def dropout_mask(x: Tensor,  # of any shape
+                 p: float,  # share that is left out, rounded to 1/65536
+                 ) -> Tensor:
+    "Which elements of `x` stay: bool, of its shape."
+    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-2**63, None)
+    return numbers.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+
+def lora_matrices(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, float, float] | None:
+    "W, A, B, the scale and the dropout of a linear layer with one plain adapter over a frozen matrix; None of anything else."
     if type(module) is not LoraLinear or module.disable_adapters or module.merged or len(module.active_adapters) != 1: return None
     name, base = module.active_adapters[0], module.base_layer
+    dropout = module.lora_dropout[name] if name in module.lora_dropout else None
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     plain = (name in module.lora_A and type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad and name not in module.lora_variant
-             and not module.lora_bias[name] and (isinstance(module.lora_dropout[name], nn.Identity) or not module.training)
+             and not module.lora_bias[name] and type(dropout) in (nn.Identity, nn.Dropout) and p < 1
              and not any(m._forward_hooks or m._forward_pre_hooks for m in (module, base)))
-    return (base.weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]) if plain else None
+    return (base.weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], p) if plain else None
 
 def project(modules: tuple[nn.Module, ...],  # linear layers, with or without adapters
             x: Tensor,  # (rows, in)
             ) -> tuple[Tensor, ...]:
-    "The outputs of linear layers that read the same input, (rows, out) each. What is no plain LoRA (DoRA, dropout, quantised bases) runs as PEFT has it."
+    "The outputs of linear layers that read the same input, (rows, out) each. What is no plain LoRA (DoRA, quantised bases) runs as PEFT has it."
     found = [lora_matrices(m) for m in modules]
     fused = [f for f in found if f]
     if fused:
-        W, A, B, scales = zip(*fused)
-        type_ = x.device.type
+        W, A, B, scales, shares = zip(*fused)
+        type_, p = x.device.type, round(max(shares) * 2**16) / 2**16
+        if len({*shares}) > 1: return tuple(project((m,), x)[0] for m in modules)  # masks that differ are not shared
         dtype = torch.get_autocast_dtype(type_) if torch.is_autocast_enabled(type_) else W[0].dtype
-        outputs = iter(LoraProjections.apply(x.to(dtype), scales, *W, *A, *B))
+        mask = dropout_mask(x, p) if p else None
+        outputs = iter(LoraProjections.apply(x.to(dtype), [s / (1 - p) for s in scales], mask, *W, *A, *B))
     return tuple(next(outputs) if f else m(x) for m, f in zip(modules, found))
 
 # %% ../nbs/04c_fused.ipynb #6a02f4b9

@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                    # speed and memory at every size: tables, and benchmarks/results/train_step.json
     python benchmarks/train_step.py --sizes 512x128256 # of one size, width x vocabulary
+    python benchmarks/train_step.py --only dropout     # stock and ours with dropout in the adapters
     python benchmarks/train_step.py --only agreement   # 50 steps of both on equal labels
     python benchmarks/train_step.py --only growth      # from 1,024 to 8,192 tokens a step
     python benchmarks/train_step.py --sizes released   # on a GPU: the released configuration with random weights; benchmarks/results/train_step_gpu.json
@@ -104,6 +105,7 @@ class Arm:
     config: HiggsAudioV2Config
     folder: str
     lengths: tuple = LENGTHS
+    dropout: float = 0.0  # of the adapters' inputs
 
     def __post_init__(self):
         torch.manual_seed(0)
@@ -116,8 +118,8 @@ class Arm:
         base.bfloat16()
         self.data = Samples(self.config, rule, self.lengths)
         torch.manual_seed(0)
-        if self.name == "stock": self.model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=list(MATRICES)))
-        else: self.model = apply_lora(base, create_lora_config("all", r=16, alpha=32))
+        if self.name == "stock": self.model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, lora_dropout=self.dropout, target_modules=list(MATRICES)))
+        else: self.model = apply_lora(base, create_lora_config("all", r=16, alpha=32, dropout=self.dropout))
         with torch.no_grad():
             for _, p in sorted((n, p) for n, p in self.model.named_parameters() if p.requires_grad and "lora_A" in n): p.normal_(std=0.02, generator=start)
 
@@ -167,10 +169,10 @@ def matrix_rate(n: int = 4096 if DEVICE == "cpu" else 8192) -> float:
     return 2 * n**3 / min(once() for _ in range(3 if DEVICE == "cpu" else 20))
 
 
-def speed(size: str, turns: int, steps: int) -> list[dict]:
+def speed(size: str, turns: int, steps: int, names=("stock", "ours", "equal"), dropout: float = 0.0) -> list[dict]:
     "The arms in turn."
     with tempfile.TemporaryDirectory() as folder:
-        arms = [Arm(name, configuration(size), folder) for name in ("stock", "ours", "equal")]
+        arms = [Arm(name, configuration(size), folder, dropout=dropout) for name in names]
         seconds, rates, held = {a.name: [] for a in arms}, [matrix_rate()], {}
         for _ in range(turns):
             for arm in arms:
@@ -224,7 +226,7 @@ def main():
     parser.add_argument("--sizes", nargs="+", default=SIZES if DEVICE == "cpu" else ("released",), metavar="WIDTHxVOCABULARY")
     parser.add_argument("--turns", type=int, default=3, help="turns of each arm")
     parser.add_argument("--steps", type=int, default=3, help="steps a turn; the first does not count")
-    parser.add_argument("--only", choices=("speed", "agreement", "growth"), help="one part")
+    parser.add_argument("--only", choices=("speed", "dropout", "agreement", "growth"), help="one part")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["machine"] = dict(cores=os.cpu_count(), threads=torch.get_num_threads(), processor=platform.processor() or platform.machine(), torch=torch.__version__,
@@ -239,6 +241,9 @@ def main():
                 print(f"{size:<20}{row['arm']:<8}{row['tokens_per_second']:>10,.0f}{row['ratio']:>8.2f}{row['useful_gflops']:>9.0f}{row['share']:>8.1%}{row['peak_gb']:>9.2f}"
                       f"{row['peak_gb'] - row['resident_gb']:>17.2f}", flush=True)
         results["speed"] = sorted(rows, key=lambda r: (r["size"] == "released" or int(r["size"].split("x")[0]), r["size"]))
+    if args.only in (None, "dropout"):
+        results["dropout"] = speed("512x128256" if DEVICE == "cpu" else "released", args.turns, args.steps, ("stock", "ours"), 0.1)
+        for row in results["dropout"]: print(f"dropout 0.1 in the adapters, {row['size']}, {row['arm']}: {row['tokens_per_second']:,.0f} tokens/s, ratio {row['ratio']:.2f}", flush=True)
     if args.only in (None, "agreement"):
         results["agreement"] = a = agreement()
         print(f"losses of {a['steps']} steps on equal labels: {a['stock'][0]:.3f} -> {a['stock'][-1]:.3f}, largest gap {a['largest_gap']:.1e}, at the first step {a['first_gap']:.1e}")

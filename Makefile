@@ -109,7 +109,8 @@ define VIEWS
 import nbformat
 from pathlib import Path
 for path in Path("nbs").rglob("*.ipynb"):
-    notebook, found = nbformat.read(path, 4), False
+    notebook = nbformat.read(path, 4)
+    found = bool(notebook.metadata.pop("widgets", None))  # their state, which no view shows then
     for out in (out for cell in notebook.cells for out in cell.get("outputs", ())): found = bool(out.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)) or found
     if found: nbformat.write(notebook, path)
 endef

@@ -26,7 +26,7 @@ def shard_base(model: PeftModel,  # of `apply_lora`, the same in every process
                device: str | torch.device,  # where this process computes
                ) -> PeftModel:
     """Divide the frozen weights of the decoder layers among all processes of the default group, and let DDP pass them over. What the adapter trains, embeddings and heads stay whole. `ValueError` if
-    the base is not frozen, quantised, or sharded already."""
+    the model has no adapter, or its base is quantised or sharded already."""
     if not isinstance(model, PeftModel): raise ValueError("shard_base divides a frozen base, and this model is trained as a whole: give it an adapter, see apply_lora")
     base = model.get_base_model()
     if is_sharded(model): raise ValueError("the base is sharded already: build the model anew")

@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed$(if $(CONSTRAINTS),,-unconstrained)
 
 .DEFAULT_GOAL := help
-.PHONY: help train base test test-browser lab docs bench prepare readme clean
+.PHONY: help train base test test-bits test-released test-browser lab docs bench prepare readme clean
 
 define HELP
 make train     train an adapter on the embedded corpus: runs/train holds it and the executed notebook
 make base      pretrain the small base model: hours, and runs/voices must hold the speech that nbs/runs/voices.ipynb makes
 make test      run every test, the notebooks among them
+make test-bits  the tests of quantised bases and 8-bit optimizers, with bitsandbytes beside the virtual environment
+make test-released  train the released configuration with random weights: seven minutes, 24 GB of memory, 14 GB of disk
 make test-browser  the site and the widgets in a headless Chromium; needs chromium, node and npm
 make lab       open the notebooks in JupyterLab
 make docs      build the site into _docs, with Quarto if it is installed, else with smalldocs
@@ -51,6 +53,14 @@ base: $(SETUP)
 WORKERS ?= logical
 test: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+
+# Where bitsandbytes is installed, peft loads it with every start; so it lies apart.
+test-bits: $(SETUP)
+	$(BIN)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --no-deps --upgrade --target $(VENV)/bits bitsandbytes
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV)/bits) $(BIN)/pytest -m bits $(ARGS)
+
+test-released: $(SETUP)
+	$(BIN)/pytest -s -m released tests/test_released.py $(ARGS)
 
 # The browser is the system's, its driver and axe-core come from npm. `make test` leaves these tests out.
 CHROMIUM ?= $(or $(shell command -v chromium),$(shell command -v chromium-browser),$(shell command -v google-chrome))

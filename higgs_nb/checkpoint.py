@@ -227,9 +227,9 @@ def _check_arrival(loaded: dict[str, Tensor], saved: dict[str, Tensor], path: Pa
 
 # %% ../nbs/07_checkpoint.ipynb #27df50b2
 def empty_base(model: PeftModel) -> nn.Module:
-    "The base of `model` without an adapter, its tensors on the meta device."
+    "The base of `model` without an adapter, its tensors on the meta device; those that are quantised, which PEFT has to look at, are the model's own."
     empty = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
-    empty |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
+    empty |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) if type(p) is nn.Parameter else p for p in model.parameters()}
     return copy.deepcopy(model, empty).unload()
 
 def try_on_fresh_base(model: PeftModel, path: Path, fresh: nn.Module | None = None) -> None:

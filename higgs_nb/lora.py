@@ -175,7 +175,10 @@ def untrained(model: PeftModel) -> list[str]:  # of `apply_lora`, after training
 
 # %% ../nbs/06_lora.ipynb #52e7b2c5
 def merge_lora(model: PeftModel) -> nn.Module:  # of `apply_lora` or `load_lora_adapters`
-    "A copy of the base with the adapter added into its weights; `model` is left as it is."
+    "A copy of the base with the adapter added into its weights; `model` is left as it is. `ValueError` if the base is quantised."
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise ValueError("a quantised base cannot take up an adapter: its sums would be rounded to a few bits again. Load the base in bfloat16, put the adapter on it with PeftModel.from_pretrained, listen to what "
+                         "has changed, and merge that")
     merged = copy.deepcopy(model).merge_and_unload()
     merged.new_modules = ()  # they are in its weights now
     return merged

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch import nn
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, WhisperConfig, WhisperModel
+from transformers import BitsAndBytesConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, WhisperConfig, WhisperModel
 from transformers.utils import ModelOutput, logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 from .fused import chunked_cross_entropy
 from .layers import AUDIO_ATTENTION_MODULES, AudioEncoderProjector, HiggsDecoder, WhisperTower, start_as_identity
 from .samples import IGNORE, AudioTokens
@@ -21,9 +22,9 @@ from .samples import IGNORE, AudioTokens
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'PACKED_FIELDS', 'RELEASED', 'WHISPER_FIELDS', 'codebook_loss_sums', 'target_counts', 'LossWeights',
-           'HiggsOutput', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'base_path', 'whisper_settings',
-           'extend_config', 'start_new_modules', 'load_model']
+__all__ = ['logger', 'PACKED_FIELDS', 'RELEASED', 'WHISPER_FIELDS', 'PRECISE', 'codebook_loss_sums', 'target_counts',
+           'LossWeights', 'HiggsOutput', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'base_path',
+           'whisper_settings', 'extend_config', 'start_new_modules', 'keep_precise', 'load_model']
 
 # %% ../nbs/05_model.ipynb #2bbe41b1
 def codebook_loss_sums(logits: Tensor,  # (rows, codebooks, codes)
@@ -221,6 +222,13 @@ def start_new_modules(model: HiggsAudioForTraining, new: tuple[str, ...], whispe
         logger.warning(f"Whisper tower: on, from {whisper}, {tower:,} parameters; its projector, {projector:,} parameters, is new to this checkpoint and has to be trained.")
     model.new_modules = new
 
+PRECISE = ("text_lm_head", "audio_lm_head", "audio_tower", "audio_encoder_proj", r".*\.audio_attn")  # names of modules, as regular expressions
+
+def keep_precise(config: QuantizationConfigMixin | None) -> QuantizationConfigMixin | None:
+    "A quantization that leaves heads, Whisper tower and audio self-attention as they are, if it does not say itself what it leaves: losses are computed with their matrices, and they may be trained in full."
+    if not isinstance(config, BitsAndBytesConfig) or config.llm_int8_skip_modules is not None: return config
+    return BitsAndBytesConfig.from_dict({**config.to_dict(), "llm_int8_skip_modules": [*PRECISE]})
+
 def load_model(name_or_path: str,  # directory or hub id
                revision: str | None = None,  # commit of the hub repository; pin it: an early conversion there broke loaders
                dtype: str | torch.dtype = "auto",  # "auto": as saved
@@ -229,13 +237,14 @@ def load_model(name_or_path: str,  # directory or hub id
                use_audio_out_self_attention: bool | None = None,  # None: as the checkpoint's config says; True: add it where it is not
                encode_whisper_embed: bool | None = None,  # None: as the checkpoint's config says; True: insist on a Whisper tower
                whisper: str | None = None,  # a WhisperModel's directory or hub id: gives a checkpoint without a tower one
-               **kwargs) -> HiggsAudioForTraining:
+               quantization_config: QuantizationConfigMixin | None = None,  # a BitsAndBytesConfig: the decoder layers' matrices in 4 or 8 bits, see `keep_precise`
+               **kwargs) -> HiggsAudioForTraining:  # more for `from_pretrained`
     "Load a checkpoint in transformers' format with its text head; `ValueError` if weights are missing, left over or of another shape."
     try: config = HiggsAudioV2Config.from_pretrained(name_or_path, revision=revision)
     except OSError as error: raise OSError(f"{error}\nWithout a network, fetch the base where there is one, `hf download {name_or_path}`, and give its directory. `higgs_doctor --base {name_or_path}` looks what is wrong.") from error
     new = extend_config(config, str(name_or_path), use_audio_out_self_attention, encode_whisper_embed, whisper)
     model, info = HiggsAudioForTraining.from_pretrained(name_or_path, config=config, revision=revision, dtype=dtype, attn_implementation=attn_implementation,
-                                                        output_loading_info=True, use_safetensors=True, **kwargs)
+                                                        output_loading_info=True, use_safetensors=True, quantization_config=keep_precise(quantization_config), **kwargs)
     wrong = {what: sorted(map(str, info.get(f"{what}_keys") or ())) for what in ("missing", "unexpected", "mismatched")}
     started = (*new, "audio_tower") if "audio_encoder_proj" in new else new
     wrong["missing"] = [k for k in wrong["missing"] if not set(k.split(".")) & set(started)]
@@ -245,4 +254,6 @@ def load_model(name_or_path: str,  # directory or hub id
     if model.config.codebook_size <= model.config.audio_stream_eos_id:
         raise ValueError(f"{name_or_path}: codebook_size {model.config.codebook_size} has no room for the stream code {model.config.audio_stream_eos_id}")
     start_new_modules(model, new, whisper)
+    for module in model.modules():  # bitsandbytes would repack 4-bit matrices at the first evaluation on such a CPU, with rounded scales, and train on with those
+        if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
     return model.to(device) if device is not None else model

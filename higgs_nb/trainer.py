@@ -68,6 +68,11 @@ class HiggsTrainingArguments(TrainingArguments):
             if getattr(self, name) not in choices: raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
         if not 0 <= self.code_noise < 1: raise ValueError(f"code_noise={self.code_noise}: a share, from 0 up to 1")
 
+    @property
+    def n_gpu(self) -> int:
+        "GPUs of this process, at most one: DataParallel, which transformers would use on several, cuts a batch into rows, and a packed one has a single row."
+        return min(1, super().n_gpu)
+
 # %% ../nbs/08_trainer.ipynb #b64107ec
 class LossMeter:
     "Running sums of the text loss and of each codebook's, with their counts, kept on the device."
@@ -136,6 +141,7 @@ class HiggsTrainer(Trainer):
         if args.should_save:
             with explained("this run could not save: its directory could not be made", Path(args.output_dir)): make_dirs(Path(args.output_dir))
         self.base, self.fresh = base or {}, None
+        if args._n_gpu > 1: logger.warning(f"{args._n_gpu} GPUs are here, and this process uses one: `higgs_launch --standalone --nproc-per-node {args._n_gpu} SCRIPT` trains on all, see the tutorial on several processes")
         if args.shard_base: self.divide(model, args)
         self.speed, self.stop = SpeedCallback(model.config, args.token_budget, args.world_size, frozen=isinstance(model, PeftModel)), StopCallback(args.output_dir)
         super().__init__(model, args, data_collator=PackedCollator(self.tokens, train_dataset.extractor), train_dataset=train_dataset, eval_dataset=eval_dataset,

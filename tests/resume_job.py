@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
 
 from higgs_nb.chatml import Conversation
 from higgs_nb.codec import load_codec
 from higgs_nb.generate import SpeechCallback
 from higgs_nb.lora import apply_lora, create_lora_config
-from higgs_nb.model import HiggsAudioForTraining, tiny_config
+from higgs_nb.model import HiggsAudioForTraining, load_model, tiny_config
 from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
 from higgs_nb.trainer import HiggsTrainer, HiggsTrainingArguments
 
@@ -32,16 +32,18 @@ def sentence(n):
     return Conversation.from_dict(dict(messages=[dict(role="user", content="La " * (n % 4 + 1)), dict(role="assistant", content={"type": "audio", "path": str(n)})]), id=f"s{n}")
 
 
-def make_trainer(folder, frames=range(20, 60, 2), held_out=range(21, 60, 8), model=(), adapter=(), dtype="float32", audio_attention=False, callbacks=(), own_optimizer=False, **args):
+def make_trainer(folder, frames=range(20, 60, 2), held_out=range(21, 60, 8), model=(), adapter=(), dtype="float32", audio_attention=False, callbacks=(), own_optimizer=False, base=None,
+                 quantization=None, **args):
     """A trainer of 40 steps of two micro-batches, 6 steps an epoch; `frames`: lengths of the training clips; `adapter`: more for its configuration, None: the model itself is trained,
-    but for one embedding; `own_optimizer`: one made by hand, with two groups of parameters."""
+    but for one embedding; `own_optimizer`: one made by hand, with two groups of parameters; `base`: directory of a model, to be loaded with `quantization`, instead of a made one."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = byte_tokenizer()
     config = tiny_config(tokenizer, **{**SMALL, **dict(model)})
     config.use_audio_out_self_attention = audio_attention
     torch.manual_seed(0)
-    base = HiggsAudioForTraining(config).to(getattr(torch, dtype))
+    base = load_model(str(base), quantization_config=BitsAndBytesConfig(**quantization)) if base else HiggsAudioForTraining(config).to(getattr(torch, dtype))
+    torch.manual_seed(0)  # the same adapter, however the base was made
     if adapter is None: adapted = base.train(); base.model.embed_tokens.requires_grad_(False)
     else: adapted = apply_lora(base, create_lora_config(**{**dict(targets="all", r=4, dropout=0.2, train=("audio_lm_head",)), **dict(adapter)}))
     trained = [p for p in adapted.parameters() if p.requires_grad]

@@ -1,5 +1,5 @@
 "Several processes train what one would, stop together, fail together, and go on to the bit. Gloo, on the CPU."
-import os, signal, subprocess, sys
+import os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -111,3 +111,29 @@ def test_launchers(tmp_path, launcher):
     assert done.returncode == 0, done.stderr[-3000:]
     assert [r.step for r in list_checkpoints(tmp_path/"run")] == [2, 4] and higgs_validate([str(tmp_path/"run")]) == 0
     assert len((whole_state(tmp_path/"run"/"checkpoint-4")[0])["processes"]) == 2
+
+
+def test_two_hosts_of_which_one_is_asked_to_stop(tmp_path):
+    "Two launchers with a process each, as on two hosts: a signal to one lets both save, stop and say 75; started again, they go on where they were."
+    (tmp_path/"script.py").write_text("import sys; from resume_job import train; train(sys.argv[1], resume='auto', max_steps=40, save_steps=2, save_total_limit=2)")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    def start():
+        command = [sys.executable, "-c", "import sys; from higgs_nb.launch import main; sys.exit(main())", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+                   "--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost", "script.py", "run"]
+        said = open(tmp_path/"said.txt", "a")
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        return [subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, env=env) for _ in range(2)]
+    def codes(launchers): return [launcher.wait(timeout=300) for launcher in launchers]
+    launchers = start()
+    while not (tmp_path/"run"/"checkpoint-2").is_dir() and all(launcher.poll() is None for launcher in launchers): time.sleep(0.02)
+    launchers[1].send_signal(signal.SIGUSR1)
+    assert codes(launchers) == [75, 75], (tmp_path/"said.txt").read_text()[-3000:]
+    assert (tmp_path/"said.txt").read_text().count("the same command goes on") == 2
+    stopped = list_checkpoints(tmp_path/"run")[-1]
+    assert stopped.whole and 2 <= stopped.step < 40
+    assert codes(start()) == [0, 0], (tmp_path/"said.txt").read_text()[-3000:]
+    assert [r.step for r in list_checkpoints(tmp_path/"run")] == [38, 40] and higgs_validate([str(tmp_path/"run")]) == 0
+    steps = [e["step"] for e in log(tmp_path/"run") if "loss" in e]
+    assert steps == sorted(set(steps)) and steps[0] == 3  # one log, that goes on where it was

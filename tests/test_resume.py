@@ -1,17 +1,18 @@
 "A run that was cut off goes on to the bit; one that is asked to stop saves first; one that cannot save says so. One process; test_ranks.py has several."
 import json, re, shutil, signal, subprocess, sys, time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest, torch
 from peft import LoraConfig, get_peft_model
 from resume_job import log, make_trainer, run, said, table, train, whole_state
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BitsAndBytesConfig, WhisperFeatureExtractor
-from transformers.integrations import is_tensorboard_available
-from transformers.utils import is_bitsandbytes_available
 
 from higgs_nb.chatml import embedded_corpus
-from higgs_nb.checkpoint import CheckpointError, adapter_tensors
+from higgs_nb.checkpoint import CheckpointError, adapter_tensors, load_lora_adapters
+from higgs_nb.lora import merge_lora
 from higgs_nb.manifest import list_checkpoints, main as higgs_validate
 from higgs_nb.model import load_model
 from higgs_nb.resume import describe_data, differences
@@ -203,13 +204,14 @@ def test_the_best_checkpoint_stays_and_patience_is_remembered(tmp_path):
     assert all(torch.equal(tensor, best[name]) for name, tensor in adapter_tensors(trainer.model).items())
 
 
-def test_tensorboard_or_a_clear_word(tmp_path):
-    "transformers' own reporting, which says what to install where it is missing."
-    if is_tensorboard_available():
-        train(tmp_path, max_steps=2, report_to="tensorboard")
-        assert list(tmp_path.rglob("events.out.tfevents.*"))
-    else:
-        with pytest.raises(RuntimeError, match="tensorboard"): make_trainer(tmp_path, report_to="tensorboard")
+def test_tensorboard(tmp_path):
+    "transformers' own reporting: the curves that it writes are those of the log."
+    train(tmp_path, max_steps=6, logging_steps=2, report_to="tensorboard")
+    [events] = {p.parent for p in tmp_path.rglob("events.out.tfevents.*")}
+    curves = EventAccumulator(str(events)).Reload()
+    seen = {e.step: e.value for e in curves.Scalars("train/audio_loss")}
+    assert seen == pytest.approx({e["step"]: e["audio_loss"] for e in log(tmp_path) if "audio_loss" in e}) and len(seen) == 3
+    assert {f"train/codebook_{k}" for k in range(8)} | {"eval/audio_loss"} <= {*curves.Tags()["scalars"]}
 
 
 def test_checkpointed_activations_and_mixed_precision(tmp_path):
@@ -223,11 +225,64 @@ def test_checkpointed_activations_and_mixed_precision(tmp_path):
     assert log(tmp_path/"cut") == log(tmp_path/"whole") and whole_state(tmp_path/"cut"/"checkpoint-6") == whole_state(tmp_path/"whole"/"checkpoint-6")
 
 
-@pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is here: nothing to complain of")
-def test_eight_bits_say_what_they_need(tmp_path):
-    with pytest.raises(ImportError, match="bitsandbytes"): train(tmp_path/"optimizer", optim="adamw_bnb_8bit", max_steps=1)
-    make_trainer(tmp_path/"any").model.get_base_model().save_pretrained(tmp_path/"base")
-    with pytest.raises(ImportError, match="bitsandbytes"): load_model(str(tmp_path/"base"), quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+def test_what_is_missing_is_named(tmp_path):
+    "Without them, options that need bitsandbytes or TensorBoard say so before the first step."
+    code = """
+import importlib.util, sys
+true = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name in ("bitsandbytes", "tensorboard", "tensorboardX") else true(name, *args)
+from resume_job import make_trainer, train
+from higgs_nb.model import load_model
+from transformers import BitsAndBytesConfig
+folder = sys.argv[1]
+make_trainer(folder + "/any", adapter=None).model.save_pretrained(folder + "/base")
+for what in (lambda: train(folder + "/optimizer", optim="adamw_bnb_8bit", max_steps=1), lambda: load_model(folder + "/base", quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
+             lambda: make_trainer(folder + "/report", report_to="tensorboard")):
+    try: what()
+    except (ImportError, RuntimeError) as error: print(type(error).__name__, " ".join(str(error).split()))
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=Path(__file__).parent)
+    said = done.stdout.splitlines()
+    assert len(said) == 3 and "bitsandbytes" in said[0] and "bitsandbytes" in said[1] and "tensorboard" in said[2], done.stderr[-2000:]
+
+
+without_bits = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed: make test-bits")
+
+
+@pytest.mark.bits
+@without_bits
+def test_an_optimizer_in_eight_bits(tmp_path):
+    "Moments in eight bits are saved as they are: a run goes on to the bit."
+    wide = dict(model=dict(hidden_size=128, intermediate_size=192), adapter=dict(r=32), optim="adamw_bnb_8bit", max_steps=6, save_steps=3)  # smaller tensors keep float32
+    trainer = train(tmp_path/"whole", **wide)
+    assert any(v.dtype == torch.uint8 for s in trainer.optimizer.optimizer.state.values() for v in s.values() if torch.is_tensor(v))
+    train(tmp_path/"cut", **wide)
+    shutil.rmtree(tmp_path/"cut"/"checkpoint-6")
+    train(tmp_path/"cut", resume="auto", **wide)
+    assert log(tmp_path/"cut") == log(tmp_path/"whole") and whole_state(tmp_path/"cut"/"checkpoint-6") == whole_state(tmp_path/"whole"/"checkpoint-6")
+
+
+@pytest.mark.bits
+@without_bits
+@pytest.mark.parametrize("bits", [dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True), dict(load_in_8bit=True)], ids=["4 bits", "8 bits"])
+def test_a_quantised_base(tmp_path, bits):
+    """Only the decoder layers' matrices are quantised, so that a head can be trained in full; a run goes on to the bit, although it has evaluated meanwhile; the adapter loads on the base as it
+    was, and on no other; and is not merged into rounded weights."""
+    make_trainer(tmp_path/"any", model=dict(hidden_size=64, intermediate_size=128), adapter=None).model.save_pretrained(tmp_path/"base")
+    how = dict(bits, bnb_4bit_compute_dtype=torch.float32) if "load_in_4bit" in bits else bits
+    settings = dict(base=tmp_path/"base", quantization=how, max_steps=6, save_steps=3, eval_steps=2)
+    trainer = train(tmp_path/"whole", **settings)
+    base = trainer.model.get_base_model()
+    kinds = {name: type(m.base_layer).__name__ for name, m in base.named_modules() if hasattr(m, "lora_A")}
+    assert set(kinds.values()) == {"Linear4bit" if "load_in_4bit" in bits else "Linear8bitLt"} and type(base.text_lm_head) is torch.nn.Linear
+    train(tmp_path/"cut", **settings)
+    shutil.rmtree(tmp_path/"cut"/"checkpoint-6")
+    train(tmp_path/"cut", resume="auto", **settings)
+    assert log(tmp_path/"cut") == log(tmp_path/"whole") and whole_state(tmp_path/"cut"/"checkpoint-6") == whole_state(tmp_path/"whole"/"checkpoint-6")
+    loaded = load_lora_adapters(load_model(str(tmp_path/"base"), quantization_config=BitsAndBytesConfig(**how)), tmp_path/"whole"/"checkpoint-6")
+    assert all(torch.equal(t, adapter_tensors(trainer.model)[name]) for name, t in adapter_tensors(loaded).items())
+    with pytest.raises(CheckpointError, match="quantization_config"): load_lora_adapters(load_model(str(tmp_path/"base")), tmp_path/"whole"/"checkpoint-6")
+    with pytest.raises(ValueError, match="quantised base cannot take up"): merge_lora(loaded)
 
 
 def newest(folder): return max((r.step for r in list_checkpoints(folder) if r.whole), default=0)

@@ -17,8 +17,10 @@ __all__ = ['Relay', 'main']
 # %% ../nbs/08b_launch.ipynb #0ddac931
 class Relay:
     "Within `with`, sends each SIGTERM and SIGUSR1 to the processes that this one has started; `asked` says whether there was any."
+    def __init__(self): self.asked, self.before = False, {}
+
     def __enter__(self):
-        self.asked, self.before = False, {s: signal.signal(s, self.pass_on) for s in StopCallback.signals}
+        self.before = {s: signal.signal(s, self.pass_on) for s in StopCallback.signals}
         return self
 
     def __exit__(self, *error):

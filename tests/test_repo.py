@@ -1,5 +1,5 @@
 "The repository agrees with itself: package and notebooks, README and index, wheel and tree, the site."
-import importlib, inspect, re, sys, zipfile
+import importlib, inspect, json, re, sys, zipfile
 from configparser import ConfigParser
 from functools import cached_property
 from html.parser import HTMLParser
@@ -170,3 +170,15 @@ def test_links_within_the_site_lead_somewhere(site):
             target = page.parent/address
             if not (target.is_file() or (target/"index.html").is_file()): broken.append(f"{page.relative_to(site)}: {address}")
     assert not broken, "\n".join(broken)
+
+
+def test_figures_on_the_home_page_are_those_that_were_measured():
+    "The rows of its table, in order, are these of benchmarks/results/small_base.json."
+    results = json.loads((ROOT/"benchmarks"/"results"/"small_base.json").read_text())
+    rows = [("voices", arm) for arm in ("synthesised originals", "codec", "codec, 4 codebooks", "base, greedy", "base, temperature 0.4, top 10", "base, other service sentences, greedy")]
+    rows += [("adapter", arm) for arm in ("recordings", "codec", "base, greedy: prompts", "base in the nearest of its voices: prompts", "adapter, greedy: prompts", "adapter, temperature 0.4, top 10: prompts",
+                                          "adapter, greedy: recordings' sentences")]
+    def cell(interval, digits): return "" if interval is None else "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*interval, d=digits)
+    measured = [[cell(results[group][arm][metric], digits) for metric, digits in (("WER %", 1), ("similarity", 2), ("stops %", 1))] for group, arm in rows]
+    table = (ROOT/"README.md").read_text().split("| what | word errors, %", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    assert [[c.strip() for c in line.split("|")[2:5]] for line in table] == measured

@@ -95,6 +95,8 @@ def adapter_tensors(model: PeftModel, copy: bool = True) -> dict[str, Tensor]:
     if (how := str(next(iter(model.peft_config.values())).init_lora_weights).lower()).startswith(MOVES_BASE):
         raise CheckpointError(f"adapter not saved: init_lora_weights={how!r} moved a part of the base's weights into it, so it fits no base that can be loaded",
                               remedy="make it with init_lora_weights=True, 'gaussian', 'orthogonal' or 'eva', which leave the base as it is")
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise CheckpointError("adapter not saved: it is merged into the base, so that neither is what it was", remedy="model.unmerge_adapter() first; `merge_lora` makes a merged copy")
     state = adapter_state(model)
     saved = {tensor.data_ptr() for tensor in state.values()}
     if left := [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]:

@@ -57,10 +57,11 @@ def create_lora_config(targets: str | tuple[str, ...] = "all",  # a preset ("all
 # %% ../nbs/06_lora.ipynb #f0a53b36
 TOWER = "audio_tower"
 
-def fit_config(config: LoraConfig,  # of `create_lora_config`, or any of PEFT's
+def fit_config(config: LoraConfig,  # of `create_lora_config`, or one of PEFT's that lists its target modules
                model: nn.Module,  # the base, before it is adapted
                ) -> LoraConfig:
     "A copy of `config` that fits what `model` has; `ValueError` if a name asks for LoRA on a module that is new and so has to be trained in full."
+    if not isinstance(config.target_modules, (list, set, tuple)): raise ValueError(f"target_modules={config.target_modules!r}: name the modules in a list, or take `create_lora_config`, whose presets do")
     config, new = copy.copy(config), getattr(model, "new_modules", ())
     targets, has = list(config.target_modules), {part for name, _ in model.named_modules() for part in name.split(".")}
     inside = [t for t in targets if set(t.split(".")) & set(new)]
@@ -135,7 +136,7 @@ def match_table(model: nn.Module,  # the base, before it is adapted
 
 # %% ../nbs/06_lora.ipynb #3e76bc20
 def apply_lora(model: nn.Module,  # changed in place, as PEFT does
-               config: LoraConfig,  # of `create_lora_config`, or any of PEFT's
+               config: LoraConfig,  # of `create_lora_config`, or one of PEFT's that lists its target modules
                text_loss: bool = True,  # False: text is not supervised, see `freeze_silent`
                ) -> PeftModel:
     "Put adapters into `model`; `RuntimeError` if the trainable parameters are not those of `match_table`. Fresh adapters change no output."

@@ -273,11 +273,12 @@ def move_aside(report: CheckpointReport) -> Path | None:  # of `validate_checkpo
     if report.status not in ("corrupt", "incomplete") or not (report.path.exists() or report.path.is_symlink()): return None
     if HIDDEN.fullmatch(report.path.name) and writer_of(report.path) != "gone": return None
     for number in range(1, 10_000):
-        aside = report.path.absolute().parent/f"broken-{number}"
-        if (aside/report.path.name).exists() or (aside/report.path.name).is_symlink(): continue
+        path = report.path.absolute()
+        aside = path.parent/f"broken-{number}"
+        if (aside/path.name).exists() or (aside/path.name).is_symlink(): continue
         aside.mkdir(exist_ok=True)
-        report.path.rename(aside/report.path.name)
-        return aside/report.path.name
+        path.rename(aside/path.name)
+        return aside/path.name
 
 def main(argv: list[str] | None = None) -> int:  # words of the command line; None: those of this process
     "Print a verdict on every checkpoint given, or found below the directories given."
@@ -286,6 +287,7 @@ def main(argv: list[str] | None = None) -> int:  # words of the command line; No
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkpoint, a run directory with checkpoint-* in it, or a folder with many runs")
     parser.add_argument("--repair", action="store_true", help="move broken ones into a folder broken-N beside them; nothing is deleted")
     args = parser.parse_args(argv)
+    args.paths = [p.resolve() if p.is_symlink() and p.is_dir() else p for p in args.paths]  # whoever names a link means what it leads to
     found = [checkpoint for path in args.paths for checkpoint in find_checkpoints(path)]
     reports = Reports(map(validate_checkpoint, found + [path for path in args.paths if not find_checkpoints(path)]))
     print(reports)

@@ -198,7 +198,8 @@ def place(out: str | Path) -> Path:  # directory of a run, to be
 
 def run(name: str,  # of a notebook in `nbs/runs`, or the path of one
         out: str | Path,  # directory for everything the run makes, the executed notebook too
-        parameters: dict | None = None) -> Path:  # name -> value; the others keep their defaults
+        parameters: dict | None = None,  # name -> value; the others keep their defaults
+        begun: Callable | None = None) -> Path:  # called when `out` is this run's alone
     """Execute a run notebook; returns the executed notebook, which is saved after each cell and twice a minute. `PapermillExecutionError` if a cell fails, `ValueError` for parameters that
     cannot be, `BlockingIOError` if a run goes on in `out`."""
     given, out, executed = check_parameters(name, {**(parameters or {}), "out": str(out)}), place(out), Path(out) / notebook_of(name).name
@@ -208,6 +209,7 @@ def run(name: str,  # of a notebook in `nbs/runs`, or the path of one
     if occupied(out): raise BlockingIOError(f"a run goes on in {out}: wait for it, stop it, or choose another directory")
     held = lock(out, alone=False)
     try:
+        if begun: begun()
         with open(out / "environment.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(dict(run=name, parameters={**defaults_of(name), **given}, **surroundings()), default=str) + "\n")
         papermill.execute_notebook(str(notebook_of(name)), str(executed), parameters=given, cwd=str(Path.cwd()), log_output=True, progress_bar=True, autosave_cell_every=30)
@@ -232,21 +234,25 @@ def is_done(name: str,  # of a run notebook
 STOP_FILE, TRY_AGAIN = "STOP", 75  # those of `higgs_nb.callbacks`, whose imports take seconds
 
 class StopSignals:
-    "Within `with`, the first SIGTERM or SIGUSR1 puts a file `STOP` into `out`, and a second ends this process; `asked` says which it was."
-    def __init__(self, out: str | Path): self.file, self.asked, self.before = Path(out) / STOP_FILE, None, {}
+    "Within `with`, and once the run has begun in `out`, the first SIGTERM or SIGUSR1 puts a file `STOP` there, and a second ends this process; `asked` says which it was."
+    def __init__(self, out: str | Path): self.file, self.asked, self.begun, self.before = Path(out) / STOP_FILE, None, False, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread(): self.before = {s: signal.signal(s, self.notice) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        if self.file.exists(): self.file.unlink()  # it was meant for an earlier run
         return self
 
     def __exit__(self, *error):
         for s, handler in self.before.items(): signal.signal(s, handler)
-        if self.file.exists(): self.file.unlink()
+        if self.begun: self.file.unlink(missing_ok=True)
+
+    def begin(self):
+        "The directory is this run's: a file `STOP` that is there was meant for an earlier one."
+        self.file.unlink(missing_ok=True)
+        self.begun = True
 
     def notice(self, number, frame):
-        "Ask the run to stop; at a second signal end at once, as without this."
-        if self.asked:
+        "Ask the run to stop; at a second signal, or if it has not begun, end at once, as without this."
+        if self.asked or not self.begun:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.asked = signal.Signals(number).name
@@ -295,9 +301,10 @@ def main(argv: list[str] | None = None) -> int:  # words of the command line; No
         if args.help or args.list:
             print(("\n" if args.help else "") + describe(args.name))
             return 0
-        out = Path(args.out or f"runs/{Path(args.name).stem}")
         given = read_parameters(args.name, args.file, args.parameter)
-        with StopSignals(out) as stop: executed = stop.wait_for(lambda: run(args.name, out, given))
+        if args.out and given.get("out", args.out) != args.out: raise ValueError(f"--out {args.out} and -p out={given['out']}: leave one out")
+        out = Path(args.out or given.get("out") or f"runs/{Path(args.name).stem}")
+        with StopSignals(out) as stop: executed = stop.wait_for(lambda: run(args.name, out, given, stop.begin))
     except (PapermillExecutionError, DeadKernelError) as error:
         if getattr(error, "ename", None) == "Preempted" or stop.asked and isinstance(error, DeadKernelError):
             print(f"\n{args.name} stopped before its end, {stop.asked or 'as asked'}: the same command goes on\n{getattr(error, 'evalue', '')}", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -27,7 +27,7 @@ from .callbacks import EndCallback, LogFileCallback, Preempted, SpeedCallback, S
 from .checkpoint import base_of, describe_base, empty_base, preflight, restore, stable_config, take_snapshot, trained_state
 from .collator import PackedBatchSampler, PackedCollator
 from .lora import freeze_silent
-from .manifest import CheckpointReport, Manifest
+from .manifest import CheckpointReport, Manifest, members, validate_checkpoint
 from .model import LossWeights, target_counts
 from .probe import OffsetProbe, offset_probe
 from .resume import (checkpoint_to_resume, describe_data, describe_trained, differences, leave_processes, load_optimizer_state, of_every_process, on_first_process,
@@ -63,6 +63,9 @@ class HiggsTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=3, metadata={"help": "newest checkpoints that are kept"})
 
     def __post_init__(self):
+        if self.metric_for_best_model and self.greater_is_better is None: self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") in ("similarity", "stops")
+        if self.save_only_model: raise ValueError("save_only_model=True: checkpoints hold what resuming needs; `save_adapter` saves the adapter alone")
+        if self.resume_from_checkpoint: raise ValueError("resume_from_checkpoint: say it to the trainer, `train(resume=...)`")
         super().__post_init__()
         for name, choices in (("probe", ("stop", "warn", "off")), ("on_save_error", ("stop", "warn"))):
             if getattr(self, name) not in choices: raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
@@ -205,8 +208,10 @@ class HiggsTrainer(Trainer):
               **kwargs):
         "Check the output directory and the labels of the first batch, then train, see `transformers.Trainer.train`; `Preempted` if it was asked to stop."
         self.before_training()
-        self.found = resume and on_first_process(lambda: checkpoint_to_resume(self.args.output_dir, resume))
+        self.found = resume and on_first_process(lambda: checkpoint_to_resume(self.args.output_dir, "auto" if resume is True else resume))
+        on_first_process(self.check_place)
         self.resumed = self.found and self.read_checkpoint(self.found, resume_force)
+        self.ended, self.saved_step = bool(self.resumed) and self.resumed.get("ended", False) and not resume_force, self.found and self.found.step
         self.args.eval_on_start, self.started = self.eval_dataset is not None and not self.found, time.time()
         with self.stop: return super().train(resume_from_checkpoint=str(self.found.path) if self.found else None, **kwargs)
 
@@ -219,22 +224,43 @@ def training_state(self: HiggsTrainer) -> dict:
     scaler = getattr(self.accelerator, "scaler", None)
     return dict(optimizer=optimizer_state(self.model, self.optimizer), schedule=self.lr_scheduler.state_dict(), scaler=scaler and scaler.state_dict(),
                 processes=[unpack(*state) for state in of_every_process(mine)], probes=probes, logged_step=self._globalstep_last_logged, max_steps=self.state.max_steps,
-                loss_sum=self._total_loss_scalar, seconds=self.earlier_seconds + time.time() - self.started)
+                loss_sum=self._total_loss_scalar, seconds=self.earlier_seconds + time.time() - self.started, ended=self.is_over())
+
+@patch
+def check_place(self: HiggsTrainer):
+    "`CheckpointError` if the output directory holds checkpoints of another run, or newer ones than that which is resumed: this run would come upon them, and take them for its own."
+    out, here = Path(self.args.output_dir), self.found and self.found.path.resolve()
+    within = [r for r in members(out) if not r.path.name.startswith(".")]
+    if here and here.parent == out.resolve(): within = [r for r in within if r.step > self.found.step]
+    if within:
+        names = ", ".join(r.path.name for r in within[:5]) + ", ..." * (len(within) > 5)
+        raise CheckpointError(f"training not begun: its directory holds {names}, " + ("newer than the one to resume from" if here else "of an earlier run"), out,
+                              remedy="train(resume='auto') goes on with the newest; to begin anew choose another output_dir, or move these away")
+
+@patch
+def is_over(self: HiggsTrainer) -> bool:
+    "Whether the run has ended before its last step, by a callback such as early stopping, and not because it was asked to stop."
+    patient = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+    exhausted = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in patient)
+    return self.state.global_step < self.state.max_steps and (exhausted or self.control.should_training_stop and not self.stop.reason)
 
 @patch
 def _save_checkpoint(self: HiggsTrainer, model, trial):
-    "Copy this step, and save the copy in the background: verified, then older ones are pruned, never the best."
+    "Copy this step, if it is not saved yet, and save the copy in the background: verified, then older ones are pruned, never the best."
+    if self.saved_step == self.state.global_step: return  # the end of a step and that of an epoch may both ask for it
     self.store_flos()
     state, run_dir = self.training_state(), Path(self.args.output_dir)
     self.state.stateful_callbacks = TrainerState(stateful_callbacks=[c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]).stateful_callbacks
     best = self.state.best_global_step and run_dir / f"checkpoint-{self.state.best_global_step}"
     if best and (best.exists() or self.state.best_global_step == self.state.global_step): self.state.best_model_checkpoint = str(best)
-    protect, keep = [best] if best else (), self.args.save_total_limit
+    path, keep = run_dir / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+    protect = [path, best] if best else [path]
     def begin():
         snapshot = take_snapshot(self.model, base=self.base, meta=self.meta(), files={"trainer_state.json": json.dumps(asdict(self.state)).encode(), **state_files(state)})
-        self.saver.submit(snapshot, run_dir / f"checkpoint-{self.state.global_step}", then=keep and (lambda: prune_checkpoints(run_dir, keep, protect)))
+        self.saver.submit(snapshot, path, then=keep and (lambda: prune_checkpoints(run_dir, keep, protect)))
     self.settle(self.saver.wait)
     self.settle(begin)
+    self.saved_step = self.state.global_step
 
 @patch
 def settle(self: HiggsTrainer, do):
@@ -279,7 +305,12 @@ def read_checkpoint(self: HiggsTrainer, report: CheckpointReport, force: bool) -
 def _load_from_checkpoint(self: HiggsTrainer, path, model=None): restore(self.model, self.found, self.base)
 
 @patch
-def _load_best_model(self: HiggsTrainer): restore(self.model, self.state.best_model_checkpoint, self.base)
+def _load_best_model(self: HiggsTrainer):
+    "Take up the best checkpoint. If it could not be saved, and on_save_error='warn' let the run go on, the model stays as it is."
+    best = self.state.best_model_checkpoint
+    if self.args.on_save_error == "warn" and not (report := on_first_process(lambda: validate_checkpoint(best))).whole:
+        return logger.error(f"the best checkpoint is not there, so the model stays that of the last step: {report}")
+    restore(self.model, best, self.base)
 
 @patch
 def _load_optimizer_and_scheduler(self: HiggsTrainer, path):
@@ -333,16 +364,17 @@ class TakeUpCallback(TrainerCallback):
 
 @patch
 def _run_epoch(self: HiggsTrainer, **kwargs):
-    "An epoch, or what is left of it; nothing if all steps are done."
-    if self.state.global_step < self.state.max_steps: return Trainer._run_epoch(self, **kwargs)
+    "An epoch, or what is left of it; nothing if all steps are done, or the run was over before it was resumed."
+    if self.state.global_step < self.state.max_steps and not self.ended: return Trainer._run_epoch(self, **kwargs)
+    if self.ended: logger.warning(f"this run ended by itself at step {self.state.global_step} of {self.state.max_steps}: nothing to do; resume_force=True trains on")
     self.control.should_training_stop = True
 
 @patch
 def _finalize_training(self: HiggsTrainer, trial, num_train_samples, start_time):
     "Log what the whole run was, earlier sessions included, and leave pruning to `prune_checkpoints`; `Preempted` if it was asked to stop."
     self.settle(self.saver.wait)
-    if self.stop.reason and self.state.global_step < self.state.max_steps:
-        on_first_process(lambda: self.stop.file.unlink(missing_ok=True))
+    on_first_process(lambda: self.stop.file.unlink(missing_ok=True))  # it was meant for this run
+    if self.stop.reason and self.state.global_step < self.state.max_steps and not self.is_over():
         raise Preempted(f"{self.stop.reason}: stopped after step {self.state.global_step} of {self.state.max_steps}; train(resume='auto') goes on")
     limit, self.args.save_total_limit = self.args.save_total_limit, None
     try: return Trainer._finalize_training(self, trial, num_train_samples, start_time - self.earlier_seconds)

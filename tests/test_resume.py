@@ -8,10 +8,11 @@ from peft import LoraConfig, get_peft_model
 from resume_job import log, make_trainer, run, said, table, train, whole_state
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import BitsAndBytesConfig, WhisperFeatureExtractor
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback, WhisperFeatureExtractor
 
+from higgs_nb.callbacks import Preempted
 from higgs_nb.chatml import embedded_corpus
-from higgs_nb.checkpoint import CheckpointError, adapter_tensors, load_lora_adapters
+from higgs_nb.checkpoint import CheckpointError, adapter_tensors, load_lora_adapters, save_lora_adapters
 from higgs_nb.lora import merge_lora
 from higgs_nb.manifest import list_checkpoints, main as higgs_validate
 from higgs_nb.model import load_model
@@ -318,3 +319,71 @@ def test_a_notebook_run_goes_on(tmp_path):
     assert f"this run was cut off and goes on from {tmp_path}/run/checkpoint-{stopped}" in last.stdout + last.stderr
     assert [e["step"] for e in log(tmp_path/"run") if "eval_audio_loss" in e] == [0, 20, 40] and (tmp_path/"run"/"run.json").exists()
     assert higgs_validate([str(tmp_path/"run")]) == 0 and not (tmp_path/"run"/"earlier-1").exists() and not (tmp_path/"run"/"STOP").exists()
+
+
+def at_step(step, do):
+    "A callback that does something with the output directory at the end of a step, after the trainer's own have looked."
+    class At(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step: do(Path(args.output_dir))
+    return At()
+
+
+@pytest.mark.parametrize("settings", [dict(eval_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss", save_total_limit=2),
+                                      dict(eval_strategy="no"), dict(eval_steps=6, metric_for_best_model="eval_audio_loss")], ids=["best", "plain", "metric"])
+def test_a_step_is_saved_once(tmp_path, settings):
+    "The end of a step and of an epoch may both ask for it."
+    trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=2, save_strategy="epoch", **settings)
+    trainer.train()
+    steps = [r.step for r in list_checkpoints(tmp_path)]
+    assert steps[-1] == trainer.state.max_steps and higgs_validate([str(tmp_path)]) == 0
+
+
+def test_stopped_at_the_last_step_of_an_epoch(tmp_path):
+    settings = dict(max_steps=-1, num_train_epochs=2, save_strategy="epoch", eval_strategy="no")
+    epoch = -(-len(make_trainer(tmp_path/"any", **settings).get_train_dataloader()) // 2)  # of two micro-batches a step
+    with pytest.raises(Preempted): make_trainer(tmp_path/"run", callbacks=[at_step(epoch - 1, lambda out: (out/"STOP").touch())], **settings).train()
+    assert [r.step for r in list_checkpoints(tmp_path/"run")] == [epoch] and list_checkpoints(tmp_path/"run")[0].whole
+
+
+def test_a_directory_belongs_to_one_run(tmp_path):
+    "A new run, and one that goes on from an older checkpoint, would come upon the checkpoints that are there: they are refused before the first step. Nothing is lost."
+    train(tmp_path, max_steps=4, save_steps=2)
+    before = {p.name: whole_state(p) for p in tmp_path.glob("checkpoint-*")}
+    for resume, said in ((None, "of an earlier run"), (tmp_path/"checkpoint-2", "checkpoint-4, newer than")):
+        with pytest.raises(CheckpointError, match=said): train(tmp_path, resume=resume, max_steps=6, save_steps=3)
+    assert {p.name: whole_state(p) for p in tmp_path.glob("checkpoint-*")} == before
+    train(tmp_path, resume=True, max_steps=6, save_steps=3)
+    assert [r.step for r in list_checkpoints(tmp_path)] == [2, 4, 6]
+
+
+def test_a_best_checkpoint_that_could_not_be_saved(tmp_path):
+    "The run ends as it would, with the model of its last step, and the log says so."
+    settings = dict(max_steps=12, eval_steps=4, save_steps=4, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True, on_save_error="warn", save_total_limit=3)
+    assert run(tmp_path, full=(4, 7), **settings) == [0], said(tmp_path)
+    assert [r.step for r in list_checkpoints(tmp_path)] == [8, 12] and "the model stays that of the last step" in said(tmp_path)
+
+
+def test_early_stopping_is_the_end(tmp_path):
+    "A run that stopped early does not train on when it is resumed, also if it was asked to stop in that step; unless it is forced to."
+    def stopping(folder, *callbacks):
+        return make_trainer(folder, callbacks=[EarlyStoppingCallback(1), *callbacks], metric_for_best_model="eval_loss", greater_is_better=True, max_steps=20, eval_steps=4, save_steps=4)
+    whole = stopping(tmp_path/"whole")
+    whole.train()
+    assert whole.state.global_step == 8
+    stopping(tmp_path/"asked", at_step(7, lambda out: (out/"STOP").touch())).train()
+    again = stopping(tmp_path/"asked")
+    again.train("auto")
+    assert again.state.global_step == 8 and not (tmp_path/"asked"/"STOP").exists()
+    assert all(torch.equal(t, adapter_tensors(whole.model)[name]) for name, t in adapter_tensors(again.model).items())
+    on = stopping(tmp_path/"asked")
+    on.train("auto", resume_force=True)
+    assert on.state.global_step > 8
+
+
+def test_a_merged_adapter_is_not_saved(tmp_path):
+    model = make_trainer(tmp_path/"any").model
+    model.merge_adapter()
+    with pytest.raises(CheckpointError, match="merged into the base"): save_lora_adapters(model, tmp_path/"adapter", base={})
+    model.unmerge_adapter()
+    save_lora_adapters(model, tmp_path/"adapter", base={})

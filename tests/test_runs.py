@@ -261,9 +261,10 @@ def test_plain_papermill_meets_a_misspelt_parameter(tmp_path):
 def test_no_two_runs_in_a_directory_and_none_among_the_sources(tmp_path, capsys):
     with multiprocessing.get_context("spawn").Pool(1) as other:
         other.apply(occupy, [tmp_path])
+        (tmp_path/"STOP").touch()  # meant for the run that goes on
         assert higgs_run(["train", "--out", str(tmp_path)]) == 2 and "a run goes on" in capsys.readouterr().err
     assert higgs_run(["train", "--out", str(ROOT/"nbs"/"runs"/"mine")]) == 2 and "among the sources" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir()) and not (ROOT/"nbs"/"runs"/"mine").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["STOP"] and not (ROOT/"nbs"/"runs"/"mine").exists()
 
 
 def test_output_directory_that_is_a_file(tmp_path, capsys):

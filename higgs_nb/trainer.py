@@ -296,7 +296,7 @@ def read_checkpoint(self: HiggsTrainer, report: CheckpointReport, force: bool) -
     then, here = ({**run, "model": {k: of.get(k) for k in base}} for run, of in ((meta.get("run", {}), meta["base"]), (self.run, self.base)))
     if found := differences(then, here):
         said = "another run: " + "; ".join(found)
-        if not force: raise CheckpointError(f"training not resumed: the checkpoint belongs to {said}", report.path, remedy="start as that run was started, or pass resume_force=True")
+        if not force: raise CheckpointError(f"training not resumed: the checkpoint belongs to {said}", report.path, remedy="start as that run was started, pass resume_force=True, or begin anew in another output directory")
         logger.warning(f"resuming from {report.path}, although it belongs to {said}")
         self.found = dataclasses.replace(report, manifest=Manifest(report.manifest.files, {**meta, "base": self.base}))  # as if it were made for this base
     return read_state(report)

@@ -251,11 +251,12 @@ class StopSignals:
         self.begun = True
 
     def notice(self, number, frame):
-        "Ask the run to stop; at a second signal, or if it has not begun, end at once, as without this."
-        if self.asked or not self.begun:
+        "Ask the run to stop; at a second signal end at once, as without this; before it has begun, with the exit code of a run that can be started again."
+        if self.asked:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.asked = signal.Signals(number).name
+        if not self.begun: sys.exit(TRY_AGAIN)
         os.write(sys.__stderr__.fileno(), f"{self.asked}: saving and stopping after this step; a second signal ends at once\n".encode())
         if self.file.parent.is_dir(): self.file.touch()
 

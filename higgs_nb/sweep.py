@@ -130,6 +130,7 @@ def conduct_all(runs: list[SweepRun], out: Path,
     "Bring every run to its end; returns the exit code of each by the name of its directory, without those that were not begun because the sweep was asked to stop."
     out.mkdir(parents=True, exist_ok=True)
     with StopSignals(out) as stop, tqdm(total=len(runs), desc="sweep", unit="run") as bar:
+        stop.begin()
         going = {begin(r): r for r in runs}
         codes = {}
         try:

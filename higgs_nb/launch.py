@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:  # words of the command line; No
     """`higgs_launch [options of torchrun] SCRIPT ...`; 0: done, 1: a process failed, 2: it could not start, 75: they were asked to stop, and the same command goes on. The first signal lets every process
     save and stop, however long that takes; a second one ends them at once."""
     args = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *(sys.argv[1:] if argv is None else argv)])  # the others are the relay's
-    if args.max_restarts: print("higgs_launch: --max-restarts would start again what was asked to stop: leave it out, and start the command again", file=sys.stderr); return 2
+    if args.max_restarts:
+        print("higgs_launch: --max-restarts would start again what was asked to stop: leave it out, and start the command again", file=sys.stderr)
+        return 2
     with Relay() as relay:
         try: run(args)
         except SignalException as error: return 128 + error.sigval

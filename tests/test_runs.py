@@ -267,6 +267,14 @@ def test_no_two_runs_in_a_directory_and_none_among_the_sources(tmp_path, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["STOP"] and not (ROOT/"nbs"/"runs"/"mine").exists()
 
 
+def test_two_output_directories(tmp_path, capsys):
+    assert higgs_run(["train", "--out", str(tmp_path/"one"), "-p", f"out={tmp_path/'two'}"]) == 2
+    assert "leave one out" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    taken = tmp_path/"taken"
+    taken.write_text("mine")
+    assert higgs_run(["train", "-p", f"out={taken}"]) == 2 and f"{taken} is a file" in capsys.readouterr().err  # it is where the run would go
+
+
 def test_output_directory_that_is_a_file(tmp_path, capsys):
     (tmp_path/"taken").write_text("mine")
     assert higgs_run(["train", "--out", str(tmp_path/"taken")]) == 2

@@ -327,6 +327,8 @@ def _load_callback_state(self: HiggsTrainer):
     for name, states in self.state.stateful_callbacks.items():
         same = [c for c in self.callback_handler.callbacks if type(c).__name__ == name]
         for callback, state in zip(same, states if isinstance(states, list) else [states]): vars(callback).update(state["attributes"])
+    for callback in self.callback_handler.callbacks:  # a run that had ended and is made to go on is patient anew
+        if isinstance(callback, EarlyStoppingCallback) and self.resumed and self.resumed.get("ended") and not self.ended: callback.early_stopping_patience_counter = 0
 
 @patch
 def _load_rng_state(self: HiggsTrainer, path):

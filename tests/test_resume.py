@@ -376,9 +376,12 @@ def test_early_stopping_is_the_end(tmp_path):
     again.train("auto")
     assert again.state.global_step == 8 and not (tmp_path/"asked"/"STOP").exists()
     assert all(torch.equal(t, adapter_tensors(whole.model)[name]) for name, t in adapter_tensors(again.model).items())
+    on = stopping(tmp_path/"asked", at_step(9, lambda out: (out/"STOP").touch()))
+    with pytest.raises(Preempted): on.train("auto", resume_force=True)
+    assert on.state.global_step == 10  # asked to stop, not at its end
     on = stopping(tmp_path/"asked")
-    on.train("auto", resume_force=True)
-    assert on.state.global_step > 8
+    on.train("auto")
+    assert on.state.global_step == 12
 
 
 def test_a_merged_adapter_is_not_saved(tmp_path):

@@ -16,13 +16,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from safetensors import SafetensorError
+from .files import fsync
 from .manifest import HIDDEN, MANIFEST, NO_LOCKS, CheckpointReport, Manifest, hidden_name, inside, is_pickle, members, scan, validate_checkpoint, writer_of
 
 # %% auto #0
-__all__ = ['REMEDIES', 'Content', 'CHUNK', 'CheckpointError', 'free_bytes', 'explained', 'fsync', 'make_dirs',
-           'staging_directory', 'bits', 'same_bits', 'dtype_name', 'safetensors_parts', 'pieces', 'let_go',
-           'difference', 'write_file', 'save_checkpoint', 'write_files', 'Snapshot', 'on_cpu', 'verified', 'load_files',
-           'remove_directory', 'prune_checkpoints']
+__all__ = ['REMEDIES', 'Content', 'CHUNK', 'CheckpointError', 'free_bytes', 'explained', 'make_dirs', 'staging_directory', 'bits',
+           'same_bits', 'dtype_name', 'safetensors_parts', 'pieces', 'let_go', 'difference', 'write_file',
+           'save_checkpoint', 'write_files', 'Snapshot', 'on_cpu', 'verified', 'load_files', 'remove_directory',
+           'prune_checkpoints']
 
 # %% ../nbs/06c_saving.ipynb #e0e7a586
 REMEDIES = {errno.ENOSPC: "free space on this disk, or choose another output directory",
@@ -65,12 +66,6 @@ def explained(what: str, path: Path) -> Iterator[None]:
     except (OSError, SafetensorError, ValueError) as error: raise CheckpointError(what, path, error) from error
 
 # %% ../nbs/06c_saving.ipynb #76d825c2
-def fsync(path: Path) -> None:
-    "Wait until the file or directory `path` is on the disk; a directory means the names in it."
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
 def make_dirs(directory: Path) -> None:
     "Make `directory` and the parents that it lacks, each known to its parent on the disk."
     if not directory.is_dir():

@@ -19,11 +19,13 @@ from transformers import TrainerCallback
 from .chatml import Audio, Conversation, Text, load_audio, tts_conversation
 from .codec import Codec
 from .collator import PaddedCollator
+from .files import safe_name, within, write_json
 from .samples import AudioTokens, Sample, encode_with, expand, sample_options, undelay
 from .shard import is_sharded
 
 # %% auto #0
-__all__ = ['prompt_of', 'as_mp3', 'Speech', 'generate_speech', 'generate_codes', 'Encoder', 'SpeechCallback']
+__all__ = ['REFUSED', 'SET_HERE', 'prompt_of', 'as_mp3', 'Speech', 'check_options', 'generate_speech', 'generate_codes',
+           'Encoder', 'save_clips', 'SpeechCallback']
 
 # %% ../nbs/09_generate.ipynb #46036377
 def prompt_of(conversation: Conversation,  # a trained answer at its end is left out
@@ -77,11 +79,39 @@ class Speech:
         player = f"<audio controls src='{as_mp3(self.waveform, self.sampling_rate)}'></audio>" if self.waveform is not None and len(self.waveform) else ""
         return f"<figure><figcaption>{html.escape(self.text)} ({self.duration_s:.2f} s{end})</figcaption>{player}</figure>"
 
+# %% ../nbs/09_generate.ipynb #b8e658ad
+REFUSED = dict(  # option of generate -> (values that change nothing, what to do)
+    num_return_sequences=((None, 1), "give the prompt several times, with do_sample=True"),
+    num_beams=((None, 1), "leave it out: speech is sampled, or greedy"),
+    return_dict_in_generate=((None, False), "call `generate_codes` or the model itself"),
+    min_length=((None, 0), "leave it out"),
+    min_new_tokens=((None, 0), "leave it out"),
+    repetition_penalty=((None, 1, 1.0), "use ras_win_len and ras_win_max_num_repeat"))
+SET_HERE = dict(max_new_tokens="use max_frames", max_length="use max_frames",
+                streamer="there is no streaming: text ids are not speech",
+                synced_gpus="it follows from the model")
+
+def check_options(options: dict,  # arguments of `generate`
+                  config,  # the model's generation config
+                  max_frames: int, batch_size: int) -> None:
+    "`ValueError` names each option that `generate_speech` cannot honour, and what to do."
+    wrong = [f"{name}={options[name]!r}: {remedy}" for name, remedy in SET_HERE.items() if name in options]
+    for name, (harmless, remedy) in REFUSED.items():
+        value = options.get(name, getattr(config, name, None))
+        if value not in harmless:
+            origin = "" if name in options else " in the generation config"
+            wrong.append(f"{name}={value!r}{origin}: {remedy}")
+    for name, value in dict(max_frames=max_frames, batch_size=batch_size).items():
+        if type(value) is not int or value < 1:
+            wrong.append(f"{name}={value!r}: a whole number from 1")
+    if wrong:
+        raise ValueError("speech cannot be generated with " + "; ".join(wrong))
+
 # %% ../nbs/09_generate.ipynb #b951e4db
 @torch.no_grad()
 def generate_speech(model,  # a `HiggsAudioForTraining`, a PeftModel around one, or the stock class
                     tokenizer,  # that of the model
-                    prompts: list[str | Conversation],  # texts, or conversations that end with the user
+                    prompts: str | Conversation | list[str | Conversation],  # a text, a conversation that ends with the user, or several
                     codec: Codec | None = None,  # turns codes into sound; None: codes only
                     store=None,  # gives the codes of recordings in prompts; None: encoded anew by `codec`
                     max_frames: int = 750,  # longest clip; 25 frames are a second
@@ -92,6 +122,8 @@ def generate_speech(model,  # a `HiggsAudioForTraining`, a PeftModel around one,
                     ) -> list[Speech]:
     "Speak each prompt; the model's mode is restored."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    check_options(generation, base.generation_config, max_frames, batch_size)
+    if isinstance(prompts, (str, Conversation)): prompts = [prompts]
     tokens = AudioTokens.from_config(base.config, tokenizer)
     talks = [p if isinstance(p, Conversation) else tts_conversation(p, id=str(i)) for i, p in enumerate(prompts)]
     options = sample_options(base.config)
@@ -102,7 +134,8 @@ def generate_speech(model,  # a `HiggsAudioForTraining`, a PeftModel around one,
     for i in tqdm(range(0, len(samples), batch_size), desc="speaking", disable=not progress):
         codes = generate_codes(base, collate(samples[i:i + batch_size]), max_frames, do_sample=do_sample, **generation)
         for talk, frames in zip(talks[i:i + batch_size], codes):
-            clip, stopped = undelay(frames.cpu(), tokens.stream_bos, tokens.stream_eos)
+            clip, ended = undelay(frames.cpu(), tokens.stream_bos, tokens.stream_eos)
+            stopped = ended and clip.shape[1] <= max_frames
             text = "".join(p.text for m in talk.messages if m.role == "user" for p in m.content if isinstance(p, Text))
             clip = clip[:, :max_frames]
             speech.append(Speech(talk.id, text, clip, stopped, *((codec.sampling_rate, codec.decode(clip) if clip.shape[1] else torch.zeros(0)) if codec else ())))
@@ -127,9 +160,26 @@ class Encoder:
         "The codes (codebooks, frames) of a recording."
         return self.codec.encode(load_audio(audio, self.codec.sampling_rate))
 
+# %% ../nbs/09_generate.ipynb #a4230de4
+def save_clips(speech: list[Speech],  # with waveforms
+               folder: str | Path) -> list[dict]:  # is made if it is not there
+    """Write each clip as a wav file into `folder`, and `clips.json`, which lists file, id, text, `stopped` and seconds of each.
+
+    An id comes from a corpus and may be a path, so the files are numbered; only what is harmless of the id is in the name."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, s in enumerate(speech):
+        name = safe_name(i, s.id, ".wav")
+        s.save(within(folder, name))
+        rows.append(dict(file=name, id=s.id, text=s.text, stopped=s.stopped, seconds=s.duration_s))
+    write_json(folder / "clips.json", rows)
+    return rows
+
 # %% ../nbs/09_generate.ipynb #dc8e6f8f
 class SpeechCallback(TrainerCallback):
-    "Speaks `prompts` before, after and every `every` steps of training; the wav files lie in `folder` as `step-000000/ID.wav`."
+    """Speaks `prompts` before, after and every `every` steps of training; the wav files and `clips.json` of each time are in
+    `folder`/step-000000, see `save_clips`."""
     def __init__(self, prompts: list[str | Conversation],  # texts, or conversations that end with the user
                  codec: Codec,  # turns codes into sound
                  tokenizer,  # that of the model
@@ -147,9 +197,7 @@ class SpeechCallback(TrainerCallback):
             torch.manual_seed(0)
             self.speech[state.global_step] = said = generate_speech(base, self.tokenizer, self.prompts, self.codec, **self.generation)
         if not state.is_world_process_zero: return
-        out = self.folder / f"step-{state.global_step:06d}"
-        out.mkdir(parents=True, exist_ok=True)
-        for s in said: s.save(out / f"{s.id}.wav")
+        save_clips(said, self.folder / f"step-{state.global_step:06d}")
         return said
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

@@ -4,6 +4,7 @@
 
 # %% ../nbs/04d_layers.ipynb #5adaa577
 from __future__ import annotations
+import inspect
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,16 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from .fused import active, attend, permute, project, rms_norm_pair, rotate, swiglu
 
 # %% auto #0
-__all__ = ['AUDIO_ATTENTION_MODULES', 'PackedRow', 'attention', 'feed_forward', 'HiggsLayer', 'Frames', 'frame_order',
-           'gathered_frames', 'cached_frames', 'zero_gradient', 'AudioAttentionLayer', 'start_as_identity',
-           'HiggsDecoder', 'WhisperTower', 'AudioEncoderProjector']
+__all__ = ['CACHE', 'AUDIO_ATTENTION_MODULES', 'cache_argument', 'PackedRow', 'attention', 'feed_forward', 'HiggsLayer', 'Frames',
+           'frame_order', 'gathered_frames', 'cached_frames', 'zero_gradient', 'AudioAttentionLayer',
+           'start_as_identity', 'HiggsDecoder', 'WhisperTower', 'AudioEncoderProjector']
+
+# %% ../nbs/04d_layers.ipynb #a58c2a05
+CACHE = "cache" if "cache" in inspect.signature(HiggsAudioV2Attention.forward).parameters else "past_key_values"
+
+def cache_argument(cache: Cache | None, past_key_values: Cache | None = None) -> dict[str, Cache | None]:
+    "The cache, given under either name, as the keyword argument of the installed transformers."
+    return {CACHE: past_key_values if cache is None else cache}
 
 # %% ../nbs/04d_layers.ipynb #936da352
 @dataclass
@@ -141,22 +149,23 @@ class AudioAttentionLayer(HiggsLayer):
     def among_frames(self, hidden, position_embeddings, frames: Frames, cache) -> Tensor:
         "What `audio_attn` adds to each frame: (frames, hidden)"
         if frames.cached:
-            out, _ = self.audio_attn(self.audio_input_layernorm(hidden), position_embeddings, frames.mask, past_key_values=cache)
+            out, _ = self.audio_attn(self.audio_input_layernorm(hidden), position_embeddings, frames.mask, **cache_argument(cache))
             return out.flatten(0, 1)[frames.rows]
         cos_sin = tuple(x.expand(len(hidden), -1, -1).flatten(0, 1)[frames.rows][None] for x in position_embeddings)
         normed = self.audio_input_layernorm(hidden.flatten(0, 1)[frames.rows])
         if not len(normed): return normed + zero_gradient(self.audio_attn, normed.shape)
         return self.audio_attn(normed[None], cos_sin, frames.mask, position_ids=frames.order)[0][0]
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, audio_token_mask=None, position_ids=None, past_key_values=None,
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, audio_token_mask=None, position_ids=None, past_key_values=None, cache=None,
                 use_cache=False, frames: Frames | None = None, packed: PackedRow | None = None, **kwargs):
         "See the stock layer; `frames` takes the place of `audio_token_mask`. (batch, positions, hidden), or (rows, hidden) with `packed`"
         if packed is not None: return self.packed_forward(hidden_states, packed)
+        past = cache_argument(cache, past_key_values)
         shape, flat = hidden_states.shape, hidden_states.flatten(0, 1)
-        heard = flat[frames.rows] + self.among_frames(hidden_states, position_embeddings, frames, past_key_values)
+        heard = flat[frames.rows] + self.among_frames(hidden_states, position_embeddings, frames, past[CACHE])
         normed = torch.empty_like(flat).index_copy(0, frames.text_rows, self.input_layernorm(flat[frames.text_rows]))
         normed = normed.index_copy(0, frames.rows, self.audio_post_audio_attn_layer_norm(heard))
-        attended, _ = self.self_attn(normed.view(shape), position_embeddings, attention_mask, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+        attended, _ = self.self_attn(normed.view(shape), position_embeddings, attention_mask, position_ids=position_ids, **past, **kwargs)
         flat = flat.index_copy(0, frames.rows, heard) + attended.flatten(0, 1)
         text, audio = flat[frames.text_rows], flat[frames.rows]
         flat = flat.index_copy(0, frames.text_rows, text + self.mlp(self.post_attention_layernorm(text)))
@@ -216,26 +225,27 @@ class HiggsDecoder(HiggsAudioV2Model):
         return embeds.masked_scatter(is_frame[..., None], frames if audio_input_ids_mask is None else frames[audio_input_ids_mask])
 
     def forward(self, input_ids=None, audio_input_ids=None, attention_mask=None, audio_input_ids_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, use_cache=None, whisper=None, whisper_rows=None, packed: dict | None = None, **kwargs):
+                cache=None, inputs_embeds=None, use_cache=None, whisper=None, whisper_rows=None, packed: dict | None = None, **kwargs):
         """See the stock model; `whisper` (features, hidden) goes to the flattened positions `whisper_rows`. With `packed`, the fields of a packed batch that
         `PackedRow` is made of, the one row is computed without a mask and without a search, (1, positions, hidden)."""
         if packed is not None: return BaseModelOutputWithPast(self.packed_forward(input_ids, audio_input_ids, position_ids, packed, whisper, whisper_rows)[None])
+        cache = past_key_values if cache is None else cache
         sequence = dict(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
         if not self.audio_attention and whisper is None:
             return super().forward(input_ids=input_ids, audio_input_ids=audio_input_ids, audio_input_ids_mask=audio_input_ids_mask,
-                                   past_key_values=past_key_values, inputs_embeds=inputs_embeds, **sequence, **kwargs)
+                                   inputs_embeds=inputs_embeds, **cache_argument(cache), **sequence, **kwargs)
         if inputs_embeds is not None: raise ValueError("audio self-attention and Whisper features need input_ids, not inputs_embeds")
         is_frame = self.get_placeholder_mask(input_ids, None, None)
         embeds = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, is_frame)
         if is_frame is None: is_frame = torch.ones_like(embeds[..., 0], dtype=torch.bool)
         if whisper is not None: embeds = embeds.flatten(0, 1).index_copy(0, whisper_rows, whisper.to(embeds.dtype)).view_as(embeds)
         if self.audio_attention:
-            if use_cache and past_key_values is None: past_key_values = DynamicCache(config=self.config)
-            if past_key_values is not None: kwargs["frames"] = cached_frames(self.config, embeds, is_frame, past_key_values)
+            if use_cache and cache is None: cache = DynamicCache(config=self.config)
+            if cache is not None: kwargs["frames"] = cached_frames(self.config, embeds, is_frame, cache)
             else:
                 starts = torch.arange(embeds.shape[1], device=embeds.device)[None] if position_ids is None else position_ids
                 kwargs["frames"] = gathered_frames(self.config, embeds, is_frame, starts)
-        return super().forward(inputs_embeds=embeds, audio_input_ids_mask=is_frame, past_key_values=past_key_values, **sequence, **kwargs)
+        return super().forward(inputs_embeds=embeds, audio_input_ids_mask=is_frame, **cache_argument(cache), **sequence, **kwargs)
 
 # %% ../nbs/04d_layers.ipynb #4374edcb
 class WhisperTower(WhisperEncoder):

@@ -16,7 +16,8 @@ from transformers import BitsAndBytesConfig, HiggsAudioV2Config, HiggsAudioV2For
 from transformers.utils import ModelOutput, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from .fused import chunked_cross_entropy
-from .layers import AUDIO_ATTENTION_MODULES, AudioEncoderProjector, HiggsDecoder, WhisperTower, start_as_identity
+from .layers import (AUDIO_ATTENTION_MODULES, AudioEncoderProjector, HiggsDecoder, WhisperTower, cache_argument,
+                             start_as_identity)
 from .samples import IGNORE, AudioTokens
 
 logger = logging.get_logger(__name__)
@@ -88,12 +89,15 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
                 audio_rows=None, audio_targets=None, text_rows=None, text_targets=None,  # of `target_index`
                 audio_features=None, audio_feature_attention_mask=None, whisper_rows=None, feature_rows=None,  # of what is heard, see `heard`
                 counts=None,  # (1 + codebooks,) supervised cells of the whole optimizer step, all devices; None: this batch is all
+                logits_to_keep=0,  # last positions whose logits are computed; 0: all
                 **inputs):
         "See the stock model for the other arguments, and `hidden`; `counts` makes the losses of several batches add up to that of one."
         sequence = dict(input_ids=input_ids, attention_mask=attention_mask, audio_input_ids=audio_input_ids,
                         audio_input_ids_mask=audio_input_ids_mask, position_ids=position_ids)
         recordings = dict(audio_features=audio_features, audio_feature_attention_mask=audio_feature_attention_mask, whisper_rows=whisper_rows, feature_rows=feature_rows)
-        if audio_rows is None: return super().forward(**sequence, **self.heard(input_ids, **recordings), **inputs)
+        if audio_rows is None:
+            whisper = self.heard(input_ids, **recordings)
+            return super().forward(**sequence, **whisper, logits_to_keep=logits_to_keep, **inputs)
         return self.losses(self.hidden(**sequence, **recordings, **inputs), text_rows, text_targets, audio_rows, audio_targets, counts)
 
     def hidden(self, input_ids, attention_mask=None, audio_input_ids=None, audio_input_ids_mask=None, position_ids=None, audio_features=None,
@@ -123,12 +127,13 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         return dict(whisper=features, whisper_rows=whisper_rows)
 
     def prepare_inputs_for_generation(self, input_ids, audio_input_ids=None, audio_input_ids_mask=None, audio_features=None,
-                                      audio_feature_attention_mask=None, past_key_values=None, **kwargs):
+                                      audio_feature_attention_mask=None, past_key_values=None, cache=None, **kwargs):
         "As stock; recordings are heard once, and without a cache the whole prompt is read at every step."
+        cache = past_key_values if cache is None else cache
         inputs = super().prepare_inputs_for_generation(input_ids, audio_input_ids=audio_input_ids, audio_input_ids_mask=audio_input_ids_mask,
-                                                       past_key_values=past_key_values, **kwargs)
-        if past_key_values is None: inputs |= dict(input_ids=input_ids, audio_input_ids=audio_input_ids, audio_input_ids_mask=audio_input_ids_mask)
-        if past_key_values is None or not past_key_values.get_seq_length():
+                                                       **cache_argument(cache), **kwargs)
+        if cache is None: inputs |= dict(input_ids=input_ids, audio_input_ids=audio_input_ids, audio_input_ids_mask=audio_input_ids_mask)
+        if cache is None or not cache.get_seq_length():
             inputs |= dict(audio_features=audio_features, audio_feature_attention_mask=audio_feature_attention_mask)
         return inputs
 

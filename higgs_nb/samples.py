@@ -102,14 +102,18 @@ def delay_pattern(codes: Tensor,  # (codebooks, frames), clips one after the oth
 def undelay(audio_ids: Tensor,  # (frames, codebooks) as generated, with or without the leading BOS frame
             bos: int,  # code that opens a codebook's stream, 1024
             eos: int) -> tuple[Tensor, bool]:  # code that ends it, 1025
-    "Undo `delay_pattern` on one clip; returns `(codes (codebooks, frames), stopped)`, `stopped` is False when EOS never came."
+    """Undo `delay_pattern` on one clip; returns `(codes (codebooks, frames), stopped)`.
+
+    `stopped` is False if EOS never came in codebook 0, or if not all frames before it could be kept."""
     n = audio_ids.shape[1]
     if len(audio_ids) and (audio_ids[0] == bos).all(): audio_ids = audio_ids[1:]
     frames = max(len(audio_ids) - n + 1, 0)
     codes = torch.stack([audio_ids[k:k + frames, k] for k in range(n)])
     ends = ((codes == eos) | (codes == bos)).any(0).nonzero().flatten()
-    stopped = bool((audio_ids[:, 0] == eos).any())
-    return codes[:, :int(ends[0]) if len(ends) else frames], stopped
+    kept = int(ends[0]) if len(ends) else frames
+    end = (audio_ids[:, 0] == eos).nonzero().flatten()
+    stopped = len(end) > 0 and int(end[0]) == kept
+    return codes[:, :kept], stopped
 
 # %% ../nbs/03_samples.ipynb #1e2bf119
 SCENE = ("\n\n<|scene_desc_start|>\n", "\n<|scene_desc_end|>")

@@ -79,7 +79,10 @@ def log_columns(codebooks: int) -> list[str]:
 
 class LogFileCallback(TrainerCallback):
     """Writes every log entry as a line of `log.jsonl` in the output directory, and what training and held-out data say as a row of `log.csv`, as it happens. Both hold this
-    run alone: a resumed one goes on behind its checkpoint's last entry, another one begins them anew."""
+    run alone: a resumed one goes on behind its checkpoint's last entry, another one begins them anew. What is logged without training,
+    such as an evaluation of a finished run, is not written."""
+    columns = None  # set when training begins
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero: return
         self.columns = log_columns(model.config.num_codebooks)
@@ -89,7 +92,7 @@ class LogFileCallback(TrainerCallback):
             log.with_suffix(".new").replace(log)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero: return
+        if self.columns is None or not state.is_world_process_zero: return
         for suffix, form in (("jsonl", self.line), ("csv", self.row)):
             with open(Path(args.output_dir) / f"log.{suffix}", "a", encoding="utf-8") as f: f.write(form({"step": state.global_step, **(logs or {})}))
 
@@ -159,7 +162,7 @@ class SpeedCallback(TrainerCallback):
     def report(self) -> dict[str, float]:
         "What was measured since the last call."
         device, seconds = device_module(), self.seconds or math.inf
-        memory = device.max_memory_allocated() / 1e6 if device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+        memory = device.max_memory_allocated() / 1e6 if hasattr(device, "max_memory_allocated") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
         said = dict(tokens_per_second=self.tokens * self.processes / seconds, budget_filled=self.tokens / max(self.batches * self.token_budget, 1), memory_mb=memory)
         if self.peak: said["share_of_peak"] = self.flops / seconds / self.peak
         self.reset()

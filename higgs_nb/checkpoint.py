@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PretrainedConfig
+from .lora import keep_float32
 from .manifest import (ADAPTER_FILES, HIDDEN, MODEL_FILE, CheckpointReport, Manifest, Reports, hidden_name, latest_checkpoint, list_checkpoints, main,
                                validate_checkpoint, writer_of)
 from .saving import (REMEDIES, CheckpointError, Content, Snapshot, explained, free_bytes, load_files, on_cpu, prune_checkpoints, remove_directory,
@@ -23,8 +24,8 @@ from .saving import (REMEDIES, CheckpointError, Content, Snapshot, explained, fr
 __all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'SHARD', 'stable_config', 'base_of', 'stock_class', 'config_fingerprint',
            'base_tensors', 'replaced_tensors', 'weights_fingerprint', 'describe_base', 'adapter_state', 'trained_state',
            'adapter_tensors', 'adapter_config', 'adapter_files', 'is_stock', 'model_config', 'model_files',
-           'take_snapshot', 'save_lora_adapters', 'check_base', 'load_lora_adapters', 'load_adapter', 'load_weights',
-           'restore', 'empty_base', 'try_on_fresh_base', 'try_to_load', 'preflight']
+           'take_snapshot', 'save_lora_adapters', 'check_finite', 'check_base', 'load_lora_adapters', 'load_adapter',
+           'load_weights', 'restore', 'empty_base', 'try_on_fresh_base', 'try_to_load', 'preflight']
 
 # %% ../nbs/07_checkpoint.ipynb #ba57356a
 BASE_KEYS = {"config", "config_fingerprint", "weights_fingerprint", "without", "tensors", "parameters"}
@@ -150,6 +151,7 @@ def take_snapshot(model: PeftModel | nn.Module, # with an adapter: the adapter i
     own = adapter_files(model, base, copy) if adapted else model_files(model, copy)
     if bad := sorted(files.keys() & own.keys()): raise CheckpointError(f"not saved: {bad} cannot be the names of further files in it")
     copies = {name: content if isinstance(content, bytes) else on_cpu(content, copy) for name, content in files.items()}
+    for name, content in {**copies, **own}.items(): check_finite(content, name)
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
     return Snapshot({**copies, **own}, {"versions": versions, **(meta or {}), "kind": "adapter" if adapted else "model", "base": base})
 
@@ -161,6 +163,16 @@ def save_lora_adapters(model: PeftModel,  # of `apply_lora`, trained
                        ) -> Manifest:
     "Save a LoRA adapter and the modules trained with it, in PEFT's format with a manifest. `CheckpointError` if it is not saved."
     return take_snapshot(model, base=base, meta=meta, files=files, copy=False).save(output_dir)
+
+# %% ../nbs/07_checkpoint.ipynb #cf42b7be
+def check_finite(content: Content,  # of a file: tensors by name, or bytes, which are not looked at
+                 file: str, path: Path | None = None) -> None:
+    "`CheckpointError` names the tensors of a file that hold NaN or infinite values."
+    tensors = {} if isinstance(content, bytes) else content
+    wrong = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} of {len(tensors)} tensors of {file} are not finite: {wrong[:3]}", path,
+                              remedy="go back to an older checkpoint, with a lower learning_rate or a max_grad_norm")
 
 # %% ../nbs/07_checkpoint.ipynb #10ac605a
 def check_base(model: nn.Module, base: dict, path: Path, known: dict | None = None) -> None:
@@ -188,6 +200,11 @@ def load_lora_adapters(base_model: nn.Module,  # the base, without adapter; PEFT
     report, saved = load_adapter(base_model, path)
     float32 = all(t.dtype == torch.float32 for name, t in saved.items() if ".lora_" in name)
     model = PeftModel.from_pretrained(base_model, str(report.path), is_trainable=trainable, autocast_adapter_dtype=float32)
+    if trainable or any(t.dtype == torch.float32 for name, t in saved.items() if ".lora_" not in name):
+        keep_float32(model)
+        arrived = adapter_state(model)
+        with torch.no_grad():
+            for name in arrived.keys() & saved.keys(): arrived[name].copy_(saved[name])
     _check_arrival(adapter_state(model), saved, report.path)
     return model
 
@@ -211,6 +228,7 @@ def restore(model: PeftModel | nn.Module, path: Path | str | CheckpointReport,
     """Put the values of a checkpoint into an adapter (or a model without one) that is there, in place, so that an optimizer that holds its parameters goes
     on with them. `CheckpointError` if the checkpoint is not whole, the base is another, or its tensors are not those that are there: nothing is changed then."""
     report, saved = load_adapter(model, path, base) if isinstance(model, PeftModel) else load_weights(path)
+    check_finite(saved, ADAPTER_FILES[1] if isinstance(model, PeftModel) else "the model", report.path)
     state, kind = trained_state(model), lambda t: (t.dtype, tuple(t.shape))
     if odd := [f"{n}: {kind(saved[n]) if n in saved else 'absent'} in the checkpoint, {kind(state[n]) if n in state else 'absent'} here"
                for n in sorted(saved.keys() | state.keys()) if n not in saved or n not in state or kind(saved[n]) != kind(state[n])]:

@@ -17,7 +17,8 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudi
 from .samples import IGNORE
 
 # %% auto #0
-__all__ = ['GROUPED', 'SHORT', 'CHUNK', 'BLOCK', 'Permute', 'permute', 'RMSNormPair', 'rms_norm_pair', 'active', 'Rotate',
+__all__ = ['IN_FLOAT32', 'HALF', 'GROUPED', 'SHORT', 'CHUNK', 'BLOCK', 'Permute', 'permute', 'RMSNormPair', 'rms_norm_pair',
+           'active', 'Float32Linear', 'Float32Embedding', 'Float32RMSNorm', 'to_float32', 'from_float32', 'Rotate',
            'rotate', 'SwiGLU', 'swiglu', 'LoraProjections', 'dropout_mask', 'lora_matrices', 'project',
            'ShortAttention', 'attend_to_itself', 'attend', 'ChunkedCrossEntropy', 'chunked_cross_entropy']
 
@@ -73,6 +74,50 @@ def active(module: nn.Module) -> nn.Module:
     "The module that computes: the trained copy where PEFT put one beside the original."
     if not isinstance(module, ModulesToSaveWrapper): return module
     return module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
+
+# %% ../nbs/04c_fused.ipynb #2c98d3c4
+class Float32Linear(nn.Linear):
+    "A linear layer with weights in float32 that computes in the dtype of its input."
+    def forward(self, x):
+        "(..., in) -> (..., out)"
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+class Float32Embedding(nn.Embedding):
+    "An embedding with weights in float32 and outputs in `compute_dtype`."
+    compute_dtype = torch.float32
+
+    def forward(self, ids):
+        "(...) -> (..., hidden)"
+        return super().forward(ids).to(self.compute_dtype)
+
+class Float32RMSNorm(HiggsAudioV2RMSNorm):
+    "A norm with its weight in float32 and outputs in the dtype of its input."
+    def forward(self, x):
+        "(..., hidden) -> (..., hidden)"
+        return super().forward(x).to(x.dtype)
+
+IN_FLOAT32 = {nn.Linear: Float32Linear, nn.Embedding: Float32Embedding, HiggsAudioV2RMSNorm: Float32RMSNorm}
+HALF = (torch.bfloat16, torch.float16)
+
+def to_float32(module: nn.Module) -> None:  # changed in place
+    "Keep 16-bit weights in and below `module` in float32 from now on. `ValueError` for a layer that has no such form."
+    for layer in module.modules():
+        dtypes = {p.dtype for p in layer.parameters(recurse=False)} & {*HALF}
+        if not dtypes: continue
+        if type(layer) not in IN_FLOAT32:
+            raise ValueError(f"a {type(layer).__name__} cannot be trained in full on a base in 16 bits: load the base in float32")
+        layer.__class__ = IN_FLOAT32[type(layer)]
+        layer.compute_dtype = dtypes.pop()
+        layer.float()
+
+def from_float32(module: nn.Module) -> None:  # changed in place
+    "Undo `to_float32`: the weights are rounded to the precision that they came from."
+    plain = {wide: narrow for narrow, wide in IN_FLOAT32.items()}
+    for layer in module.modules():
+        if type(layer) not in plain: continue
+        layer.to(layer.compute_dtype)
+        layer.__class__ = plain[type(layer)]
 
 # %% ../nbs/04c_fused.ipynb #47c8b615
 class Rotate(Function):
@@ -280,6 +325,6 @@ def chunked_cross_entropy(hidden: Tensor,  # (rows, hidden)
                           ) -> tuple[Tensor, Tensor]:
     "`(loss, sums)`: the loss to call backward on, a scalar, and the summed cross-entropy of each part, (parts,), in float32."
     head, type_ = active(head), hidden.device.type
-    if type(head) is not nn.Linear or head.bias is not None: raise TypeError(f"a head must be a linear layer without bias, not {head}; train it in full, not by LoRA")
+    if type(head) not in (nn.Linear, Float32Linear) or head.bias is not None: raise TypeError(f"a head must be a linear layer without bias, not {head}; train it in full, not by LoRA")
     if torch.is_autocast_enabled(type_): hidden = hidden.to(torch.get_autocast_dtype(type_))
     return ChunkedCrossEntropy.apply(hidden, head.weight, targets, scale.to(torch.promote_types(hidden.dtype, torch.float32)), smoothing, torch.is_grad_enabled())

@@ -9,16 +9,19 @@ import difflib
 from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.utils import logging
+from .fused import HALF, from_float32, to_float32
 
 logger = logging.get_logger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'ATTENTION', 'TEXT_FFN', 'AUDIO_FFN', 'AUDIO_ATTENTION', 'PRESETS', 'HEADS', 'EMBEDDINGS', 'TOWER', 'FROZEN',
-           'create_lora_config', 'fit_config', 'Match', 'MatchTable', 'match_table', 'apply_lora', 'freeze_silent',
-           'untrained', 'merge_lora']
+           'create_lora_config', 'fit_config', 'Match', 'MatchTable', 'match_table', 'apply_lora', 'keep_float32',
+           'freeze_silent', 'untrained', 'merge_lora']
 
 # %% ../nbs/06_lora.ipynb #ffc9be33
 ATTENTION = tuple(f"self_attn.{p}_proj" for p in "qkvo")
@@ -149,7 +152,18 @@ def apply_lora(model: nn.Module,  # changed in place, as PEFT does
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     if trainable != table.trainable: raise RuntimeError(f"{trainable:,} parameters are trainable, expected {table.trainable:,}")
     if not text_loss: freeze_silent(adapted)
+    keep_float32(adapted)
     return adapted
+
+def keep_float32(model: PeftModel) -> None:  # changed in place
+    "Keep what is trained beside LoRA in float32 where the base is in 16 bits, see `to_float32`; the base stays as it is."
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for trained in module.modules_to_save.values():
+                to_float32(trained)
+        elif isinstance(module, TrainableTokensLayer):
+            for rows in module.trainable_tokens_delta.values():
+                if rows.dtype in HALF: rows.data = rows.data.float()
 
 # %% ../nbs/06_lora.ipynb #17762877
 def freeze_silent(model: PeftModel) -> list[str]:  # of `apply_lora`, changed in place
@@ -181,5 +195,6 @@ def merge_lora(model: PeftModel) -> nn.Module:  # of `apply_lora` or `load_lora_
         raise ValueError("a quantised base cannot take up an adapter: its sums would be rounded to a few bits again. Load the base in bfloat16, put the adapter on it with PeftModel.from_pretrained, listen to what "
                          "has changed, and merge that")
     merged = copy.deepcopy(model).merge_and_unload()
+    from_float32(merged)
     merged.new_modules = ()  # they are in its weights now
     return merged

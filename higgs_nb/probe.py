@@ -37,7 +37,7 @@ def copy_floor(repeats: Tensor,  # (n, codebooks) bool, which labels repeat the 
                targets: Tensor,  # (n, codebooks), -100 = not supervised
                ) -> float:
     "The lowest loss at offset 0, mean over codebooks, of a model that expects repetition as often as it occurs; nats."
-    count, labels = repeats.sum(0).double(), (targets != IGNORE).sum(0)
+    count, labels = repeats.sum(0).cpu().double(), (targets != IGNORE).sum(0).cpu()  # MPS has no float64
     rate = (count + 3 * (count + 1).sqrt() + 3) / labels.clamp(min=1)
     return rate.clamp(max=1).log().mean().neg().item() + 0.0
 
@@ -60,6 +60,7 @@ class OffsetProbe:
         "One of the keys of `EXPLAIN`."
         before, same, after, late = (self.losses[o] for o in OFFSETS)
         if not self.cells: return "masked"
+        if not all(map(math.isfinite, self.losses.values())): return "not finite"
         if min(before, same, after, late) > self.chance - 0.02: return "untrained"
         if same < min(after, self.copy_floor): return "copying"
         if min(before, late) < after - 0.1: return "misaligned"
@@ -71,6 +72,7 @@ class OffsetProbe:
 
 EXPLAIN = {
     "masked": "all masked: no audio label is supervised, so the audio loss is zero and nothing is learned",
+    "not finite": "not finite: the model's outputs are NaN or infinite, so that nothing can be said of its labels",
     "untrained": "untrained: at no offset better than chance",
     "frequencies": "frequencies: the model knows which codes are common, not yet which comes next",
     "copying": "copying: the model expects the frame it is given once more, far oftener than frames repeat; the labels are not shifted",

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .audit import audit
 from .chatml import Audio
 from .background import BackgroundSaver
-from .callbacks import EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
+from .callbacks import SPOKEN, EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
 from .checkpoint import base_of, describe_base, empty_base, preflight, restore, stable_config, take_snapshot, trained_state
 from .collator import PackedBatchSampler, PackedCollator
 from .lora import freeze_silent
@@ -39,10 +39,13 @@ from .shard import is_sharded, shard_base
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'IMPLAUSIBLE', 'HiggsTrainingArguments', 'LossMeter', 'Shard', 'CollateOrBlank', 'check_hearing',
-           'HiggsTrainer', 'TakeUpCallback', 'NotLearningSpeech']
+__all__ = ['logger', 'HAS_TRAINED', 'IMPLAUSIBLE', 'NOT_FINITE_REMEDY', 'HiggsTrainingArguments', 'LossMeter', 'Shard',
+           'CollateOrBlank', 'check_hearing', 'HiggsTrainer', 'TakeUpCallback', 'NotLearningSpeech', 'NotFinite']
 
 # %% ../nbs/08_trainer.ipynb #d4c9580a
+HAS_TRAINED = ("this trainer has trained before: its weights have moved and its optimizer holds moments, so it cannot begin at step 0. "
+               "train(resume='auto') goes on from the newest checkpoint, if one was saved; to begin anew, make the model and the trainer again.")
+
 @dataclass
 class HiggsTrainingArguments(TrainingArguments):
     "`transformers.TrainingArguments` with the parameters of `HiggsTrainer`. A batch is as many samples as fit `token_budget`."
@@ -67,6 +70,14 @@ class HiggsTrainingArguments(TrainingArguments):
         if self.save_only_model: raise ValueError("save_only_model=True: checkpoints hold what resuming needs; `save_adapter` saves the adapter alone")
         if self.resume_from_checkpoint: raise ValueError("resume_from_checkpoint: say it to the trainer, `train(resume=...)`")
         super().__post_init__()
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "text_loss_weight", "audio_loss_weight", "label_smoothing_factor"):
+            value = float(getattr(self, name))
+            if not (math.isfinite(value) and value >= 0): raise ValueError(f"{name}={value}: a finite number, not negative")
+        if any(not (math.isfinite(w) and w >= 0) for w in self.codebook_weights or ()): raise ValueError(f"codebook_weights={self.codebook_weights}: finite numbers, none negative")
+        if self.label_smoothing_factor >= 1: raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor}: a share, from 0 up to 1")
+        if self.token_budget < 1: raise ValueError(f"token_budget={self.token_budget}: at least 1 token")
+        if self.auto_find_batch_size: raise ValueError("auto_find_batch_size=True: after an error it would go on from weights that have moved; set a smaller token_budget")
+        if self.neftune_noise_alpha is not None: raise ValueError("neftune_noise_alpha: not supported, embeddings of packed rows have no batch; see code_noise")
         for name, choices in (("probe", ("stop", "warn", "off")), ("on_save_error", ("stop", "warn"))):
             if getattr(self, name) not in choices: raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
         if not 0 <= self.code_noise < 1: raise ValueError(f"code_noise={self.code_noise}: a share, from 0 up to 1")
@@ -88,7 +99,7 @@ class LossMeter:
 
     def means(self, reduce, prefix: str = "") -> dict[str, float]:
         "Means over all that was added, on all devices; `reduce` sums a tensor over them. A part without any label is left out."
-        sums, counts = (reduce(x.double()).tolist() for x in (self.sums, self.counts))
+        sums, counts = (reduce(x if x.device.type == "mps" else x.double()).tolist() for x in (self.sums, self.counts))  # MPS has no float64
         part = [s / n if n else None for s, n in zip(sums, counts)]
         named = {"text_loss": part[0], "audio_loss": sum(part[1:]) / len(part[1:]) if all(p is not None for p in part[1:]) else None,
                  **{f"codebook_{k}": p for k, p in enumerate(part[1:])}}
@@ -155,6 +166,7 @@ class HiggsTrainer(Trainer):
         if args.world_size > 1: atexit.register(leave_processes)
         self.loss_is_scaled_for_ga = True  # counts are those of the whole step
         self.meter, self.probes, self.resumed, self.earlier_seconds, self.saver = LossMeter(), [], None, 0.0, BackgroundSaver()
+        self.has_trained = False
 
     def divide(self, model, args):
         "Describe the base while it is whole, then divide it among the processes."
@@ -199,6 +211,7 @@ class HiggsTrainer(Trainer):
         if "loss" in logs and torch.is_tensor(self.meter.sums):
             parts = self.meter.means(lambda x: self.accelerator.reduce(x, "sum"))
             self.meter = LossMeter()
+            self.check_losses(parts, logs.get("grad_norm"), "training")
             logs.update(parts, **self.speed.report())
             if self.state.epoch is not None and self.state.epoch <= 1: self.judge_loss(parts.get("audio_loss"), "training data that it sees for the first time")
         super().log(logs, start_time)
@@ -209,10 +222,12 @@ class HiggsTrainer(Trainer):
         "Check the output directory and the labels of the first batch, then train, see `transformers.Trainer.train`; `Preempted` if it was asked to stop."
         self.before_training()
         self.found = resume and on_first_process(lambda: checkpoint_to_resume(self.args.output_dir, "auto" if resume is True else resume))
+        if self.has_trained and not self.found: raise RuntimeError(HAS_TRAINED)
         on_first_process(self.check_place)
         self.resumed = self.found and self.read_checkpoint(self.found, resume_force)
         self.ended, self.saved_step = bool(self.resumed) and self.resumed.get("ended", False) and not resume_force, self.found and self.found.step
         self.args.eval_on_start, self.started = self.eval_dataset is not None and not self.found, time.time()
+        self.has_trained = True
         with self.stop: return super().train(resume_from_checkpoint=str(self.found.path) if self.found else None, **kwargs)
 
 # %% ../nbs/08_trainer.ipynb #5c1de0a3
@@ -249,6 +264,7 @@ def _save_checkpoint(self: HiggsTrainer, model, trial):
     "Copy this step, if it is not saved yet, and save the copy in the background: verified, then older ones are pruned, never the best."
     if self.saved_step == self.state.global_step: return  # the end of a step and that of an epoch may both ask for it
     self.store_flos()
+    self.check_weights()
     state, run_dir = self.training_state(), Path(self.args.output_dir)
     self.state.stateful_callbacks = TrainerState(stateful_callbacks=[c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]).stateful_callbacks
     best = self.state.best_global_step and run_dir / f"checkpoint-{self.state.best_global_step}"
@@ -273,6 +289,11 @@ def settle(self: HiggsTrainer, do):
 @patch
 def _determine_best_metric(self: HiggsTrainer, metrics, trial) -> bool:
     "Whether this evaluation is the best by `metric_for_best_model`; then a checkpoint is saved, which stays."
+    name = self.args.metric_for_best_model
+    if name and f"eval_{name.removeprefix('eval_')}" in SPOKEN:  # `ScoreCallback` logs these by itself
+        entries = [entry for entry in self.state.log_history if entry.get("step") == self.state.global_step]
+        metrics = {**metrics, **{key: value for entry in entries for key, value in entry.items() if key in SPOKEN}}
+        if f"eval_{name.removeprefix('eval_')}" not in metrics: return False  # nobody judged this step
     best = Trainer._determine_best_metric(self, metrics, trial)
     if best and self.args.save_strategy != "no": self.control.should_save = True
     return best
@@ -400,6 +421,7 @@ def evaluation_loop(self: HiggsTrainer, dataloader, description, prediction_loss
     set_rng_state(chance)  # to look is not to change
     metrics = meter.means(lambda x: self.accelerator.reduce(x, "sum"), metric_key_prefix + "_")
     weights = self.args.codebook_weights or [1.0] * self.model.config.num_codebooks
+    self.check_losses(metrics, None, "held-out")
     audio_loss = sum(w * metrics.get(f"{metric_key_prefix}_codebook_{k}", 0.0) for k, w in enumerate(weights)) / len(weights)
     metrics[f"{metric_key_prefix}_loss"] = self.args.text_loss_weight * metrics.get(f"{metric_key_prefix}_text_loss", 0.0) + self.args.audio_loss_weight * audio_loss
     self.judge_loss(metrics.get(f"{metric_key_prefix}_audio_loss"), "held-out data")
@@ -417,6 +439,30 @@ def complain(self: HiggsTrainer, message: str):
     "Stop the run with `NotLearningSpeech`, or warn, as `args.probe` says."
     if self.args.probe == "stop": raise NotLearningSpeech(f"step {self.state.global_step}: {message}\nSet probe='warn' to go on regardless.")
     if self.args.probe == "warn": logger.warning(f"step {self.state.global_step}: {message}")
+
+class NotFinite(RuntimeError):
+    "A loss, a gradient or a trained weight is not a finite number: this run cannot recover."
+
+NOT_FINITE_REMEDY = ("Whole checkpoints of earlier steps stay as they are. Resume from one of them, or begin anew, with a lower "
+                     "learning_rate, a max_grad_norm, or bf16 in place of fp16.")
+
+@patch
+def check_losses(self: HiggsTrainer, losses: dict[str, float], grad_norm: float | None, data: str):
+    "`NotFinite` names the parts of the loss that are not finite; they are the same in every process."
+    parts = {**losses, **({} if grad_norm is None else {"norm of the gradient": float(grad_norm)})}
+    wrong = [name for name, value in parts.items() if not math.isfinite(value)]
+    if self.args.fp16 and wrong == ["norm of the gradient"]: return  # the scaler skips such a step, and lowers its scale
+    if wrong: raise NotFinite(f"step {self.state.global_step}: {', '.join(wrong)} on {data} data not finite. {NOT_FINITE_REMEDY}")
+
+@patch
+def check_weights(self: HiggsTrainer):
+    "`NotFinite` if a trained parameter holds NaN or infinite values. One look at the device, before a save."
+    trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+    finite = torch.stack([torch.isfinite(p.detach()).all() for _, p in trained])
+    if finite.all(): return
+    wrong = [name for (name, _), good in zip(trained, finite.tolist()) if not good]
+    raise NotFinite(f"step {self.state.global_step}: {len(wrong)} of {len(trained)} trained parameters are not finite: "
+                    f"{', '.join(wrong[:3])}. {NOT_FINITE_REMEDY}")
 
 @patch
 def judge_loss(self: HiggsTrainer, audio_loss: float | None, data: str):
@@ -457,4 +503,5 @@ def meta(self: HiggsTrainer) -> dict:
 @patch
 def save_adapter(self: HiggsTrainer, path: str | Path):
     "Save the adapter, or the model that has none, and the trainer's log to `path`, verified; `CheckpointError` if that fails. To go on from it, see the checkpoints of `train`."
+    self.check_weights()
     return take_snapshot(self.model, base=self.base, meta=self.meta(), files={"trainer_state.json": json.dumps(asdict(self.state)).encode()}).save(path)

@@ -66,7 +66,7 @@ def test_a_divided_base_recomputes_and_speaks(tmp_path):
     settings = dict(ranks=2, model=dict(num_layers=2), audio_attention=True, gradient_checkpointing=True, speak=True, max_steps=6, save_steps=3, eval_steps=3)
     for name in ("whole", "divided"): assert run(tmp_path/name, shard_base=name == "divided", **settings) == [0, 0], said(tmp_path/name)
     assert log(tmp_path/"divided") == log(tmp_path/"whole")
-    for file in ("checkpoint-6/adapter_model.safetensors", "samples/step-000006/0.wav", "samples/step-000006/1.wav", "samples/step-000000/1.wav"):
+    for file in ("checkpoint-6/adapter_model.safetensors", "samples/step-000006/00000-0.wav", "samples/step-000006/00001-1.wav", "samples/step-000000/00001-1.wav"):
         assert (tmp_path/"divided"/file).read_bytes() == (tmp_path/"whole"/file).read_bytes(), file
 
 

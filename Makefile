@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed$(if $(CONSTRAINTS),,-unconstrained)
 
 .DEFAULT_GOAL := help
-.PHONY: help train base test test-bits test-released test-browser lab docs bench prepare readme clean
+.PHONY: help train base test test-bits test-released test-browser lab docs bench prepare readme clean test-newest
 
 define HELP
 make train     train an adapter on the embedded corpus: runs/train holds it and the executed notebook
 make base      pretrain the small base model: hours, and runs/voices must hold the speech that nbs/runs/voices.ipynb makes
 make test      run every test, the notebooks among them
 make test-bits  the tests of quantised bases and 8-bit optimizers, with bitsandbytes beside the virtual environment
+make test-newest  the tests with the newest transformers, peft and accelerate that settings.ini allows
 make test-released  train the released configuration with random weights: seven minutes, 24 GB of memory, 14 GB of disk
 make test-browser  the site and the widgets in a headless Chromium; needs chromium, node and npm
 make lab       open the notebooks in JupyterLab
@@ -58,6 +59,16 @@ test: $(SETUP)
 test-bits: $(SETUP)
 	$(BIN)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --no-deps --upgrade --target $(VENV)/bits bitsandbytes
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV)/bits) $(BIN)/pytest -m bits $(ARGS)
+
+# These three change what a run does, so the newest versions that settings.ini allows are tested too, beside the tested set for all else.
+NEWEST := $(VENV)-newest
+FLOATING := transformers|peft|accelerate|huggingface_hub|tokenizers|safetensors
+test-newest: settings.ini setup.py $(CONSTRAINTS)
+	$(PYTHON) -m venv "$(NEWEST)"
+	grep -v -i -E '^($(FLOATING))==' $(or $(CONSTRAINTS),/dev/null) > "$(NEWEST)/constraints.txt" || true
+	"$(NEWEST)/bin/pip" install -qq --disable-pip-version-check --upgrade --upgrade-strategy only-if-needed -c "$(NEWEST)/constraints.txt" transformers peft accelerate -e ".[dev,docs]"
+	"$(NEWEST)/bin/pip" list --disable-pip-version-check | grep -i -E '^($(FLOATING)) '
+	OMP_NUM_THREADS=1 "$(NEWEST)/bin/pytest" -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-released: $(SETUP)
 	$(BIN)/pytest -s -m released tests/test_released.py $(ARGS)

@@ -21,6 +21,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 from .chatml import Conversation, load_audio, sentence_key
 from .checkpoint import base_of
 from .codec import Codec
+from .files import write_json
 from .generate import Encoder, Speech, SpeechCallback, as_mp3, generate_speech
 from .samples import AudioTokens, delay_pattern
 
@@ -254,11 +255,12 @@ def speech_of(conversations: Sequence[Conversation],  # each with a recording
               codec: Codec | None = None,  # through this codec; None: as they were recorded
               codebooks: int | None = None,  # only the first so many
               store=None,  # gives the codes of recordings; None: encoded anew
+              max_duration_s: float | None = 30.0,  # of a recording; a longer one is refused. None: no limit
               ) -> list[Speech]:
     "The last recording of each conversation as a clip to judge."
     clips = []
     for c in conversations:
-        x, rate = load_audio(c.audio[-1]), 24000
+        x, rate = load_audio(c.audio[-1], max_duration_s=max_duration_s), 24000
         codes = torch.zeros(0, 0, dtype=torch.long)
         if codec is not None: codes = (store.get(c.audio[-1]) if store else codec.encode(x))[:codebooks]; x, rate = codec.decode(codes), codec.sampling_rate
         clips.append(Speech(c.id, c.transcript, codes, None, rate, torch.as_tensor(x)))
@@ -291,9 +293,10 @@ def speak_beside(model,  # or a PeftModel around one
                  given: Sequence[int],  # codebooks that are taken from the recording
                  store=None,  # gives the codes of recordings; None: encoded anew by `codec`
                  batch_size: int = 8,  # clips spoken at the same time
+                 max_duration_s: float | None = 30.0,  # of a recording, without a store; None: no limit
                  ) -> list[Speech]:
     "Speak, greedily, with the codebooks `given` as they were recorded; each clip is as long as its recording."
-    tokens, store, said = AudioTokens.from_config(base_of(model).config, tokenizer), store or Encoder(codec), []
+    tokens, store, said = AudioTokens.from_config(base_of(model).config, tokenizer), store or Encoder(codec, max_duration_s), []
     for batch in (conversations[i:i + batch_size] for i in range(0, len(conversations), batch_size)):
         codes = [store.get(c.audio[-1]) for c in batch]
         said += generate_speech(model, tokenizer, batch, codec, store, max(c.shape[1] for c in codes), batch_size, logits_processor=[ForcedCodes(codes, given, tokens)], **greedy(model))
@@ -317,7 +320,7 @@ class ScoreCallback(SpeechCallback):
         if (said := super().speak(state, model)) is None: return
         arm, words = f"step {state.global_step}", {c.id: c.transcript for c in self.prompts}
         found = evaluate({arm: [dataclasses.replace(s, text=words[s.id]) for s in said]}, self.judges, self.target, players=0, progress=False)
-        (self.folder / f"step-{state.global_step:06d}" / "scores.json").write_text(json.dumps(found.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json("scores.json", found.to_dict(), self.folder / f"step-{state.global_step:06d}")
         self.result.scores |= found.scores
         values = {key: found.summary()[arm][name] for key, name in self.logged.items()}
         self.trainer.log({key: value[0] for key, value in values.items() if value is not None})

@@ -15,7 +15,7 @@ import soundfile
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import InfNanRemoveLogitsProcessor, TrainerCallback
 from .chatml import Audio, Conversation, Text, load_audio, tts_conversation
 from .codec import Codec
 from .collator import PaddedCollator
@@ -25,7 +25,7 @@ from .shard import is_sharded
 
 # %% auto #0
 __all__ = ['REFUSED', 'SET_HERE', 'prompt_of', 'as_mp3', 'Speech', 'check_options', 'generate_speech', 'generate_codes',
-           'Encoder', 'save_clips', 'SpeechCallback']
+           'FiniteLogits', 'Encoder', 'save_clips', 'SpeechCallback']
 
 # %% ../nbs/09_generate.ipynb #46036377
 def prompt_of(conversation: Conversation,  # a trained answer at its end is left out
@@ -93,7 +93,8 @@ SET_HERE = dict(max_new_tokens="use max_frames", max_length="use max_frames",
 
 def check_options(options: dict,  # arguments of `generate`
                   config,  # the model's generation config
-                  max_frames: int, batch_size: int) -> None:
+                  max_frames: int,  # longest clip
+                  batch_size: int) -> None:  # clips generated at the same time
     "`ValueError` names each option that `generate_speech` cannot honour, and what to do."
     wrong = [f"{name}={options[name]!r}: {remedy}" for name, remedy in SET_HERE.items() if name in options]
     for name, (harmless, remedy) in REFUSED.items():
@@ -124,6 +125,9 @@ def generate_speech(model,  # a `HiggsAudioForTraining`, a PeftModel around one,
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_options(generation, base.generation_config, max_frames, batch_size)
     if isinstance(prompts, (str, Conversation)): prompts = [prompts]
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, (str, Conversation)):
+            raise TypeError(f"prompt {i} is a {type(prompt).__name__}: give a text or a Conversation")
     tokens = AudioTokens.from_config(base.config, tokenizer)
     talks = [p if isinstance(p, Conversation) else tts_conversation(p, id=str(i)) for i, p in enumerate(prompts)]
     options = sample_options(base.config)
@@ -150,15 +154,28 @@ def generate_codes(model,  # of transformers' class, without PEFT around it
     keys = ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
     keys = (keys if batch["audio_input_ids"].shape[1] else keys[:2]) + (("audio_features", "audio_feature_attention_mask") if "audio_features" in batch else ())
     inputs = {k: batch[k].to(model.device) for k in keys}
-    out = model.generate(**inputs, max_new_tokens=max_frames + model.config.num_codebooks + 1, synced_gpus=is_sharded(model), **generation)
+    processors = [FiniteLogits(), *(generation.pop("logits_processor", None) or ())]
+    out = model.generate(**inputs, max_new_tokens=max_frames + model.config.num_codebooks + 1, synced_gpus=is_sharded(model), logits_processor=processors, **generation)
     return out[:, batch["audio_input_ids"].shape[1]:]
 
+class FiniteLogits(InfNanRemoveLogitsProcessor):  # of a kind that `generate` of Higgs admits
+    "Ends generation with a `ValueError` where logits are not finite, instead of codes without meaning."
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (clips * codebooks, codes); -inf: a code that is not admitted
+        if not scores.amax(-1).isfinite().all():  # the maximum of a row with a NaN is NaN
+            raise ValueError("the model's logits are not finite: its weights hold NaN or infinity, or overflow in this dtype. "
+                             "Validate the checkpoint, or load the model in float32")
+        return scores
+
 class Encoder:
-    "A store without memory: encodes whatever it is asked for."
-    def __init__(self, codec: Codec): self.codec = codec
+    "A store without memory: encodes each recording anew."
+    def __init__(self, codec: Codec,  # that encodes
+                 max_duration_s: float | None = 30.0):  # of a recording; a longer one is refused. None: no limit
+        self.codec = codec
+        self.max_duration_s = max_duration_s
+
     def get(self, audio: Audio) -> Tensor:
         "The codes (codebooks, frames) of a recording."
-        return self.codec.encode(load_audio(audio, self.codec.sampling_rate))
+        return self.codec.encode(load_audio(audio, self.codec.sampling_rate, self.max_duration_s))
 
 # %% ../nbs/09_generate.ipynb #a4230de4
 def save_clips(speech: list[Speech],  # with waveforms

@@ -200,6 +200,12 @@ class HiggsDecoder(HiggsAudioV2Model):
         else:
             for layer in self.layers: layer.__class__ = HiggsLayer  # the same parts, one more way through them
 
+    @property
+    def mixed(self) -> bool:
+        "Whether embeddings have another dtype than the layers, as float32 ones that are trained on a 16-bit base."
+        tables = (active(self.embed_tokens).weight, active(self.embed_audio_tokens).embed_audio_tokens.weight)
+        return any(table.dtype != self.norm.weight.dtype for table in tables)
+
     def get_placeholder_mask(self, input_ids, inputs_embeds, audio_input_ids_mask):
         "As stock; with embeddings in place of ids, `audio_input_ids_mask` (batch, positions) says where frames stand."
         if input_ids is None and inputs_embeds is not None: return audio_input_ids_mask
@@ -207,8 +213,12 @@ class HiggsDecoder(HiggsAudioV2Model):
 
     @torch.compiler.disable  # its operations are fused already, and torch.compile fails on rows of changing length (torch 2.13)
     def packed_forward(self, input_ids, audio_input_ids, position_ids, packed: dict, whisper=None, whisper_rows=None) -> Tensor:
-        "The last hidden states of a packed row in the order of the sequence: (positions, hidden)"
-        texts, frames = self.embed_tokens(input_ids[0].index_select(0, packed["text_positions"])), self.embed_audio_tokens(audio_input_ids[0])
+        "The last hidden states of a packed row in the order of the sequence: (positions, hidden). `ValueError` in training with attention dropout."
+        if self.training and self.config.attention_dropout:
+            raise ValueError(f"the config has attention_dropout={self.config.attention_dropout}, which packed rows do not apply: "
+                             "set model.config.attention_dropout = 0 before training")
+        texts = self.embed_tokens(input_ids.index_select(1, packed["text_positions"]))[0]  # 2-D, as NEFTune's hook on the table wants it
+        frames = self.embed_audio_tokens(audio_input_ids[0])
         hidden = torch.cat([texts, frames.to(texts.dtype)])  # under autocast, a GPU adds up the codebooks in float32
         row = PackedRow.make(self.config, self.rotary_emb, hidden, position_ids, **packed)
         if whisper is not None: hidden = hidden.index_copy(0, row.place[whisper_rows], whisper.to(hidden.dtype))
@@ -231,12 +241,12 @@ class HiggsDecoder(HiggsAudioV2Model):
         if packed is not None: return BaseModelOutputWithPast(self.packed_forward(input_ids, audio_input_ids, position_ids, packed, whisper, whisper_rows)[None])
         cache = past_key_values if cache is None else cache
         sequence = dict(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
-        if not self.audio_attention and whisper is None:
+        if not (self.audio_attention or whisper is not None or self.mixed and inputs_embeds is None):
             return super().forward(input_ids=input_ids, audio_input_ids=audio_input_ids, audio_input_ids_mask=audio_input_ids_mask,
                                    inputs_embeds=inputs_embeds, **cache_argument(cache), **sequence, **kwargs)
         if inputs_embeds is not None: raise ValueError("audio self-attention and Whisper features need input_ids, not inputs_embeds")
         is_frame = self.get_placeholder_mask(input_ids, None, None)
-        embeds = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, is_frame)
+        embeds = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, is_frame).to(self.norm.weight.dtype)
         if is_frame is None: is_frame = torch.ones_like(embeds[..., 0], dtype=torch.bool)
         if whisper is not None: embeds = embeds.flatten(0, 1).index_copy(0, whisper_rows, whisper.to(embeds.dtype)).view_as(embeds)
         if self.audio_attention:

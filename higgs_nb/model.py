@@ -4,6 +4,9 @@
 
 # %% ../nbs/05_model.ipynb #61d90134
 from __future__ import annotations
+import hashlib
+import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -15,6 +18,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, WhisperConfig, WhisperModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from .files import load_json, shown
 from .fused import chunked_cross_entropy
 from .layers import (AUDIO_ATTENTION_MODULES, AudioEncoderProjector, HiggsDecoder, WhisperTower, cache_argument,
                              start_as_identity)
@@ -23,9 +27,10 @@ from .samples import IGNORE, AudioTokens
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'PACKED_FIELDS', 'RELEASED', 'WHISPER_FIELDS', 'PRECISE', 'codebook_loss_sums', 'target_counts',
-           'LossWeights', 'HiggsOutput', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'base_path',
-           'whisper_settings', 'extend_config', 'start_new_modules', 'keep_precise', 'load_model']
+__all__ = ['logger', 'PACKED_FIELDS', 'RELEASED', 'WHISPER_FIELDS', 'PRECISE', 'PANGRAMS', 'codebook_loss_sums', 'target_counts',
+           'LossWeights', 'HiggsOutput', 'cast_input', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model',
+           'base_path', 'whisper_settings', 'extend_config', 'start_new_modules', 'keep_precise', 'check_directory',
+           'check_source', 'load_model', 'tokenizer_fingerprint']
 
 # %% ../nbs/05_model.ipynb #2bbe41b1
 def codebook_loss_sums(logits: Tensor,  # (rows, codebooks, codes)
@@ -66,6 +71,11 @@ class HiggsOutput(ModelOutput):
 # %% ../nbs/05_model.ipynb #9f618eb4
 PACKED_FIELDS = ("text_positions", "audio_positions", "lengths", "frame_lengths", "cu_seqlens", "frame_cu_seqlens")  # of `PackedCollator`, for the decoder
 
+def cast_input(module: nn.Linear,  # a head
+               args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # its inputs
+    "A forward pre-hook: the input in the dtype of the weight, for a float32 head that is trained on a 16-bit base."
+    return args[0].to(module.weight.dtype), *args[1:]
+
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     """`HiggsAudioV2ForConditionalGeneration` with a text head and the two losses, with audio self-attention where `config.use_audio_out_self_attention`
     and a Whisper tower where `config.encode_whisper_embed`. A batch of `PaddedCollator` or `PackedCollator` gives a `HiggsOutput`, the packed one several
@@ -78,6 +88,8 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         self.model = HiggsDecoder(config)
         self.audio_lm_head = nn.Linear(config.hidden_size, config.num_codebooks * config.codebook_size, bias=False)
         self.text_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if use_text_head else None
+        for head in (self.audio_lm_head, self.text_lm_head):
+            if head is not None: head.register_forward_pre_hook(cast_input)
         self.audio_tower = self.audio_encoder_proj = None
         if getattr(config, "encode_whisper_embed", False):
             self.audio_tower = WhisperTower(WhisperConfig(**config.whisper_config))
@@ -136,6 +148,27 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         if cache is None or not cache.get_seq_length():
             inputs |= dict(audio_features=audio_features, audio_feature_attention_mask=audio_feature_attention_mask)
         return inputs
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None,
+                                mean_resizing: bool = True) -> nn.Embedding:
+        "As stock, and the text head follows: its new rows are the mean of the old ones, or random without `mean_resizing`."
+        table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.text_lm_head is not None and self.text_lm_head.out_features != table.num_embeddings:
+            self.text_lm_head = self.resized_head(table.num_embeddings, mean_resizing)
+        return table
+
+    @torch.no_grad()
+    def resized_head(self, rows: int, mean_resizing: bool = True) -> nn.Linear:
+        "A text head with so many rows, the first ones those of the present head."
+        old = self.text_lm_head.weight
+        head = nn.Linear(old.shape[1], rows, bias=False, device=old.device, dtype=old.dtype)
+        if mean_resizing: head.weight.copy_(old.float().mean(0).expand(rows, -1))
+        else: head.weight.normal_(std=self.config.initializer_range)
+        kept = min(rows, len(old))
+        head.weight[:kept] = old[:kept]
+        head.weight.requires_grad_(old.requires_grad)
+        head.register_forward_pre_hook(cast_input)
+        return head.train(self.training)
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
         "(rows, hidden) -> (rows, codebooks, codes)"
@@ -206,7 +239,7 @@ def extend_config(config: HiggsAudioV2Config,  # of the checkpoint, changed in p
         raise ValueError(f"{name} has no Whisper tower: say where its weights come from, e.g. whisper='openai/whisper-large-v3', or leave encode_whisper_embed out")
     new = ()
     if use_audio_out_self_attention and not attends: config.use_audio_out_self_attention, new = True, AUDIO_ATTENTION_MODULES
-    if whisper and not hears: whisper_settings(config, WhisperConfig.from_pretrained(whisper)); new += ("audio_encoder_proj",)
+    if whisper and not hears: check_directory(whisper, "Whisper model"); whisper_settings(config, WhisperConfig.from_pretrained(whisper)); new += ("audio_encoder_proj",)
     return new
 
 # %% ../nbs/05_model.ipynb #eb8e7261
@@ -219,7 +252,7 @@ def start_new_modules(model: HiggsAudioForTraining, new: tuple[str, ...], whispe
         added = sum(p.numel() for n, p in model.named_parameters() if any(f".{m}." in n for m in AUDIO_ATTENTION_MODULES))
         logger.warning(f"audio self-attention: on, and new to this checkpoint. It adds {added:,} parameters, which change nothing until they are trained.")
     if "audio_encoder_proj" in new:
-        model.audio_tower.load_state_dict(WhisperModel.from_pretrained(whisper).encoder.state_dict())
+        model.audio_tower.load_state_dict(WhisperModel.from_pretrained(whisper, use_safetensors=True).encoder.state_dict())
         weight = model.audio_encoder_proj.linear.weight
         weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * std)
         model.audio_encoder_proj.linear.bias.zero_()
@@ -234,6 +267,33 @@ def keep_precise(config: QuantizationConfigMixin | None) -> QuantizationConfigMi
     if not isinstance(config, BitsAndBytesConfig) or config.llm_int8_skip_modules is not None: return config
     return BitsAndBytesConfig.from_dict({**config.to_dict(), "llm_int8_skip_modules": [*PRECISE]})
 
+def check_directory(name: str | Path,  # a directory, or OWNER/NAME on the hub
+                    what: str = "model") -> None:  # that is meant, for the error
+    """`FileNotFoundError` if `name` is no directory and cannot be meant for the hub, so that a misspelt path is not asked of it: an id there is OWNER/NAME, and no directory
+    is called OWNER here."""
+    text = str(name)
+    if text and Path(text).is_dir(): return
+    parts = text.split("/")
+    is_id = 1 <= len(parts) <= 2 and all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts)
+    if not is_id or len(parts) == 2 and Path(parts[0]).is_dir():
+        raise FileNotFoundError(f"there is no directory {shown(text)!r} here, and it is not asked of the hub: correct the path of the {what}. "
+                                f"The present directory is {Path.cwd()}")
+
+def check_source(name: str | Path) -> None:  # see `load_model`
+    "`ValueError` names what a directory is, where it holds something else than a base in transformers' format; see `check_directory`, too."
+    check_directory(name, "base")
+    file = Path(name) / "config.json"
+    if (Path(name) / "adapter_config.json").is_file() and not file.is_file():
+        raise ValueError(f"{name} is an adapter: load its base with load_model, then load_lora_adapters(base, {str(name)!r})")
+    if not file.is_file(): return
+    config = load_json(file)
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind == "higgs_audio_v2": return
+    if kind == "higgs_audio": remedy = "it is a checkpoint in the original format: load it with higgs_nb.convert.load_original"
+    elif "tokenizer" in str(kind) or "codec" in str(kind): remedy = f"it is a codec ({kind}): give it to load_codec, and the directory of the language model here"
+    else: remedy = f"its config.json says model_type {kind!r}, and a base has 'higgs_audio_v2'"
+    raise ValueError(f"{name} cannot be loaded as a base: {remedy}")
+
 def load_model(name_or_path: str,  # directory or hub id
                revision: str | None = None,  # commit of the hub repository; pin it: an early conversion there broke loaders
                dtype: str | torch.dtype = "auto",  # "auto": as saved
@@ -245,6 +305,7 @@ def load_model(name_or_path: str,  # directory or hub id
                quantization_config: QuantizationConfigMixin | None = None,  # a BitsAndBytesConfig: the decoder layers' matrices in 4 or 8 bits, see `keep_precise`
                **kwargs) -> HiggsAudioForTraining:  # more for `from_pretrained`
     "Load a checkpoint in transformers' format with its text head; `ValueError` if weights are missing, left over or of another shape."
+    check_source(name_or_path)
     try: config = HiggsAudioV2Config.from_pretrained(name_or_path, revision=revision)
     except OSError as error: raise OSError(f"{error}\nWithout a network, fetch the base where there is one, `hf download {name_or_path}`, and give its directory. `higgs_doctor --base {name_or_path}` looks what is wrong.") from error
     new = extend_config(config, str(name_or_path), use_audio_out_self_attention, encode_whisper_embed, whisper)
@@ -262,3 +323,12 @@ def load_model(name_or_path: str,  # directory or hub id
     for module in model.modules():  # bitsandbytes would repack 4-bit matrices at the first evaluation on such a CPU, with rounded scales, and train on with those
         if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
     return model.to(device) if device is not None else model
+
+# %% ../nbs/05_model.ipynb #abf125c5
+PANGRAMS = ("The quick brown fox jumps over the lazy dog. 0123456789", "Größe, façade, naïve; 你好 — привет!", "  two spaces\n\tand a tab")
+
+def tokenizer_fingerprint(tokenizer) -> str:  # of a model
+    "A sha256 over the vocabulary of a tokenizer and what it makes of a few texts, 64 hex digits."
+    made = [tokenizer.encode(text, add_special_tokens=False) for text in PANGRAMS]
+    value = [sorted(tokenizer.get_vocab().items()), made]
+    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()

@@ -69,6 +69,11 @@ class AudioTokens:
         "Read the ids from a model's `config` and check that `tokenizer` gives the same; `ValueError` if not."
         missing = [t for t in SPECIAL_TOKENS if tokenizer.encode(t, add_special_tokens=False) != [tokenizer.convert_tokens_to_ids(t)]]
         if missing: raise ValueError(f"the tokenizer has no single token for {missing}: it is not the tokenizer of a Higgs Audio V2 model")
+        rows = getattr(config, "vocab_size", len(tokenizer))
+        if len(tokenizer) > rows:
+            beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+            raise ValueError(f"the tokenizer has {len(beyond)} tokens beyond the model's vocab_size {rows}: {', '.join(t for _, t in beyond[:5])}. Take the tokenizer "
+                             "of the base, or call model.resize_token_embeddings(len(tokenizer)) before adding an adapter")
         ids = {name: tokenizer.convert_tokens_to_ids(name) for name in (AUDIO_OUT, AUDIO_DELAY, "<|audio_out_bos|>")}
         wanted = {AUDIO_OUT: config.audio_token_id, AUDIO_DELAY: config.audio_delay_token_id, "<|audio_out_bos|>": config.audio_bos_token_id}
         if ids != wanted: raise ValueError(f"tokenizer and model disagree: the tokenizer says {ids}, the model's config {wanted}")

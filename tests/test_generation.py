@@ -1,20 +1,28 @@
 "Speech from prompts: one clip per prompt, equal to the stock class's codes; options that would break this are refused by name."
 import inspect
 import json
+import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile as sf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import HiggsAudioV2ForConditionalGeneration
+from transformers.integrations.neftune import activate_neftune
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Attention
 
+from higgs_nb.chatml import Audio, AudioError
 from higgs_nb.codec import load_codec
-from higgs_nb.collator import PaddedCollator
-from higgs_nb.generate import Speech, generate_codes, generate_speech, prompt_of, save_clips
+from higgs_nb.collator import PackedCollator, PaddedCollator
+from higgs_nb.evaluate import speech_of
+from higgs_nb.generate import Encoder, Speech, generate_codes, generate_speech, prompt_of, save_clips
 from higgs_nb.layers import CACHE
-from higgs_nb.model import tiny_model
-from higgs_nb.samples import AudioTokens, byte_tokenizer, delay_pattern, undelay
+from higgs_nb.lora import apply_lora, create_lora_config
+from higgs_nb.model import check_directory, load_model, tiny_model, tokenizer_fingerprint
+from higgs_nb.samples import AudioTokens, byte_tokenizer, fit_tokenizer, delay_pattern, encode_conversation, expand, undelay
 from higgs_nb.chatml import tts_conversation
 
 TOKENIZER = byte_tokenizer()
@@ -107,3 +115,120 @@ def test_clips_stay_in_their_folder_whatever_their_ids(tmp_path_factory, ids):
     assert json.loads((folder/"run/step-000000/clips.json").read_text()) == rows and [r["id"] for r in rows] == [s.id for s in speech]
     assert {p.name for p in folder.iterdir()} == {"mine.wav", "run"} and (folder/"mine.wav").read_bytes() == b"mine"
     assert {p.name for p in (folder/"run/step-000000").iterdir()} == {"clips.json", *(r["file"] for r in rows)}
+
+
+SMALL = dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, codebook_size=34)
+
+
+def small(**config): return tiny_model(TOKENIZER, **{**SMALL, **config}).eval()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [False, True])
+def test_logits_that_are_not_finite_end_generation(value, sampling):
+    model = small()
+    with torch.no_grad(): model.audio_lm_head.weight[5] = value
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        generate_speech(model, TOKENIZER, ["One."], max_frames=4, do_sample=sampling)
+
+
+@pytest.mark.parametrize("part", ["audio_lm_head", "text_lm_head", "model.embed_tokens", "model.embed_audio_tokens"])
+def test_float32_parts_on_a_16_bit_base_speak(part):
+    adapted = apply_lora(small().to(torch.bfloat16), create_lora_config(r=2, train=(part,)))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad: parameter.data = parameter.data.float()
+    (clip,) = generate_speech(adapted, TOKENIZER, ["One."], max_frames=4)
+    assert clip.codes.shape[0] == 8
+
+
+@given(st.integers(1, 9), st.booleans())
+@settings(max_examples=6, deadline=None)
+def test_the_text_head_follows_the_vocabulary(tmp_path_factory, more, mean):
+    folder, model = tmp_path_factory.mktemp("base"), small()
+    head = model.text_lm_head.weight.detach().clone()
+    rows = len(head) + more
+    model.resize_token_embeddings(rows, mean_resizing=mean)
+    assert len(model.text_lm_head.weight) == model.config.vocab_size == model.get_input_embeddings().num_embeddings == rows
+    assert torch.equal(model.text_lm_head.weight[:len(head)], head)
+    model.save_pretrained(folder)
+    assert torch.equal(load_model(str(folder)).text_lm_head.weight, model.text_lm_head.weight)
+
+
+def test_tokens_without_a_row_are_named():
+    more = byte_tokenizer()
+    more.add_tokens(["<laugh>", "<sigh>"])
+    with pytest.raises(ValueError, match="2 tokens beyond the model's vocab_size 271: <laugh>, <sigh>.*resize_token_embeddings"):
+        generate_speech(small(), more, ["One."])
+    model = small()
+    model.resize_token_embeddings(len(more))
+    assert generate_speech(model, more, ["One <laugh>."], max_frames=2)
+
+
+def test_a_fingerprint_is_that_of_the_tokenizer(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    again = type(TOKENIZER).from_pretrained(tmp_path)
+    more = byte_tokenizer()
+    more.add_tokens(["<laugh>"])
+    others = [more, fit_tokenizer(["one two three " * 20], 300), fit_tokenizer(["four five six " * 20], 300)]
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(TOKENIZER)
+    assert len({tokenizer_fingerprint(t) for t in (TOKENIZER, *others)}) == 4
+
+
+def test_a_prompt_of_another_type_is_named(model):
+    with pytest.raises(TypeError, match="prompt 1 is a int: give a text or a Conversation"):
+        generate_speech(model, TOKENIZER, ["One.", 2])
+
+
+def packed(model):
+    tokens = AudioTokens.from_config(model.config, TOKENIZER)
+    codes = torch.randint(0, 32, (8, 12), generator=torch.Generator().manual_seed(0))
+    talk = tts_conversation("One.", Audio(path="a.wav"), id="a")
+    return PackedCollator(tokens)([expand(encode_conversation(talk, TOKENIZER, [codes]), tokens)])
+
+
+def test_neftune_adds_noise_to_packed_rows():
+    model = small().train()
+    plain = model(**packed(model)).loss
+    handle = activate_neftune(model, 5.0)
+    assert not torch.equal(model(**packed(model)).loss, plain)
+    model.eval()
+    assert torch.equal(model(**packed(model)).loss, plain)
+    handle.remove()
+
+
+def test_attention_dropout_is_refused_in_training():
+    model = small().train()
+    model.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="attention_dropout=0.1.*set model.config.attention_dropout = 0"): model(**packed(model))
+    assert torch.isfinite(model.eval()(**packed(model)).loss)
+
+
+@pytest.mark.parametrize("config, remedy", [({"model_type": "higgs_audio"}, "load_original"), ({"model_type": "higgs_audio_v2_tokenizer"}, "load_codec"),
+                                            ({"model_type": "llama"}, "model_type 'llama'"), ([], "model_type None")])
+def test_what_is_no_base_is_named(tmp_path, config, remedy):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"cannot be loaded as a base: .*{remedy}"): load_model(str(tmp_path))
+
+
+def test_an_adapter_is_no_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter.*load_lora_adapters"): load_model(str(tmp_path))
+
+
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name in ("runs/mybase", "./mybase", "../mybase", "~/mybase", "/nowhere/base", str(tmp_path / "gone"), "a/b/c", "my base", "runs/x\0", ""):
+        with pytest.raises(FileNotFoundError, match="no directory .* not asked of the hub"): check_directory(name)
+        with pytest.raises(FileNotFoundError): load_model(name)
+    for name in ("runs", tmp_path, "bosonai/higgs-audio-v2-generation-3B-base", "gpt2"): check_directory(name)
+
+
+def test_recordings_may_be_as_long_as_the_run_allows(tmp_path):
+    sf.write(tmp_path / "long.wav", np.full(31 * 24000, 0.1), 24000)
+    talk = tts_conversation("One.", Audio(path=str(tmp_path / "long.wav")), id="long")
+    codec = load_codec()
+    for refused in (lambda: Encoder(codec).get(talk.audio[0]), lambda: speech_of([talk])):
+        with pytest.raises(AudioError, match="limit is 30 s"): refused()
+    assert Encoder(codec, 40).get(talk.audio[0]).shape[1] > 750
+    assert speech_of([talk], max_duration_s=40)[0].duration_s == 31

@@ -1,63 +1,70 @@
-"""Our collators against recordings of the original implementation. HIGGS_ORACLE names the folder with the recordings."""
-import importlib.util
+"""Our collators and model against recordings of the original implementation: the compact part in tests/oracle, or the whole of them.
+
+HIGGS_ORACLE=FOLDER names the whole recordings; tests/oracle/README.md says what they are.
+"""
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from oracle_adapter import collate, forward, load
+from oracle_recordings import COMPACT, STEP, Recordings, agrees, compact, thin
 
 from higgs_nb.chatml import Conversation
 from higgs_nb.collator import PackedCollator, PaddedCollator
 from higgs_nb.convert import native_batch
 from higgs_nb.samples import AudioTokens, ChatMLDatasetSample, delay_pattern, expand, prepare_chatml_sample, undelay, whisper_extractor
 
-folder = Path(os.environ.get("HIGGS_ORACLE", Path(__file__).parents[2] / "shared" / "oracle"))
-if not (folder / "oracle.py").exists():
-    pytest.skip(f"no recordings of the original in {folder}; set HIGGS_ORACLE", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("oracle", folder / "oracle.py")
-oracle = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(oracle)
-
-ids = oracle.samples_json["ids"]
-TOKENS = AudioTokens(ids["AUDIO"], ids["AUDIO_OUT"], ids["audio_delay"], ids["pad"], oracle.samples_json["audio_stream_bos_id"],
-                     oracle.samples_json["audio_stream_eos_id"], oracle.samples_json["num_codebooks"])
+folder = os.environ.get("HIGGS_ORACLE") or COMPACT
+oracle = Recordings(folder)
+ids = oracle.samples["ids"]
+TOKENS = AudioTokens(ids["AUDIO"], ids["AUDIO_OUT"], ids["audio_delay"], ids["pad"], oracle.samples["audio_stream_bos_id"],
+                     oracle.samples["audio_stream_eos_id"], oracle.samples["num_codebooks"])
 
 
-FIELDS = (*oracle.OUT_FIELDS, "audio_out_ids_start_group_loc", "reward")
+def test_the_recordings_are_complete():
+    "Every case with every choice of the collator's arguments, and every variant of the model."
+    runs = oracle.collator["runs"]
+    assert len(runs) == 448 == 64 * len({r["case"] for r in runs})
+    assert len({(r["case"], *r["kwargs"].values()) for r in runs}) == 448
+    assert {r["variant"] for r in oracle.model["runs"]} == set("abc") and len(oracle.model["runs"]) == 20
 
 
 def test_every_recorded_batch():
-    report = oracle.check_collator(collate, FIELDS)
-    assert report["bad"] == []
-    assert report["ok"] + report["upstream_raised"] == len(oracle.collator_json["runs"]) == 448
+    wrong, raised = [], 0
+    for run in oracle.collator["runs"]:
+        if "out" not in run:
+            raised += 1
+            continue
+        got = collate(oracle.batch_of(run), **{**oracle.collator["base_kwargs"], **run["kwargs"]})
+        wrong += [(run["case"], run["kwargs"], field) for field in oracle.mismatched(got, run)]
+    assert wrong == []
+    assert raised == sum("error" in run for run in oracle.collator["runs"]) == 16
 
 
 def changed(name: str, special: dict) -> dict:
     "The sample of a special run, changed as its note says."
     if name == "no_labels": return {**oracle.sample("clone_in"), "label_ids": None}
     if name == "resample_24k":
-        return {**oracle.sample("clone_in"), "audio_waveforms_concat": oracle.collator_t[special["in_waveform"]], "audio_sample_rate": torch.tensor([24000])}
+        return {**oracle.sample("clone_in"), "audio_waveforms_concat": oracle.batch_tensors[special["in_waveform"]], "audio_sample_rate": torch.tensor([24000])}
     if name == "long_30s":
-        return {**oracle.sample("long_in_text"), "audio_waveforms_concat": oracle.collator_t[special["tile_1s"]].repeat(32)[:507200]}
+        return {**oracle.sample("long_in_text"), "audio_waveforms_concat": oracle.batch_tensors[special["tile_1s"]].repeat(32)[:507200]}
     multi = oracle.sample("multi")
     codes = multi["audio_ids_concat"]
     return {**multi, "audio_label_ids_concat": codes if name == "no_transform" else torch.full_like(codes, 7)}
 
 
-@pytest.mark.parametrize("special", [s for s in oracle.collator_json["special"] if "same_object" not in s["name"]], ids=lambda s: s["name"])
+@pytest.mark.parametrize("special", [s for s in oracle.collator["special"] if "same_object" not in s["name"]], ids=lambda s: s["name"])
 def test_special_runs(special):
-    got = collate([changed(special["name"], special)], **{**oracle.collator_json["base_kwargs"], **special["kwargs"]})
-    expected = oracle.tensors(special["out"], oracle.collator_t)
-    for field in FIELDS: assert oracle.same(got[field], expected[field], 1e-4 if field == "audio_features" else 0), field
+    got = collate([changed(special["name"], special)], **{**oracle.collator["base_kwargs"], **special["kwargs"]})
+    assert oracle.mismatched(got, special, 1e-4) == []
 
 
-@pytest.mark.parametrize("case", oracle.samples_json["cases"])
+@pytest.mark.parametrize("case", oracle.samples["cases"])
 @pytest.mark.parametrize("in_tokens", [True, False])
 def test_whisper_on_where_the_original_raised(case, in_tokens):
     "Each clip that is spoken keeps its own codes, whatever is heard before or after it, in however many chunks."
-    names = oracle.samples_json["cases"][case]
-    kwargs = dict(oracle.collator_json["base_kwargs"], encode_whisper_embed=True, return_audio_in_tokens=in_tokens, use_delay_pattern=True)
+    names = oracle.samples["cases"][case]
+    kwargs = dict(oracle.collator["base_kwargs"], encode_whisper_embed=True, return_audio_in_tokens=in_tokens, use_delay_pattern=True)
     got = collate([oracle.sample(n) for n in names], **kwargs)
     without = collate([oracle.sample(n) for n in names], **{**kwargs, "encode_whisper_embed": False})
     for field in ("audio_out_ids", "audio_out_ids_start", "label_audio_ids"):
@@ -69,24 +76,23 @@ def test_whisper_on_where_the_original_raised(case, in_tokens):
 
 def test_same_object_twice():
     "The recorded second pass lost its labels; ours equals the first."
-    special = {s["name"]: s for s in oracle.collator_json["special"]}
+    special = {s["name"]: s for s in oracle.collator["special"]}
     for mask in (True, False):
         first = special[f"same_object_1st_pass.mask={mask}"]
-        expected = oracle.tensors(first["out"], oracle.collator_t)
         sample = [oracle.sample("tts")]
         for _ in range(2):
-            got = collate(sample, **{**oracle.collator_json["base_kwargs"], **first["kwargs"]})
-            for field in oracle.OUT_FIELDS: assert oracle.same(got[field], expected[field]), field
+            got = collate(sample, **{**oracle.collator["base_kwargs"], **first["kwargs"]})
+            assert oracle.mismatched(got, first) == []
         assert int((got["label_audio_ids"] >= 0).sum()) == 8 * 10
 
 
-@pytest.mark.parametrize("run", oracle.J("native.json")["variant_a_vs_native"], ids=lambda r: f"{r['tensors_prefix']}{r['case']}")
+@pytest.mark.parametrize("run", oracle.native["variant_a_vs_native"], ids=lambda r: f"{r['tensors_prefix']}{r['case']}")
 def test_native_sequence(run):
     "Ids, frames and both kinds of labels of every recorded run, row by row; a clip that is not trained has no recorded audio labels."
-    native = oracle.load_file(str(folder / "native.safetensors"))
+    native = oracle.tensors_of("native")
     at = lambda name: native.get(run["tensors_prefix"] + name)
     samples = [expand(ChatMLDatasetSample.wrap(oracle.sample(n)), TOKENS, n, delay=run["kwargs"]["use_delay_pattern"],
-                      audio_in_codes=run["kwargs"]["return_audio_in_tokens"]) for n in oracle.samples_json["cases"][run["case"]]]
+                      audio_in_codes=run["kwargs"]["return_audio_in_tokens"]) for n in oracle.samples["cases"][run["case"]]]
     for row, sample in enumerate(samples):
         text, frames = at("attention_mask")[row].bool(), at("audio_input_ids_mask")[row].bool()
         assert torch.equal(sample.input_ids, at("input_ids")[row][text])
@@ -99,20 +105,20 @@ def test_native_sequence(run):
         assert torch.equal(batch["audio_input_ids"][row][batch["audio_input_ids_mask"][row]], sample.audio_ids)
 
 
-@pytest.mark.parametrize("name", oracle.samples_json["samples"])
+@pytest.mark.parametrize("name", oracle.samples["samples"])
 def test_prepared_tokens(name):
     "The recorded tokens and labels of `prepare_chatml_sample`."
     from transformers import PreTrainedTokenizerFast
-    recorded = oracle.samples_json["samples"][name]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    recorded = oracle.samples["samples"][name]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(oracle.folder / "tokenizer.json"))
     input_ids, label_ids, audios, _ = prepare_chatml_sample(Conversation.from_dict(recorded["chatml"], id=name), tokenizer)
     assert input_ids == recorded["input_tokens"] and label_ids == recorded["label_tokens"]
     assert [a.path for a in audios] == recorded["audio_urls"]
 
 
-@pytest.mark.parametrize("name", sorted({k.split(".")[0] for k in oracle.load_file(str(folder / "delay.safetensors"))}))
+@pytest.mark.parametrize("name", sorted({k.split(".")[0] for k in oracle.tensors_of("delay")}))
 def test_delay_pattern(name):
-    recorded = oracle.load_file(str(folder / "delay.safetensors"))
+    recorded = oracle.tensors_of("delay")
     codes, delayed = recorded[f"{name}.codes"], recorded[f"{name}.delayed"]
     got, _ = delay_pattern(codes, torch.tensor([codes.shape[1]]), delayed[-1, 0], delayed[0, -1])
     assert torch.equal(got.t(), delayed)
@@ -122,17 +128,18 @@ def test_delay_pattern(name):
 @pytest.fixture(scope="module")
 def models():
     "Our model of each variant, from the recorded weights under the original's names."
-    return {v: load(config, oracle.weights(v)) for v, config in oracle.model_json["configs"].items()}
+    return {v: load(config, oracle.weights(v)) for v, config in oracle.model["configs"].items()}
 
 
-RUNS = [(v, n) for v in oracle.model_json["configs"] for n, _ in enumerate(oracle.model_runs(v))]
+RUNS = [(v, n) for v in oracle.model["configs"] for n, _ in enumerate(oracle.model_runs(v))]
 
 
-@pytest.mark.parametrize("variant", oracle.model_json["configs"])
+@pytest.mark.parametrize("variant", oracle.model["configs"])
 def test_model_logits(models, variant):
     "Text logits at every attended position and audio logits of every spoken frame."
-    with torch.no_grad(): report = oracle.check_model(lambda run, inputs: forward(models[variant], run, inputs), variant)
-    assert report and [r for r in report if not r["ok"]] == []
+    with torch.no_grad():
+        runs = [(r["case"], oracle.distance(forward(models[variant], r, i), r)) for r, i in oracle.model_runs(variant)]
+    assert runs and [(case, distance) for case, distance in runs if not distance <= 5e-5] == []
 
 
 def original_name(name: str) -> str:
@@ -144,7 +151,7 @@ def original_name(name: str) -> str:
 @pytest.mark.parametrize("variant, number", RUNS)
 def test_model_losses_and_gradients(models, variant, number):
     "Each part of the loss, and the norm of every parameter's gradient; a gradient that the original leaves undefined is zero or undefined here."
-    run, inputs, _ = list(oracle.model_runs(variant))[number]
+    run, inputs = list(oracle.model_runs(variant))[number]
     model, recorded = models[variant], run["losses"]
     got = forward(model, run, inputs)
     if recorded.get("text_n"): assert abs(got["text_loss"].item() - recorded["text_ce"]) < 1e-4
@@ -162,13 +169,13 @@ def test_model_losses_and_gradients(models, variant, number):
 
 def test_every_variant_together(models):
     "Audio self-attention and tower in one model: the union of the recorded weights, padded as one batch and sample by sample."
-    configs = oracle.model_json["configs"]
+    configs = oracle.model["configs"]
     config = next(c for c in configs.values() if not c["skip_audio_tower"]) | dict(use_audio_out_self_attention=True)
     weights = {k: w for v in configs for k, w in oracle.weights(v).items()}
     model = load(config, weights)
-    run, inputs, _ = next(r for r in oracle.model_runs("c") if len(r[1]["input_ids"]) > 1)
-    samples = [[oracle.sample(n)] for n in oracle.samples_json["cases"][run["case"]]]
-    kwargs = {**oracle.collator_json["base_kwargs"], **run["kwargs"]}
+    run, inputs = next(r for r in oracle.model_runs("c") if len(r[1]["input_ids"]) > 1)
+    samples = [[oracle.sample(n)] for n in oracle.samples["cases"][run["case"]]]
+    kwargs = {**oracle.collator["base_kwargs"], **run["kwargs"]}
     with torch.no_grad():
         together = forward(model, run, inputs)["audio_logits"]
         alone = [forward(model, run, collate(s, **kwargs))["audio_logits"] for s in samples]
@@ -179,11 +186,11 @@ def test_every_variant_together(models):
 @pytest.mark.parametrize("collator", [PackedCollator, PaddedCollator])
 def test_training_batches_with_whisper(models, number, collator):
     "What a `SampleDataset` with waveforms hands to the trainer's collators: the recorded losses, and the logits of the original's collator."
-    run, inputs, _ = list(oracle.model_runs("c"))[number]
+    run, inputs = list(oracle.model_runs("c"))[number]
     model, kwargs, recorded = models["c"], run["kwargs"], run["losses"]
     extractor = whisper_extractor(model.config)
     samples = [expand(ChatMLDatasetSample.wrap(oracle.sample(n)), TOKENS, n, kwargs["use_delay_pattern"], kwargs["return_audio_in_tokens"], extractor)
-               for n in oracle.samples_json["cases"][run["case"]]]
+               for n in oracle.samples["cases"][run["case"]]]
     ours, theirs = collator(TOKENS, extractor=extractor)(samples), native_batch(inputs, model.config)
     assert len(ours["whisper_rows"]) == len(theirs.get("whisper_rows", ())) and torch.equal(ours["audio_targets"], theirs["audio_targets"])
     with torch.no_grad():
@@ -193,3 +200,21 @@ def test_training_batches_with_whisper(models, number, collator):
         assert (logits[0] - logits[1]).abs().max() < 5e-5
         assert (got["codebook_losses"] - torch.tensor(recorded["audio_ce_per_codebook"])).abs().max() < 1e-4
     if recorded.get("text_n"): assert abs(got["text_loss"] - recorded["text_ce"]) < 1e-4
+
+
+def test_the_compact_part_leaves_no_column_out():
+    x = torch.arange(48.0).view(2, 3, 8).repeat(1, 1, 5) + 1
+    kept = thin(x)
+    assert kept.shape == (2, 3, 5) and thin(torch.eye(STEP)).sum() == STEP
+    for row, column in ((0, 0), (1, 9), (2, 34)):
+        changed = x.clone()
+        changed[0, row, column] = 0
+        assert not agrees(thin(changed), kept)
+
+
+if folder != COMPACT:
+    def test_the_compact_part_is_made_of_the_whole(tmp_path):
+        "To the byte, so that nothing in tests/oracle was edited."
+        compact(folder, tmp_path)
+        made = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+        assert made == {f.name: f.read_bytes() for f in COMPACT.iterdir() if f.name != "README.md"}

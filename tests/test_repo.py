@@ -1,5 +1,5 @@
 "The repository agrees with itself: package and notebooks, README and index, wheel and tree, the site."
-import importlib, inspect, json, re, sys, zipfile
+import importlib, inspect, json, re, shutil, sys, zipfile
 from configparser import ConfigParser
 from functools import cached_property
 from html.parser import HTMLParser
@@ -182,3 +182,28 @@ def test_figures_on_the_home_page_are_those_that_were_measured():
     measured = [[cell(results[group][arm][metric], digits) for metric, digits in (("WER %", 1), ("similarity", 2), ("stops %", 1))] for group, arm in rows]
     table = (ROOT/"README.md").read_text().split("| what | word errors, %", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
     assert [[c.strip() for c in line.split("|")[2:5]] for line in table] == measured
+
+
+@pytest.mark.parametrize("name", ["plain", "two words", "it's", 'a "clone"', "a;b", "$HOME", "`id`"])
+def test_make_works_in_a_clone_with_any_name(tmp_path, name):
+    "Commands that take the clone's path get it as it is."
+    clone = tmp_path / name
+    tools, speech = clone / ".venv/bin", clone / "runs/voices/codes.safetensors"
+    for folder in (tools, speech.parent, clone / ".venv/bits"):
+        folder.mkdir(parents=True)
+    speech.touch()
+    shutil.copy(ROOT / "Makefile", clone)
+    for tool in ("higgs_run", "pytest", "pip"):
+        (tools / tool).write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$PYTHONPATH"\n')
+        (tools / tool).chmod(0o755)
+    lines = run("make", "-s", "base", "test-bits", "SETUP=", cwd=clone, PYTHONPATH="").splitlines()
+    assert f"voices={speech}" in lines and str(clone / ".venv/bits") in lines
+
+
+def test_actions_are_pinned_by_commit():
+    "A tag can be moved to other code; the comment says which release the commit is."
+    workflows = [ROOT / file for file in committed() if file.parts[:2] == (".github", "workflows")]
+    used = [line.strip() for f in workflows for line in f.read_text().splitlines() if "uses:" in line]
+    assert len(used) > 5
+    loose = [line for line in used if not re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", line)]
+    assert not loose, "\n".join(loose)

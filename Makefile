@@ -12,7 +12,7 @@ quote = '$(subst ','\'',$(1))'
 TOOLS = $(call quote,$(BIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help train base test test-bits test-released test-browser lab docs bench prepare readme clean test-newest
+.PHONY: help train base test test-bits test-newest test-released test-browser lab docs bench scores prepare readme clean
 
 define HELP
 make train     train an adapter on the embedded corpus: runs/train holds it and the executed notebook
@@ -25,6 +25,7 @@ make test-browser  the site and the widgets in a headless Chromium; needs chromi
 make lab       open the notebooks in JupyterLab
 make docs      build the site into _docs, with Quarto if it is installed, else with smalldocs
 make bench     run every benchmark in benchmarks/
+make scores    measure the figures of README's table again, into runs/scores: hours; needs the extra eval
 make prepare   after an edit in nbs/: export the package, clean the notebooks, make README.md
 make clean     remove what was built; .venv and runs/ stay
 
@@ -125,7 +126,11 @@ docs: $(SETUP)
 
 bench: $(SETUP)
 	@ls benchmarks/*.py >/dev/null || { echo "make bench: no benchmark in benchmarks/" >&2; exit 1; }
-	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(TOOLS)/python "$$benchmark" $(ARGS); done
+	@set -e; for benchmark in $(filter-out benchmarks/small_base.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; $(TOOLS)/python "$$benchmark" $(ARGS); done
+
+scores: $(SETUP)
+	$(TOOLS)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[eval]"
+	$(TOOLS)/python benchmarks/small_base.py $(ARGS)
 
 prepare: $(SETUP)
 	$(TOOLS)/nbdev_export

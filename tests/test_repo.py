@@ -1,5 +1,5 @@
 "The repository agrees with itself: package and notebooks, README and index, wheel and tree, the site."
-import importlib, inspect, json, re, shutil, sys, zipfile
+import importlib, importlib.util, inspect, json, re, shutil, sys, zipfile
 from configparser import ConfigParser
 from functools import cached_property
 from html.parser import HTMLParser
@@ -207,3 +207,50 @@ def test_actions_are_pinned_by_commit():
     assert len(used) > 5
     loose = [line for line in used if not re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", line)]
     assert not loose, "\n".join(loose)
+
+
+@pytest.fixture(scope="module")
+def scores_script():
+    "benchmarks/small_base.py as a module."
+    spec = importlib.util.spec_from_file_location("small_base", ROOT / "benchmarks" / "small_base.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def judged(id, errors):
+    "A judged clip as evaluate.json holds it."
+    return dict(id=id, text="one two", duration_s=1.0, stopped=True, words=2, word_errors=errors, letters=7, letter_errors=errors, similarity=0.5)
+
+
+def test_the_scores_script_writes_what_the_results_hold(scores_script, tmp_path, monkeypatch):
+    "Each key of the file is measured by a section or named among what the script needs; rows are those of the file, in order."
+    results = json.loads(scores_script.RESULTS.read_text())
+    ways = ["recordings", "codec", "codec, 4 codebooks", "base, greedy", "base, A British woman., greedy", "adapter, greedy", "adapter, sampling"]
+    arms = {way: [judged("text 0", 1), judged("recorded", 2)] for way in ways}
+    evaluation = dict(arms=dict(scores=arms), codebooks=dict(scores={way: [judged("recorded", 2)] for way in results["codebooks"]}),
+                      merged_gives_same_codes=dict(clips=2, same=2))
+
+    def earlier_run(name, out, **parameters):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "evaluate.json").write_text(json.dumps(evaluation))
+
+    monkeypatch.setattr(scores_script, "higgs_run", earlier_run)
+    monkeypatch.setattr(scores_script, "vocoder", lambda: [0.5, 0.5, 0.5])
+    measured = scores_script.adapter(tmp_path, 1, 1)
+    for section, rows in measured.items():
+        assert list(rows) == list(results[section]), section
+    assert set(results) - {"from"} == set(measured) | set(scores_script.NEEDS)
+    assert measured["adapter"]["adapter, greedy: prompts"]["WER %"][0] == 50
+    assert measured["adapter"]["adapter, greedy: recordings' sentences"]["WER %"][0] == 100
+    control = scores_script.merged(results, scores_script.rehearsal(tmp_path, 1, 1))["controls"]
+    assert list(control) == list(results["controls"]) and control["without rehearsal"]["WER %"][0] == 50
+    assert control["losses unshifted"] == results["controls"]["losses unshifted"]
+
+
+def test_a_trial_of_the_scores_cannot_be_committed(scores_script):
+    before = scores_script.RESULTS.read_bytes()
+    for trial in (["--clips", "4"], ["--steps", "3"]):
+        with pytest.raises(SystemExit):
+            scores_script.main(["--commit", *trial])
+    assert scores_script.RESULTS.read_bytes() == before

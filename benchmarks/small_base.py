@@ -11,8 +11,6 @@ measured now, or what it needs that this machine does not have.
 """
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from higgs_nb.chatml import embedded_corpus, load_audio, load_corpus
@@ -21,6 +19,7 @@ from higgs_nb.evaluate import Evaluation, Score, default_judges, evaluate, speec
 from higgs_nb.files import load_json, write_json, write_whole
 from higgs_nb.generate import Speech
 from higgs_nb.model import base_path
+from higgs_nb.run import main as run_notebook
 from higgs_nb.world import world_features, world_synthesis
 
 RESULTS = Path(__file__).parent / "results" / "small_base.json"
@@ -53,7 +52,9 @@ def higgs_run(name: str, out: Path, **parameters) -> None:
         print(f"{out} is done")
         return
     given = [x for key, value in parameters.items() for x in ("-p", key, json.dumps(value))]
-    subprocess.run([sys.executable, "-m", "higgs_nb.run", name, "--out", str(out), *given], check=True)
+    code = run_notebook([name, "--out", str(out), *given])
+    if code or not (out / done).is_file():
+        raise SystemExit(f"higgs_run {name} ended with exit code {code}; the same command resumes in {out}")
 
 
 def texts_of(file: Path, clips: int) -> Path:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/11c_monitor.ipynb #5a41e7a5
 from __future__ import annotations
-import asyncio, html, json, math, random, time
+import asyncio, html, json, math, random, re, time
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
@@ -13,22 +13,47 @@ import numpy as np
 import soundfile
 from matplotlib.figure import Figure
 from .audio import load_audio
+from .files import load_json, shown, within
 from .generate import Speech
 from .manifest import members, validate_checkpoint
 from .plots import plot_losses, plot_scores, series
-from .widgets import Panel, picture, player
+from .widgets import Panel, picture, player, refill
 
 # %% auto #0
-__all__ = ['VIEWS', 'read_log', 'checkpoint_rows', 'samples_of', 'plot_run', 'RunMonitor', 'run_monitor', 'binomial_interval',
-           'sign_test', 'equally_loud', 'ABListener', 'ab_listener']
+__all__ = ['VIEWS', 'is_number', 'read_entry', 'read_log_lines', 'read_log', 'checkpoint_rows', 'listed_clips', 'samples_of',
+           'plot_run', 'RunMonitor', 'run_monitor', 'binomial_interval', 'sign_test', 'equally_loud', 'ABListener',
+           'ab_listener']
 
 # %% ../nbs/11c_monitor.ipynb #48298f1f
-def read_log(run_dir: str | Path) -> list[dict]:  # output directory of a run
-    "The entries of a run's `log.jsonl`, without a line that is still being written; an empty list before the first."
+def is_number(value) -> bool:  # any value of a JSON file
+    "Whether `value` is a number that can be drawn: an int or a float, but no bool, and not beyond 1e30."
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and not abs(value) > 1e30  # NaN is one
+
+def read_entry(line: str) -> dict | None:  # of a log.jsonl
+    "An entry with a `step` and plain values, or None."
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int or not is_number(entry["step"]):
+        return None
+    odd = [v for v in entry.values() if not (is_number(v) or v is None or isinstance(v, (str, bool)))]
+    return None if odd else entry
+
+def read_log_lines(run_dir: str | Path) -> tuple[list[dict], int]:  # output directory of a run
+    "The entries of a run's `log.jsonl`, and how many lines could not be read; a line that is still being written is neither."
     log = Path(run_dir) / "log.jsonl"
-    if not log.exists(): return []
-    whole, _, _ = log.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    if not log.exists():
+        return [], 0
+    complete = log.read_bytes().decode("utf-8", "replace").split("\n")[:-1]
+    entries = [read_entry(line) for line in complete if line.strip()]
+    readable = [e for e in entries if e is not None]
+    return readable, len(entries) - len(readable)
+
+def read_log(run_dir: str | Path) -> list[dict]:  # output directory of a run
+    "The entries of a run's `log.jsonl` that can be read, without a line that is still being written; an empty list before the first."
+    return read_log_lines(run_dir)[0]
 
 @lru_cache(1024)
 def _verdict(path: Path, changed: float) -> str: return validate_checkpoint(path).status
@@ -39,12 +64,29 @@ def checkpoint_rows(run_dir: str | Path) -> list[tuple[str, str]]:  # output dir
     for path in (r.path for r in members(run_dir)):
         manifest = path / "manifest.json"
         try: rows.append((path.name, _verdict(path, manifest.stat().st_mtime)))
-        except FileNotFoundError: rows.append((path.name, "being written, or broken"))  # or pruned while it was looked at
+        except (FileNotFoundError, NotADirectoryError): rows.append((path.name, "being written, or broken"))  # or pruned while it was looked at
+        except OSError as error: rows.append((path.name, f"cannot be read: {error.strerror}"))
     return rows
 
+def listed_clips(folder: Path) -> list[tuple[str, Path]]:  # of one step's samples
+    "Id and file of each clip in a folder, in the order of its `clips.json`; of a folder without a readable one, the names and files of its recordings."
+    try:
+        rows = [(str(row["id"]), within(folder, row["file"])) for row in load_json(folder / "clips.json")]
+        return [(id, file) for id, file in rows if file.is_file()]
+    except (OSError, ValueError, TypeError, KeyError):
+        return [(file.stem, file) for file in sorted(folder.glob("*.wav"))]
+
 def samples_of(run_dir: str | Path) -> dict[str, Path]:  # output directory of a run
-    "The speech of a run, `step N, ID` to wav file, in the order of the steps."
-    return {f"step {int(f.parent.name[5:])}, {f.stem}": f for f in sorted(Path(run_dir).glob("samples/step-*/*.wav"))}
+    """The speech of a run, `step N, ID` to wav file, in the order of the steps; an id that is there twice gets a number. A directory whose name
+    ends with no step is passed over."""
+    found = {}
+    steps = [f for f in Path(run_dir).glob("samples/step-*") if re.fullmatch("[0-9]{1,15}", f.name[5:])]
+    for folder in sorted(steps, key=lambda f: int(f.name[5:])):
+        for id, file in listed_clips(folder):
+            name = shown(f"step {int(folder.name[5:])}, {id}")
+            again = sum(n == name or n.startswith(f"{name} (") for n in found)
+            found[f"{name} ({again + 1})" if again else name] = file
+    return found
 
 # %% ../nbs/11c_monitor.ipynb #b9f038f2
 VIEWS = ("losses", "probe", "scores", "speed and memory")
@@ -104,21 +146,30 @@ class RunMonitor(Panel):
 
     def steps(self) -> int:
         "How many steps the run wants, as it was told or as its newest checkpoint says; 0: not known."
-        told = self.run_dir / "parameters.json"
-        if told.exists() and (steps := json.loads(told.read_text()).get("steps")): return steps
-        states = [s for r in members(self.run_dir) if (s := r.path / "trainer_state.json").exists()]
-        return json.loads(states[-1].read_text())["max_steps"] if states else 0
+        newest = [r.path / "trainer_state.json" for r in members(self.run_dir)][-1:]
+        for file, name in ((self.run_dir / "parameters.json", "steps"), *((f, "max_steps") for f in newest)):
+            try:
+                steps = load_json(file)[name]
+            except (OSError, ValueError, TypeError, KeyError, IndexError):
+                continue
+            if type(steps) is int and 0 < steps < 10**12: return steps
+        return 0
 
-    def said(self, history: list[dict]) -> str:
-        "How far the run is, its newest losses, the time that is left, its checkpoints."
-        if not history: return f"<p>{html.escape(str(self.run_dir))}: there is no log yet</p>"
+    def last_line(self) -> str:
+        "When the log was last written to."
+        return time.strftime("%H:%M:%S", time.localtime((self.run_dir / "log.jsonl").stat().st_mtime))
+
+    def said(self, history: list[dict], unreadable: int = 0) -> str:
+        "How far the run is, its newest losses, the time that is left, its checkpoints, and how many lines of its log could not be read."
+        lost = f"<p>{unreadable} lines of log.jsonl could not be read</p>" if unreadable else ""
+        if not history: return f"<p>{html.escape(shown(str(self.run_dir)))}: there is no log yet</p>{lost}"
         step, steps = history[-1]["step"], self.steps()
-        newest = {k: v for e in history for k, v in e.items()}
-        facts = [f"step {step}" + f" of {steps}" * bool(steps), "ended" if self.ended() else f"last line at {time.strftime('%H:%M:%S', time.localtime((self.run_dir / 'log.jsonl').stat().st_mtime))}"]
+        newest = {k: v for e in history for k, v in e.items() if is_number(v)}
+        facts = [f"step {step}" + f" of {steps}" * bool(steps), "ended" if self.ended() else f"last line at {self.last_line()}"]
         facts += [f"{name} {newest[key]:.3f}" for name, key in (("audio", "audio_loss"), ("text", "text_loss"), ("held out", "eval_audio_loss")) if key in newest]
         if "tokens_per_second" in newest: facts.append(f"{newest['tokens_per_second']:.0f} tokens/s")
         saved = "; ".join(f"{name}: {verdict}" for name, verdict in checkpoint_rows(self.run_dir)) or "none yet"
-        return f"<p role='status'><strong>{', '.join(facts)}</strong></p><p>checkpoints: {html.escape(saved)}</p>"
+        return f"<p role='status'><strong>{html.escape(', '.join(facts))}</strong></p><p>checkpoints: {html.escape(shown(saved))}</p>{lost}"
 
     def chart(self, history: list[dict]) -> str:
         "The chosen picture of the log, as HTML."
@@ -128,17 +179,31 @@ class RunMonitor(Panel):
         "A player of the chosen sample, as HTML."
         wav = samples_of(self.run_dir).get(self.sample.value)
         if not wav: return ""
-        wave = load_audio(wav, 24000, None) if soundfile.info(wav).frames else np.zeros(0)  # a model may say nothing
-        return f"<p>{html.escape(self.sample.value)}<br>{player(wave, 24000, self.sample.value)}</p>"
+        try:
+            wave = load_audio(wav, 24000, None) if soundfile.info(wav).frames else np.zeros(0)  # a model may say nothing
+            sound = player(wave, 24000, self.sample.value)
+        except (OSError, RuntimeError, ValueError) as error:
+            sound = html.escape(shown(f"cannot be played: {error}"))
+        return f"<p>{html.escape(self.sample.value)}<br>{sound}</p>"
+
+    def looked(self) -> tuple[str, str, str]:
+        "Status, picture and player as HTML; what cannot be read is named, and ends nothing."
+        try:
+            history, unreadable = read_log_lines(self.run_dir)
+            return self.said(history, unreadable), self.chart(history), self.heard()
+        except OSError as error:
+            return f"<p role='status'>{html.escape(shown(f'{self.run_dir} cannot be read: {error}'))}</p>", "", ""
 
     def update(self):
-        history, spoken = read_log(self.run_dir), ("none", *samples_of(self.run_dir))
-        if spoken != self.sample.options: self.sample.options, self.sample.value = spoken, self.sample.value if self.sample.value in spoken else "none"
-        self.status.value, self.view.value, self.sound.value = self.said(history), self.chart(history), self.heard()
+        try:
+            spoken = ("none", *samples_of(self.run_dir))
+        except OSError:  # said in the status
+            spoken = ("none",)
+        refill(self.sample, spoken, self.sample.value if self.sample.value in spoken else "none")
+        self.status.value, self.view.value, self.sound.value = self.looked()
 
     def still(self) -> str:
-        history = read_log(self.run_dir)
-        return self.said(history) + self.chart(history) + self.heard()
+        return "".join(self.looked())
 
 def run_monitor(run_dir: str | Path,  # what the run was given as output directory
                 every_s: float = 2.0,  # seconds between looks

@@ -49,8 +49,8 @@ def plot_codes(codes: Tensor,  # (codebooks, frames)
 # %% ../nbs/11_plots.ipynb #7103f34e
 def series(history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
            key: str) -> tuple[list[int], list[float]]:  # name of the quantity, e.g. "eval_audio_loss"
-    "Steps and values of one quantity in a trainer's log history."
-    found = {h["step"]: h[key] for h in history if key in h}
+    "Steps and values of one quantity in a trainer's log history; a value that is no number is left out."
+    found = {h["step"]: h[key] for h in history if isinstance(h.get(key), (int, float))}
     return list(found), list(found.values())
 
 def plot_losses(history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`

@@ -5,6 +5,7 @@
 # %% ../nbs/11b_widgets.ipynb #5acbed55
 from __future__ import annotations
 import base64, html, io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 import ipywidgets as W
@@ -18,7 +19,7 @@ from .generate import as_mp3
 from .plots import plot_codes, plot_waveform
 
 # %% auto #0
-__all__ = ['picture', 'player', 'Panel', 'Clip', 'silence_share', 'measure_clips', 'outliers', 'CorpusExplorer',
+__all__ = ['picture', 'player', 'refill', 'Panel', 'Clip', 'silence_share', 'measure_clips', 'outliers', 'CorpusExplorer',
            'corpus_explorer', 'LabelExplorer', 'label_explorer', 'spectral_distance', 'CodesExplorer', 'codes_explorer']
 
 # %% ../nbs/11b_widgets.ipynb #d3302114
@@ -37,14 +38,43 @@ def player(waveform,  # (samples,)
     if not len(waveform): return "<em>silence: there is nothing to play</em>"
     return f"<audio controls preload='metadata' aria-label=\"{html.escape(label)}\" style='max-width:24rem;width:100%' src='{as_mp3(waveform, sampling_rate)}'></audio>"
 
+def refill(chooser: W.Widget,  # a selection of ipywidgets, such as a Select or a Dropdown
+           options: Iterable,  # labels, or pairs of label and value
+           value,  # the one to choose; None if there are no options
+           ) -> None:
+    """Give a list other options and a choice among them, in one message to the browser.
+
+    ipywidgets chooses the first option whenever options change. In messages of their own, the options, that first choice and the real one
+    can leave a browser with another choice than the kernel."""
+    options = tuple(options)
+    with chooser.hold_sync():
+        if options != tuple(chooser.options): chooser.options = options
+        chooser.value = value
+
 class Panel(W.VBox):
-    "Controls above a view. `still()` is the view as HTML, for where no kernel runs; `update()` brings the view up to date with the controls."
+    """Controls above a view. `still()` is the view as HTML, for where no kernel runs; `update()` brings the view up to date with the controls.
+    After a change of a control, `fill()` may change other ones, and then the view is shown once."""
+    filling = False
+
     def __init__(self, controls: list[W.Widget], **kwargs):
         self.view = W.HTML()
         super().__init__([W.Box(controls, layout=W.Layout(flex_flow="row wrap", align_items="center", grid_gap="6px")), self.view], **kwargs)
         for control in controls:
-            if not isinstance(control, W.Button): control.observe(lambda change: self.update(), "value")
+            if not isinstance(control, W.Button): control.observe(lambda change: self.changed(), "value")
+        self.changed()
+
+    def changed(self):
+        "Let the controls agree, then show what they ask for, once."
+        if self.filling: return
+        self.filling = True
+        try:
+            self.fill()
+        finally:
+            self.filling = False
         self.update()
+
+    def fill(self):
+        "Change controls that depend on others, e.g. a list that depends on a search."
 
     def update(self):
         "Show what the controls ask for."
@@ -124,9 +154,7 @@ class CorpusExplorer(Panel):
         self.before, self.after = (W.Button(description=text, tooltip=f"{text} of the list") for text in ("previous recording", "next recording"))  # JupyterLab keeps arrow keys
         self.before.on_click(lambda button: self.go(-1))
         self.after.on_click(lambda button: self.go(1))
-        self.refill()
         super().__init__([self.search, self.speaker, self.sort, self.only, self.pick, self.before, self.after])
-        for control in (self.search, self.speaker, self.sort, self.only): control.observe(lambda change: self.refill(), "value")
 
     def shown(self) -> list[int]:
         "Indices of the clips that the controls leave, in their order."
@@ -141,11 +169,12 @@ class CorpusExplorer(Panel):
         shown = self.shown()
         if self.pick.value in shown: self.pick.value = shown[min(max(shown.index(self.pick.value) + by, 0), len(shown) - 1)]
 
-    def refill(self):
+    def fill(self):
         "Fill the list; the recording that was picked stays so if it is still there."
-        before, shown = self.pick.value, self.shown()
-        self.pick.options = [(f"{'! ' if self.why[i] else ''}{self.clips[i].row.id}: {self.clips[i].text[:50]}", i) for i in shown]
-        if shown: self.pick.value = before if before in shown else shown[0]
+        shown = self.shown()
+        options = [(f"{'! ' if self.why[i] else ''}{self.clips[i].row.id}: {self.clips[i].text[:50]}", i) for i in shown]
+        before = self.pick.value
+        refill(self.pick, options, before if before in shown else next(iter(shown), None))
 
     def still(self) -> str:
         shown, i = self.shown(), self.pick.value

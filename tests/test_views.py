@@ -10,7 +10,11 @@ from conftest import ROOT
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from matplotlib.figure import Figure
 
+from higgs_nb.chatml import embedded_corpus, load_corpus
+from higgs_nb.generate import Speech, save_clips
+from higgs_nb.monitor import read_log_lines, run_monitor, samples_of
 from higgs_nb.plots import plain_text
+from higgs_nb.widgets import CorpusExplorer, measure_clips
 
 @pytest.fixture(autouse=True)
 def without_judges(monkeypatch):
@@ -145,3 +149,135 @@ def test_any_text_can_be_drawn(text):
         warnings.simplefilter("ignore")  # of glyphs that the font has not
         fig.savefig(io.BytesIO(), format="svg")
     assert len(legend.texts) == 1
+
+
+class Elements(HTMLParser):
+    "The elements and attributes of HTML, and the texts in it."
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+ALLOWED = {"p": {"role"}, "strong": set(), "br": set(), "em": set(), "img": {"alt", "style", "src"},
+           "audio": {"controls", "preload", "aria-label", "style", "src"}}
+HOSTILE = "<img src=x onerror=alert(1)>'\"><script>document.title='bad'</script>"
+
+
+def assert_harmless(page):
+    page.encode("utf-8")  # no half surrogate, which a browser could not be sent
+    for tag, attributes in Elements(page).found:
+        assert tag in ALLOWED and set(attributes) <= ALLOWED[tag], (tag, attributes)
+        assert attributes.get("src", "data:").startswith("data:")
+        assert attributes.get("role", "status") == "status"
+
+
+words = st.sampled_from([HOSTILE, "", "5", "\ud800", "\0"]) | st.text(max_size=8)
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | words, lambda part: st.lists(part, max_size=3) | st.dictionaries(words, part, max_size=3), max_leaves=4)
+names = st.sampled_from(["step", "audio_loss", "text_loss", "eval_audio_loss", "tokens_per_second", "memory_mb", "eval_probe_+1", "eval_codebook_0", "train_runtime"])
+entries = st.fixed_dictionaries({"step": st.integers(0, 99) | values}, optional={"audio_loss": values, "eval_audio_loss": st.floats() | values, "tokens_per_second": st.integers() | values})
+lines = st.one_of(entries.map(json.dumps), st.dictionaries(names, values).map(json.dumps), values.map(json.dumps), words.map(lambda w: w.replace("\n", "")),
+                  st.just("[" * 5000), st.just('{"step": 3, "audio_loss": 2.5}'))
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[*HealthCheck])
+@given(st.lists(lines, max_size=6), values.map(json.dumps) | words, values, values, st.sampled_from(["losses", "probe", "scores", "speed and memory"]))
+@example([json.dumps(dict(step=HOSTILE, audio_loss=1.0)), '{"step": 1, "audio_loss": 1}'], json.dumps(dict(steps=HOSTILE)), dict(max_steps=HOSTILE), [dict(id=HOSTILE, file="a.wav")], "losses")
+@example(['{"step": 1, "audio_loss": 1}'], "[]", [], [dict(id="x", file="../../../a.wav")], "speed and memory")
+@example(['{"step": 1, "audio_loss": 1}'], "", "", [dict(id=1), 3], "probe")
+def test_the_monitor_of_a_foreign_run(tmp_path_factory, log, parameters, state, clips, view):
+    "Whatever lies in its files: nothing is raised, HTML holds no element of theirs, and each line is an entry or counted."
+    run = tmp_path_factory.mktemp("run")/"a<b>"
+    for folder in ("checkpoint-3", f"checkpoint-{HOSTILE[:4]}", "samples/step-000004", "samples/step-last", "samples/step-9x"):
+        (run/folder).mkdir(parents=True)
+    raw = "".join(f"{line}\n" for line in log).encode("utf-8", "surrogatepass")
+    (run/"log.jsonl").write_bytes(raw)
+    (run/"parameters.json").write_bytes(parameters.encode("utf-8", "surrogatepass"))
+    (run/"checkpoint-3/trainer_state.json").write_text(json.dumps(state))
+    (run/"samples/step-000004/clips.json").write_text(json.dumps(clips))
+    for folder in ("samples/step-000004", "samples/step-last"):
+        (run/folder/"a.wav").write_bytes(b"no recording")
+    entries, unreadable = read_log_lines(run)
+    assert len(entries) + unreadable == sum(bool(line.strip()) for line in raw.decode("utf-8", "replace").split("\n"))
+    monitor = run_monitor(run, follow=False)
+    monitor.show.value = view
+    for name in monitor.sample.options:
+        monitor.sample.value = name
+        assert_harmless(monitor.still())
+    assert (f"{unreadable} lines" in monitor.status.value) == bool(unreadable)
+    assert not [f for f in samples_of(run).values() if not f.resolve().is_relative_to(run.resolve())]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda run: (run/"log.jsonl").mkdir(),
+    lambda run: [run.rmdir(), run.write_text("a file")],
+    lambda run: (run/"parameters.json").mkdir(),
+    lambda run: [(run/"checkpoint-1/manifest.json").mkdir(parents=True), (run/"log.jsonl").write_text('{"step": 1}\n')],
+    lambda run: [(run/"checkpoint-1").write_text("a file"), (run/"log.jsonl").write_text('{"step": 1}\n')],
+    lambda run: (run/"samples").write_text("a file")])
+def test_the_monitor_of_a_damaged_directory(tmp_path, damage):
+    run = tmp_path/"run"
+    run.mkdir()
+    damage(run)
+    monitor = run_monitor(run, follow=False)
+    monitor.update()
+    assert "<p" in monitor.still()
+
+
+def test_samples_are_listed_by_their_ids(tmp_path):
+    "In the order of clips.json, by the ids in it; a folder without one by its files."
+    clips = [Speech(id, "words", np.zeros((1, 1)), True, 24000, np.zeros(240, dtype=np.float32)) for id in ("b/1", "a", "a")]
+    save_clips(clips, tmp_path/"samples/step-000002")
+    tone(tmp_path/"samples/step-000000/old.wav", 0)
+    assert list(samples_of(tmp_path)) == ["step 0, old", "step 2, b/1", "step 2, a", "step 2, a (2)"]
+    assert all(file.is_file() for file in samples_of(tmp_path).values())
+
+
+CLIPS = measure_clips(sorted(load_corpus(embedded_corpus()), key=lambda c: len(c.transcript))[:12])
+
+
+class Sent:
+    "What a widget tells a browser, as one that applies each message in turn."
+    def __init__(self, widget):
+        self.states = []
+        send = widget.comm.send
+        def keep(data=None, buffers=None, **more):
+            if data and data.get("method") == "update":
+                self.states.append(data["state"])
+            return send(data=data, buffers=buffers, **more)
+        widget.comm.send = keep
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[*HealthCheck])
+@given(st.lists(st.tuples(st.sampled_from(["search", "sort", "only", "pick", "next"]), st.text("doi-", max_size=2), st.integers(0, 9)), max_size=6))
+@example([("pick", "", 7), ("search", "d", 0), ("search", "do", 0)])
+@example([("search", "zz", 0), ("search", "", 0)])
+def test_what_is_listed_is_what_is_shown(steps):
+    "After any steps the panel shows the recording that the list has chosen, and each message to the browser has options and choice together."
+    explorer = CorpusExplorer(CLIPS, 3.5)
+    sent = Sent(explorer.pick)
+    for control, text, number in steps:
+        sent.states.clear()
+        if control == "search":
+            explorer.search.value = text
+        elif control == "sort":
+            explorer.sort.value = explorer.sort.options[number % len(explorer.sort.options)]
+        elif control == "only":
+            explorer.only.value = bool(number % 2)
+        elif control == "pick" and explorer.pick.options:
+            explorer.pick.index = number % len(explorer.pick.options)
+        elif control == "next":
+            explorer.after.click()
+        assert explorer.view.value == explorer.still()
+        assert [i for _, i in explorer.pick.options] == explorer.shown()
+        chosen = explorer.pick.value
+        assert (chosen is None) == (not explorer.shown())
+        if chosen is not None:
+            assert explorer.pick.options[explorer.pick.index][1] == chosen
+            assert f">{explorer.clips[chosen].row.id}</td>" in explorer.view.value
+        assert [set(s) >= {"index", "_options_labels"} for s in sent.states if "_options_labels" in s] in ([], [True])
+        assert len([s for s in sent.states if "index" in s]) <= 1

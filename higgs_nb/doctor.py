@@ -204,3 +204,8 @@ def main(argv=None) -> int:  # words of the command line; None: those of this pr
     problems = sum(f.state == "problem" for f in found)
     print(f"\n{problems} problem{'s' * (problems != 1)}" + (": repair what has an arrow, from the top" if problems else ", a run can start: higgs_run train"))
     return 1 if problems else 0
+
+# %% ../nbs/14_doctor.ipynb #5e1f0a33
+#| eval: false
+if __name__ == "__main__":
+    sys.exit(main())

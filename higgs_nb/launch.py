@@ -50,3 +50,8 @@ def main(argv: list[str] | None = None) -> int:  # words of the command line; No
             print(error, file=sys.stderr)
             return 1
     return 0
+
+# %% ../nbs/08b_launch.ipynb #5e1f0a34
+#| eval: false
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import os
 import queue
 import re
@@ -21,14 +22,15 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-import yaml
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
-from .run import STOP_FILE, TRY_AGAIN, StopSignals, check_parameters, is_done, notebook_of, occupied, place, run, said_by
+from .files import shown, write_json, write_whole
+from .run import (STOP_FILE, TRY_AGAIN, StopSignals, check_parameters, is_done, notebook_of, occupied,
+                          path_text, place, read_yaml, run, said_by, tell)
 
 # %% auto #0
-__all__ = ['KEYS', 'HIGGS_RUN', 'SLURM', 'HIGGS_SWEEP', 'SweepRun', 'name_of', 'read_sweep', 'conduct', 'gpus', 'rooms', 'here',
-           'on_dask', 'conduct_all', 'slurm_script', 'main']
+__all__ = ['KEYS', 'MAX_RUNS', 'HIGGS_RUN', 'SLURM', 'HIGGS_SWEEP', 'SweepRun', 'name_of', 'sweep_parts', 'read_sweep', 'conduct',
+           'gpus', 'rooms', 'here', 'on_dask', 'conduct_all', 'slurm_pattern', 'slurm_script', 'main']
 
 # %% ../nbs/12b_sweep.ipynb #3c02e670
 @dataclass(frozen=True)
@@ -53,29 +55,49 @@ def name_of(values: dict) -> str:
 # %% ../nbs/12b_sweep.ipynb #85c12c7f
 KEYS = ("run", "out", "parameters", "grid", "runs")
 
-def read_sweep(path: str | Path) -> list[SweepRun]:  # of the YAML file
-    """The runs of a YAML file with `run` (a notebook), `out` (a directory; sweeps/ and the file's name), `parameters` (of all runs), `grid` (lists of values) and `runs` (a list of sets of values).
-    `ValueError` with everything that is wrong."""
-    path = Path(path)
-    said, wrong, runs = yaml.safe_load(path.read_text(encoding="utf-8")), [], {}
-    if not isinstance(said, dict) or "run" not in said: raise ValueError(f"{path} names no run: write `run: train`, and `grid:` or `runs:`")
+def sweep_parts(path: Path) -> dict:  # of the YAML file
+    "What a sweep's file says, each part in its form; `ValueError` with everything that has another."
+    said = read_yaml(path)
+    if not isinstance(said, dict) or said.get("run") is None: raise ValueError(f"{path} names no run: write `run: train`, and `grid:` or `runs:`")
+    wrong = []
     for key in said.keys() - set(KEYS):
         near = difflib.get_close_matches(key, KEYS, n=1)
         wrong.append(f"{path} says {key!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" It may say {', '.join(KEYS)}.")
-    common, grid, sets, out = said.get("parameters") or {}, said.get("grid") or {}, said.get("runs") or [{}], Path(said.get("out") or f"sweeps/{path.stem}")
-    wrong += [f"{path}: grid has {k}: {v!r}, which is no list of values" for k, v in grid.items() if not isinstance(v, list)]
-    if not isinstance(sets, list) or not all(isinstance(s, dict) for s in sets): wrong.append(f"{path}: runs is no list of `{{parameter: value}}`")
+    empty = dict(parameters={}, grid={}, runs=[{}], out=f"sweeps/{path.stem}")
+    parts = {**empty, **{k: v for k, v in said.items() if v is not None}}
+    for key, kind in dict(run=str, out=str, parameters=dict, grid=dict, runs=list).items():
+        if not isinstance(parts[key], kind):
+            forms = {str: "text", dict: "a mapping, `parameter: value`", list: "no list of `{parameter: value}`"}
+            wrong.append(f"{path}: {key} is {forms[list]}" if kind is list else f"{path}: {key} is a {type(parts[key]).__name__}, write {forms[kind]}")
     if wrong: raise ValueError("\n".join(wrong))
+    wrong += [f"{path}: grid has {k}: {v!r}, which is no list of values" for k, v in parts["grid"].items() if not isinstance(v, list)]
+    wrong += [f"{path}: grid has {k} without a value: list some, or leave it out" for k, v in parts["grid"].items() if v == []]
+    if not parts["runs"] or not all(isinstance(s, dict) for s in parts["runs"]): wrong.append(f"{path}: runs is no list of `{{parameter: value}}`")
+    if not parts["out"].strip(): wrong.append(f"{path}: out is empty: name a directory, or leave it out")
+    if wrong: raise ValueError("\n".join(wrong))
+    return parts
+
+MAX_RUNS = 10_000
+
+def read_sweep(path: str | Path) -> list[SweepRun]:  # of the YAML file
+    """The runs of a YAML file with `run` (a notebook), `out` (a directory; sweeps/ and the file's name), `parameters` (of all runs), `grid` (lists of values) and `runs` (a list of sets of values).
+    `ValueError` with everything that is wrong."""
+    path = Path(path_text(str(path), "the file of the sweep"))
+    parts, wrong, runs = sweep_parts(path), [], {}
+    common, grid, sets, out = parts["parameters"], parts["grid"], parts["runs"], place(parts["out"])
+    number = len(sets) * math.prod(map(len, grid.values()))
+    if number > MAX_RUNS: raise ValueError(f"{path} makes {number:,} runs; {MAX_RUNS:,} are the limit")
     for given, values in itertools.product(sets, itertools.product(*grid.values())):
         own = {**given, **dict(zip(grid, values))}
         try:
             if "out" in {**common, **own}: raise ValueError(f"{path}: out is not for a run to say, each has a directory in {out}")
-            checked = check_parameters(said["run"], {**common, **own})
-            r = SweepRun(said["run"], place(out) / name_of({k: checked[k] for k in own}), checked)
+            checked = check_parameters(parts["run"], {**common, **own})
+            r = SweepRun(parts["run"], out / name_of({k: checked[k] for k in own}), checked)
             if runs.setdefault(r.out, r) is not r: raise ValueError(f"{path}: {r.out.name} is there twice")
         except ValueError as error: wrong.append(str(error))
     if wrong: raise ValueError("\n".join(dict.fromkeys(wrong)))
     return list(runs.values())
+
 
 # %% ../nbs/12b_sweep.ipynb #e2bb0c4a
 HIGGS_RUN = "import sys; from higgs_nb.run import main; sys.exit(main())"
@@ -86,7 +108,7 @@ def conduct(r: SweepRun, environment: dict | None = None) -> int:
         while occupied(r.out): time.sleep(0.5)
         if r.state == "done": return 0
         r.out.mkdir(parents=True, exist_ok=True)
-        (r.out / "given.yaml").write_text(json.dumps(r.parameters, indent=1), encoding="utf-8")  # JSON is YAML
+        write_json(r.out / "given.yaml", r.parameters)  # JSON is YAML
         with open(r.out / "higgs_run.log", "a", encoding="utf-8") as said:
             code = subprocess.run([sys.executable, "-c", HIGGS_RUN, r.notebook, "-f", r.out / "given.yaml", "--out", r.out],
                                   stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**os.environ, **(environment or {})}).returncode
@@ -152,11 +174,11 @@ def conduct_all(runs: list[SweepRun], out: Path,
 SLURM = """#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}
-#SBATCH --output={out}/slurm-%A_%a.log
+#SBATCH --output={log}
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 # what your cluster wants, e.g. #SBATCH --partition=gpu --gres=gpu:1 --cpus-per-task=8 --time=4:00:00
-cd {cwd}
+cd {cwd} || exit 1
 {python} -c {command} {sweep} --only "$SLURM_ARRAY_TASK_ID" &
 child=$!
 trap 'kill -TERM $child' USR1 TERM
@@ -167,11 +189,20 @@ exit $code
 """
 HIGGS_SWEEP = "import sys; from higgs_nb.sweep import main; sys.exit(main())"
 
+def slurm_pattern(folder: Path) -> str:
+    "Names of log files in `folder` for `--output` of sbatch: in quotes, `%` and backslash escaped."
+    if '"' in str(folder): raise ValueError(f"{folder}: sbatch takes no quotation mark in --output: choose another out")
+    return '"' + str(folder).replace("\\", "\\\\").replace("%", "%%") + '/slurm-%A_%a.log"'
+
 def slurm_script(path: Path,  # of the YAML file
                  runs: list[SweepRun]) -> str:  # of `read_sweep`
     "An sbatch script: one task of an array for each run of the sweep in the file `path`, started where this is called."
-    quoted = dict(cwd=Path.cwd(), python=sys.executable, command=HIGGS_SWEEP, sweep=path.resolve())
-    return SLURM.format(name=f"sweep-{path.stem}", last=len(runs) - 1, out=runs[0].out.parent.resolve(), again=TRY_AGAIN, **{k: shlex.quote(str(v)) for k, v in quoted.items()})
+    log, cwd, sweep = runs[0].out.parent.resolve(), Path.cwd(), path.resolve()
+    for what, part in dict(out=log, cwd=cwd, sweep=sweep).items(): path_text(str(part), what)
+    quoted = dict(cwd=cwd, python=sys.executable, command=HIGGS_SWEEP, sweep=sweep)
+    name = re.sub(r"[^\w.-]+", "-", f"sweep-{path.stem}")
+    return SLURM.format(name=name, last=len(runs) - 1, log=slurm_pattern(log), again=TRY_AGAIN, **{k: shlex.quote(str(v)) for k, v in quoted.items()})
+
 
 # %% ../nbs/12b_sweep.ipynb #bb32fca4
 def main(argv: list[str] | None = None) -> int:  # words of the command line; None: those of this process
@@ -185,26 +216,34 @@ def main(argv: list[str] | None = None) -> int:  # words of the command line; No
     parser.add_argument("--slurm", type=Path, metavar="SCRIPT", help="write an sbatch script with a task for each run, and start nothing")
     parser.add_argument("--dask", metavar="ADDRESS", help="conduct the runs on the workers of this Dask scheduler")
     args = parser.parse_args(argv)
+    begun = False
     try:
         runs = read_sweep(args.file)
         out, chosen = runs[0].out.parent, runs if args.only is None else runs[args.only:args.only + 1]
+        if args.jobs < 0: raise ValueError(f"--jobs {args.jobs}: write 1 or more")
         if not chosen or (args.only or 0) < 0: raise ValueError(f"--only {args.only}: {args.file} has the runs 0 to {len(runs) - 1}")
         if args.list:
-            for k, r in enumerate(runs): print(f"{k:>4}  {r.state:<10}{r.out}")
+            for k, r in enumerate(runs): print(f"{k:>4}  {r.state:<10}{shown(str(r.out))}")
             return 0
         out.mkdir(parents=True, exist_ok=True)
         if args.slurm:
-            args.slurm.write_text(slurm_script(args.file, runs), encoding="utf-8")
-            print(f"sbatch {args.slurm}")
+            write_whole(args.slurm, slurm_script(args.file, runs))
+            print(f"sbatch {shlex.quote(str(args.slurm))}")
             return 0
+        begun = True
         with on_dask(args.dask) if args.dask else here(args.jobs) as begin: codes = conduct_all(chosen, out, begin)
         if len(codes) < len(chosen) or TRY_AGAIN in codes.values(): return TRY_AGAIN
         if args.only is None or all(r.state == "done" for r in runs):
             compared = run("compare", out / "compare", dict(sweep=str(args.file)))
             print(f"compared: {compared}")
-    except (ValueError, OSError, yaml.YAMLError, PapermillExecutionError) as error:
-        print(f"higgs_sweep: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, PapermillExecutionError) as error:
+        tell(f"higgs_sweep: {error}")
+        return 1 if begun else 2
     failed = [name for name, code in codes.items() if code]
     print(f"{len(codes) - len(failed)} of {len(codes)} done" + (f", failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
+
+# %% ../nbs/12b_sweep.ipynb #5e1f0a32
+#| eval: false
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,13 +4,14 @@
 
 # %% ../nbs/00_audio.ipynb #a8ef2272
 from __future__ import annotations
-import base64, difflib, hashlib, io, math, os, re, stat
-from collections import defaultdict
-from collections.abc import Iterable
+import base64, difflib, hashlib, html, io, math, os, re, stat
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, soundfile as sf, soxr
+from .files import cut_list, shown
 
 # %% auto #0
 __all__ = ['KINDS', 'WAV_CODINGS', 'UNKNOWN_SIZE', 'MP3_KBPS', 'MP3_HZ', 'FULL_SCALE', 'Problem', 'CorpusError', 'AudioError',
@@ -25,18 +26,50 @@ class Problem:
     "One thing that is wrong with a corpus."
     what: str
     remedy: str       # what to do about it
-    source: str = ""  # where it stands, "file:line"
+    source: str = ""  # its place, "file:line"
     id: str = ""      # of the conversation
 
     def __str__(self):
-        where = f"{self.source} (id {self.id!r})".strip() if self.id else self.source
-        return ": ".join(filter(None, (where, f"{self.what}; {self.remedy}")))
+        where = shown(self.source)
+        if self.id:
+            where = f"{where} (id {self.id!r})".strip()
+        return ": ".join(filter(None, (where, shown(f"{self.what}; {self.remedy}"))))
+
+    @property
+    def kind(self) -> str:
+        "`what` and `remedy` without names, paths and numbers: equal for the same mistake elsewhere."
+        text = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "#", f"{self.what[:300]}; {self.remedy[:300]}")
+        return " ".join("#" if "/" in word or "\\" in word else word for word in text.split())
+
+def _message(problems: Sequence[Problem],
+             each: int = 10,  # problems of one kind that are written out
+             total: int = 60,  # lines that are written out
+             width: int = 600) -> str:  # characters of a line; many of these lines are cut shorter
+    "The problems, one per line; of many that are alike the first few, and how many more there are."
+    shown_of, lines, more = Counter(), [], {}
+    if len(problems) > total:
+        width = min(width, 240)
+    for problem in problems:
+        kind = problem.kind
+        if shown_of[kind] < each and len(lines) < total:
+            shown_of[kind] += 1
+            line = str(problem)
+            lines.append(line if len(line) <= width else f"{line[:width]} ...")
+        else:
+            first, count = more.get(kind, (problem, 0))
+            more[kind] = (first, count + 1)
+    if len(problems) > 1:
+        lines.insert(0, f"{len(problems):,} problems:")
+    rest = [f"... and {count:,} more like it: {shown(first.what[:100])}"
+            for first, count in more.values()]
+    return "\n".join([*lines, *cut_list(rest, 20)])
 
 class CorpusError(ValueError):
-    "What is wrong with a corpus: `problems`, one a line of the message."
+    """What is wrong with a corpus. `problems` has everything; the message has one problem per line, and of many
+    that are alike only the first and a count."""
     def __init__(self, *problems: Problem):
         self.problems = problems
-        super().__init__("\n".join([f"{len(problems)} problems:"] * (len(problems) > 1) + [str(p) for p in problems]))
+        super().__init__(_message(problems))
 
 class AudioError(CorpusError): "A recording that cannot be used."
 
@@ -376,6 +409,7 @@ class CorpusReport:
     conversations: int
     rows: list[AudioRow]
     sampling_rate: int  # Hz, to which the recordings are resampled
+    unmarked_speakers: tuple[str, ...] = ()  # those that share a prompt, of `speakers_without_mark`
 
     @property
     def recordings(self) -> list[AudioRow]:
@@ -386,13 +420,24 @@ class CorpusReport:
         rows = self.recordings
         if not rows: return f"{self.conversations} conversations, no recordings"
         seconds, rates, levels = ([getattr(r, name) for r in rows] for name in ("duration_s", "sampling_rate", "rms_db"))
-        return (f"{self.conversations} conversations, {len(rows)} recordings, {sum(seconds) / 60:.1f} min, "
+        text = (f"{self.conversations} conversations, {len(rows)} recordings, {sum(seconds) / 60:.1f} min, "
                 f"{sum(r.duration_s for r in rows if r.trained) / 60:.1f} min of it trained\n"
                 f"{min(seconds):.1f} to {max(seconds):.1f} s each, {sum(r.text_chars for r in rows) / sum(seconds):.1f} characters a second\n"
                 f"{' and '.join(map(str, sorted(set(rates))))} Hz, {sum(rate != self.sampling_rate for rate in rates)} to be resampled\n"
                 f"{min(levels):.0f} to {max(levels):.0f} dB, largest peak {max(r.peak for r in rows):.2f}, {sum(r.clipped > 0 for r in rows)} clipped")
+        return "\n".join(filter(None, (text, self.speakers_note)))
 
-    def _repr_html_(self): return f"<pre>{self}</pre>"
+    @property
+    def speakers_note(self) -> str:
+        "A sentence about speakers that share one prompt; empty if there are none."
+        names = self.unmarked_speakers
+        if not names:
+            return ""
+        some = ", ".join(shown(name)[:40] for name in names[:5])
+        return (f"{len(names)} speakers share one prompt ({some}{', ...' * (len(names) > 5)}): nothing tells "
+                "the model them apart; use ref_speakers, a reference recording or a tag in the text")
+
+    def _repr_html_(self): return f"<pre>{html.escape(str(self))}</pre>"
 
     def plot(self, ax=None):
         "The histogram of durations, by split."

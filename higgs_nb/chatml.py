@@ -4,22 +4,25 @@
 
 # %% ../nbs/01_chatml.ipynb #b4a927f8
 from __future__ import annotations
-import base64, hashlib, json, math, re, unicodedata
+import base64, difflib, hashlib, json, math, os, re, reprlib, stat, unicodedata, warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from tqdm.auto import tqdm
 from .audio import (Audio, AudioError, AudioRow, CorpusError, CorpusReport, Problem, collect_problems, complain, did_you_mean,
                             load_audio, measure_audio)
+from .files import check_plain, shown
 
 _all_ = ["Audio", "AudioError", "CorpusError", "CorpusReport", "Problem", "load_audio"]  # needed wherever conversations are
 
 # %% auto #0
-__all__ = ['ROLES', 'SPLITS', 'ROW_KEYS', 'AUDIO_SUFFIXES', 'Text', 'Message', 'Conversation', 'tts_conversation', 'read_chatml',
-           'read_metadata', 'read_folder', 'load_corpus', 'check_corpus', 'sentence_key', 'split_corpus',
-           'embedded_corpus', 'Audio', 'AudioError', 'CorpusError', 'CorpusReport', 'Problem', 'load_audio']
+__all__ = ['ROLES', 'SPLITS', 'ROW_KEYS', 'MAX_TRANSCRIPT', 'AUDIO_SUFFIXES', 'Text', 'Message', 'Conversation',
+           'tts_conversation', 'read_chatml', 'read_metadata', 'read_folder', 'load_corpus', 'speakers_without_mark',
+           'check_corpus', 'sentence_key', 'split_corpus', 'embedded_corpus', 'Audio', 'AudioError', 'CorpusError',
+           'CorpusReport', 'Problem', 'load_audio']
 
 # %% ../nbs/01_chatml.ipynb #37d366fd
 ROLES = ("system", "scene", "user", "assistant")
@@ -46,19 +49,91 @@ class Message:
         return out if self.recipient is None else out | {"recipient": self.recipient}
 
 # %% ../nbs/01_chatml.ipynb #529aca3d
-ROW_KEYS = ("id", "audio_file", "text", "transcript_file", "speaker_id", "scene", "ref_audio_file", "ref_transcript", "ref_speakers")
+ROW_KEYS = ("id", "audio_file", "text", "transcript_file", "speaker_id", "scene", "ref_audio_file",
+            "ref_transcript", "ref_speakers")
+_VOICE_KEYS = ("speaker_id", "speaker_tag", "ref_audio_file", "ref_transcript")
+_TALK_KEYS = ("id", "messages", "start_index", "speaker", "split", "extra")
+_SECTION = re.compile(r"(audio|clip|seg|segment|cut)?"
+                      r"(offset|onset|start|begin|end|stop)(time|offset|pos|position|point)?"
+                      r"(in)?(s|sec|secs|seconds|ms|msec|sample|samples|frame|frames|at)?|segment")
+_OTHER_NAMES = {
+    "audio_file": "audio audiopath audiofilepath audiofilename audiourl filename filepath file path "
+                  "wav wavfile wavpath wavfilename",
+    "text": "transcript transcription sentence caption words normalizedtext",
+    "transcript_file": "textfile textpath transcriptpath txt",
+    "speaker_id": "speaker speakername spk spkid spkname",
+    "scene": "scenedescription scenedesc sceneprompt",
+    "ref_audio_file": "refaudio refaudiopath refaudiourl reffile refwav refwavpath refpath speakerwav "
+                      "referenceaudio referenceaudiofile referenceaudiopath referencewav promptaudio "
+                      "promptaudiopath promptwav promptwavpath promptspeech",
+    "ref_transcript": "reftext referencetext referencetranscript prompttext prompttranscript refwords",
+    "ref_speakers": "references refs refspeaker referencespeakers",
+    "samples": "data rows items entries",
+    "speaker": "speakerid spk spkid",
+}
+
+def _plain(key: str) -> str:
+    "A key without case, spaces and signs between its words."
+    return re.sub(r"[\W_]+", "", key.casefold())
+
+def _meant(key: str, options: Iterable[str]) -> str | None:
+    "The one of `options` that `key` is another spelling of."
+    plain = _plain(key)
+    for option in options:
+        if plain == _plain(option) or plain in _OTHER_NAMES.get(option, "").split():
+            return option
+    ref = plain.startswith("ref")
+    near = {_plain(o): o for o in options if o.startswith("ref") == ref and len(o) > 3}
+    close = difflib.get_close_matches(plain, near, 1, cutoff=0.85)
+    return near[close[0]] if close else None
+
+def _asked(option: str, keys: Iterable[str]) -> str:
+    "A question that names the one of `keys` that may stand for `option`, or nothing."
+    meant = next((k for k in keys if _meant(k, [option])), None)
+    return f" (is {meant[:80]!r} meant?)" if meant else did_you_mean(option, keys)
+
+def _brief(value) -> str:
+    "The beginning of any value from a file, in quotes."
+    return repr((value if isinstance(value, str) else reprlib.repr(value))[:40])
+
+def _check_keys(d: dict, known: tuple[str, ...], name: str) -> None:
+    "Raise if `d` names a section of a recording or misspells a key of `known` that it lacks."
+    for key in (k for k in d if k not in known):
+        if _SECTION.fullmatch(_plain(key)):
+            complain(f"a {name} has the key {key[:80]!r}, and sections of a recording are not read: the "
+                     "whole recording would be trained", "cut the recording into one file per row, e.g. "
+                     "ffmpeg -ss START -to END -i IN.wav OUT.wav, and leave the key out")
+        meant = _meant(key, [k for k in known if k not in d])
+        if meant:
+            complain(f"a {name} has the key {key[:80]!r}, which is not read (is {meant!r} meant?)",
+                     "correct the key, or give your own notes another name")
 
 def _string(d: dict, key: str) -> str:
     "The string that `d` has under `key`."
-    if key not in d: complain(f"has no {key!r}{did_you_mean(key, [k for k in d if k not in ROW_KEYS])}", f"add {key!r}")
-    if not isinstance(d[key], str): complain(f"{key!r} is {str(d[key])[:40]!r}", "write a string")
+    if key not in d:
+        complain(f"has no {key!r}{_asked(key, [k for k in d if k not in ROW_KEYS])}", f"add {key!r}")
+    if not isinstance(d[key], str):
+        complain(f"{key!r} is {_brief(d[key])}", "write a string")
     return d[key]
+
+def _name(d: dict, key: str, default: str | None = None) -> str | None:
+    "The string or number that `d` has under `key`, as a string."
+    value = d.get(key, default)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        complain(f"{key!r} is {_brief(value)}", "write a string")
+    return str(value)
 
 def _object(d, keys: tuple[str, ...], name: str, only: bool = True) -> dict:
     "The entries of `d` that are not null, if it is an object and, with `only`, has no other keys."
-    if not isinstance(d, dict): complain(f"a {name} is {str(d)[:40]!r}", f"write an object with {', '.join(keys)}")
+    if not isinstance(d, dict):
+        complain(f"a {name} is {_brief(d)}", f"write an object with {', '.join(keys)}")
     d = {k: v for k, v in d.items() if v is not None}
-    for k in d.keys() - keys if only else (): complain(f"a {name} has the key {k!r}{did_you_mean(k, keys)}", f"use {', '.join(keys)}")
+    for k in [k for k in d if k not in keys] if only else []:
+        meant = _meant(k, keys)
+        asked = f" (is {meant!r} meant?)" if meant else ""
+        complain(f"a {name} has the key {k[:80]!r}{asked}", f"use {', '.join(keys)}")
     return d
 
 def _at(root: Path, path: str) -> Audio:
@@ -68,24 +143,38 @@ def _at(root: Path, path: str) -> Audio:
 # %% ../nbs/01_chatml.ipynb #e5073eb7
 def _part(d, root: Path) -> Text | Audio:
     "A part from a string or `{'type': 'text' | 'audio', ...}`."
-    if isinstance(d, str): return Text(d)
+    if isinstance(d, str):
+        return Text(d)
     d = _object(d, ("type", "text", "audio_url", "path", "raw_audio"), "part of a message")
     kind = _string(d, "type")
-    if kind == "text": return Text(_string(d, "text"))
-    if kind != "audio": complain(f"the type of a part is {kind!r}{did_you_mean(kind, ('text', 'audio'))}", "write 'text' or 'audio'")
-    given = [k for k in ("audio_url", "path", "raw_audio") if d.get(k) and (k, d[k]) != ("audio_url", "placeholder")]
-    if len(given) != 1: complain(f"an audio part has {' and '.join(given) or 'no recording'}", "give one of audio_url, path, raw_audio")
+    if kind == "text":
+        return Text(_string(d, "text"))
+    if kind != "audio":
+        asked = did_you_mean(kind, ("text", "audio"))
+        complain(f"the type of a part is {kind[:80]!r}{asked}", "write 'text' or 'audio'")
+    given = [k for k in ("audio_url", "path", "raw_audio")
+             if d.get(k) and (k, d[k]) != ("audio_url", "placeholder")]
+    if len(given) != 1:
+        complain(f"an audio part has {' and '.join(given) or 'no recording'}",
+                 "give one of audio_url, path, raw_audio")
     value = _string(d, given[0])
-    if given[0] != "raw_audio": return _at(root, value)
-    try: return Audio(raw=base64.b64decode(value, validate=True))
-    except ValueError as error: complain(f"raw_audio is not base64: {error}", "encode the bytes of the audio file as base64")
+    if given[0] != "raw_audio":
+        return _at(root, value)
+    try:
+        return Audio(raw=base64.b64decode(value, validate=True))
+    except CorpusError:
+        raise
+    except ValueError as error:
+        complain(f"raw_audio is not base64: {error}", "encode the bytes of the audio file as base64")
 
 def _message(d, root: Path) -> Message:
     "A message from `{'role', 'content', 'recipient'}`; content is a string, a part, or a list of them."
     d = _object(d, ("role", "content", "recipient"), "message")
-    if "content" not in d: complain(f"a message has no 'content'{did_you_mean('content', d)}", "add 'content'")
+    if "content" not in d:
+        complain(f"a message has no 'content'{did_you_mean('content', d)}", "add 'content'")
     content = d["content"] if isinstance(d["content"], list) else [d["content"]]
-    return Message(_string(d, "role"), tuple(_part(p, root) for p in content), _string(d, "recipient") if "recipient" in d else None)
+    recipient = _string(d, "recipient") if "recipient" in d else None
+    return Message(_string(d, "role"), tuple(_part(p, root) for p in content), recipient)
 
 # %% ../nbs/01_chatml.ipynb #69cf06d7
 @dataclass(frozen=True)
@@ -102,6 +191,12 @@ class Conversation:
     def audio(self) -> tuple[Audio, ...]:
         "The recordings, in order of appearance."
         return tuple(part for m in self.messages for part in m.content if isinstance(part, Audio))
+
+    @property
+    def targets(self) -> tuple[Audio, ...]:
+        "The recordings that are trained: those of the assistant's turns from `start_index` on; empty for a talk in text alone."
+        turns = self.messages[max(self.start_index or 0, 0):]
+        return tuple(part for m in turns if m.role == "assistant" for part in m.content if isinstance(part, Audio))
 
     @property
     def transcript(self) -> str:
@@ -124,14 +219,34 @@ def _conversation(d, id: str, source: str, root: Path) -> Conversation:
     problems, messages = [], []
     with collect_problems(problems):
         d = _object(d, ("messages",), "conversation", only=False)
-        id, start, speaker, extra = str(d.pop("id", id)), d.pop("start_index", None), d.pop("speaker", None), d.pop("extra", {})
-        if not isinstance(d.get("messages"), list): complain(f"has no list of 'messages'{did_you_mean('messages', d)}", "write the turns there")
-        for message in d.pop("messages"):
-            with collect_problems(problems): messages.append(_message(message, root))
-        if start is not None and type(start) is not int: complain(f"start_index is {start!r}", "write the index of a message")
-        if not isinstance(extra, dict): complain(f"extra is {str(extra)[:40]!r}", "write an object")
-    if problems: raise CorpusError(*(replace(p, source=source, id=id) for p in problems))
-    return Conversation(id, tuple(messages), start, None if speaker is None else str(speaker), source, d | extra)
+        id = _name(d, "id", id)
+        if not isinstance(d.get("messages"), list):
+            complain(f"has no list of 'messages'{did_you_mean('messages', d)}", "write the turns there")
+        for message in d["messages"]:
+            with collect_problems(problems):
+                messages.append(_message(message, root))
+        with collect_problems(problems):
+            _check_keys(d, _TALK_KEYS, "conversation")
+            lists = [k for k in ("audios", "audio") if k in d]
+            if lists:
+                complain(f"a conversation has the key {lists[0]!r}, which is not read",
+                         'write each recording as a part where "<audio>" is: '
+                         '{"type": "audio", "path": "a.wav"}')
+        start, speaker, extra = _talk_entries(d)
+    if problems:
+        raise CorpusError(*(replace(p, source=source, id=id if isinstance(id, str) else "") for p in problems))
+    notes = {k: v for k, v in d.items() if k not in _TALK_KEYS or k == "split"}
+    return Conversation(id, tuple(messages), start, speaker, source, notes | extra)
+
+def _talk_entries(d: dict) -> tuple[int | None, str | None, dict]:
+    "`start_index`, `speaker` and `extra` of a conversation."
+    start, extra = d.get("start_index"), d.get("extra", {})
+    if start is not None and type(start) is not int:
+        complain(f"start_index is {_brief(start)[1:-1]}", "write the index of a message")
+    if not isinstance(extra, dict):
+        complain(f"extra is {_brief(extra)}", "write an object")
+    return start, _name(d, "speaker"), extra
+
 
 # %% ../nbs/01_chatml.ipynb #dd149a85
 def tts_conversation(text: str,                   # what is spoken
@@ -151,19 +266,61 @@ def tts_conversation(text: str,                   # what is spoken
     return Conversation(id, tuple(Message(role, (part,)) for role, part in turns), len(turns) - 1 if audio else None, speaker, source, extra)
 
 # %% ../nbs/01_chatml.ipynb #6c097d9a
+_MARK = re.compile(r"<\|\w{1,64}\|>")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+def _string_faults(text: str, where: str) -> Iterator[tuple[str, str]]:
+    "What makes a string unfit for a prompt: marks of the model, control characters, broken characters."
+    mark = _MARK.search(text)
+    if mark:
+        yield (f"{where} holds {mark[0]!r}, which has the form of the model's own marks and could end or "
+               "forge a turn", "leave it out or write it in other signs, e.g. [laughter]")
+    control = _CONTROL.search(text)
+    if control:
+        utf16 = " (is the file UTF-16?)" if text.count("\0") > 1 else ""
+        yield (f"{where} holds the control character {control[0]!r}{utf16}",
+               "remove it, and save the file as UTF-8")
+    if "\ufffd" in text:
+        yield (f"{where} holds U+FFFD, which stands for a character that was lost",
+               "write the character, and save the file as UTF-8")
+    if any("\ud800" <= x <= "\udfff" for x in text):
+        yield f"{where} holds half a surrogate pair", "write the whole character"
+
+def _name_faults(c: Conversation) -> Iterator[tuple[str, str]]:
+    "What is wrong with the id and the speaker's name."
+    if not c.id.strip():
+        yield "the id is empty", "give each conversation a name"
+    for name, where in ((c.id, "the id"), (c.speaker or "", "the speaker's name")):
+        if "\n" in name or "\r" in name or "\t" in name:
+            yield f"{where} holds a line break or a tab", "write it on one line"
+        yield from _string_faults(name, where)
+
+def _message_faults(i: int, m: Message) -> Iterator[tuple[str, str]]:
+    "What is wrong with message `i` of a conversation."
+    if m.role not in ROLES:
+        asked = did_you_mean(m.role, ROLES)
+        yield f"message {i} has the role {m.role[:80]!r}{asked}", f"write one of {', '.join(ROLES)}"
+    if not m.content:
+        yield f"message {i} ({m.role[:80]}) is empty", "give it words or a recording"
+    for text in (p.text for p in m.content if isinstance(p, Text)):
+        if not any(x.isprintable() and not x.isspace() for x in text):
+            yield f"the transcript in message {i} ({m.role[:80]}) is empty", "write what is said"
+        yield from _string_faults(text, f"message {i} ({m.role[:80]})")
+    yield from _string_faults(m.recipient or "", f"the recipient of message {i}")
+
 def _faults(c: Conversation) -> Iterator[tuple[str, str]]:
     "What is wrong with a conversation, and the remedy, without a look at its recordings."
+    yield from _name_faults(c)
     for i, m in enumerate(c.messages):
-        if m.role not in ROLES: yield f"message {i} has the role {m.role!r}{did_you_mean(m.role, ROLES)}", f"write one of {', '.join(ROLES)}"
-        if not m.content: yield f"message {i} ({m.role}) is empty", "give it words or a recording"
-        for text in (p.text for p in m.content if isinstance(p, Text)):
-            if not any(x.isprintable() and not x.isspace() for x in text): yield f"the transcript in message {i} ({m.role}) is empty", "write what is said"
-            if any("\ud800" <= x <= "\udfff" for x in text): yield f"message {i} ({m.role}) holds half a surrogate pair", "write the whole character"
+        yield from _message_faults(i, m)
     if c.start_index is not None and not 0 <= c.start_index < len(c.messages):
-        yield f"start_index {c.start_index} is outside of the {len(c.messages)} messages", "count from 0 to the first turn that is trained"
+        yield (f"start_index {_brief(c.start_index)[1:-1]} is outside of the {len(c.messages)} messages",
+               "count from 0 to the first turn that is trained")
     elif not any(m.role == "assistant" for m in c.messages[c.start_index or 0:]):
         yield "no assistant turn is left to train", "add one, or lower start_index"
-    if c.extra.get("split", "train") not in SPLITS: yield f"split is {c.extra['split']!r}", f"write one of {', '.join(SPLITS)}"
+    split = c.extra.get("split", "train")
+    if split not in SPLITS:
+        yield f"split is {_brief(split)}", f"write one of {', '.join(SPLITS)}"
 
 def _structure(conversations: list[Conversation]) -> list[Problem]:
     "The faults of all conversations, and the ids that are used twice."
@@ -171,7 +328,8 @@ def _structure(conversations: list[Conversation]) -> list[Problem]:
     for c in conversations:
         problems += [Problem(*fault, c.source, c.id) for fault in _faults(c)]
         if first.setdefault(c.id, c) is not c:
-            problems.append(Problem(f"the id is already used at {first[c.id].source}", "give each its own", c.source, c.id))
+            problems.append(Problem(f"the id is already used at {first[c.id].source}",
+                                    "give each its own", c.source, c.id))
     return problems
 
 # %% ../nbs/01_chatml.ipynb #5b9bbbdf
@@ -193,115 +351,452 @@ def _json_rows(text: str, whole) -> Iterator[tuple[int, object]]:
         at = skip(at)
 
 # %% ../nbs/01_chatml.ipynb #10e6a523
-def _text_of(path: Path) -> str:
+MAX_TRANSCRIPT = 10**6  # bytes of a file with the words of one recording
+
+def _folded(name: str) -> str:
+    "A file name without case, accents' form and spaces at its ends."
+    return unicodedata.normalize("NFC", name).casefold().strip()
+
+def _neighbour(folder: Path, name: str) -> Path | None:
+    "The entry of `folder` that is called `name` but for case, accents' form, spaces or suffix."
+    try:
+        entries = sorted(os.listdir(folder))
+    except OSError:
+        return None
+    for entry in entries:
+        if _folded(entry) == _folded(name):
+            return folder / entry
+    for entry in entries:
+        stem, suffix = os.path.splitext(_folded(entry))
+        if suffix in AUDIO_SUFFIXES and stem in (_folded(name), os.path.splitext(_folded(name))[0]):
+            return folder / entry
+    return None
+
+def _file_meant(path: str | Path) -> str:
+    "A question that names the file that is there for a `path` that is not, or nothing."
+    parts, folder = [], Path(str(path).replace("\\", "/"))
+    while not folder.is_dir() and folder != folder.parent:
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    for first in range(len(parts)):
+        found = folder
+        for part in parts[first:]:
+            found = found and _neighbour(found, part)
+        if found:
+            return f" (is {str(found.relative_to(folder))!r} in {folder} meant?)"
+    return ""
+
+def _must_be_file(path: Path, max_bytes: int | None = None) -> None:
+    "Raise unless `path` is a regular file, of `max_bytes` at most; it is not opened."
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        complain(f"{path} cannot be opened: it does not exist{_file_meant(path)}",
+                 "correct the path or bring the file back")
+    except (OSError, ValueError) as error:
+        complain(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}",
+                 "correct the path or bring the file back")
+    if not stat.S_ISREG(state.st_mode):
+        complain(f"{path} cannot be opened: it is not a regular file", "name a file")
+    if max_bytes is not None and state.st_size > max_bytes:
+        complain(f"{path} is larger than {max_bytes:,} bytes: no transcript of one recording",
+                 "name the file with its words")
+
+def _text_of(path: Path, max_bytes: int | None = None) -> str:
     "The text in a file: UTF-8, with or without a byte order mark."
-    try: return path.read_text(encoding="utf-8-sig")
-    except OSError as error: complain(f"{path} cannot be opened: {error.strerror}", "correct the path or bring the file back")
-    except UnicodeDecodeError as error: complain(f"{path} is not UTF-8 at byte {error.start}", "save it as UTF-8")
+    _must_be_file(path, max_bytes)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        complain(f"{path} cannot be opened: {error.strerror}", "correct the path or bring the file back")
+    except UnicodeDecodeError as error:
+        complain(f"{path} is not UTF-8 at byte {error.start}", "save it as UTF-8")
 
 def _rows(path: Path, problems: list) -> list[tuple[int, object]]:
     "The rows `(line, value)` of a JSON or JSONL file; what is not JSON goes into `problems`."
     text, rows, jsonl = _text_of(path), [], path.suffix.lower() == ".jsonl"
     # "\n" alone ends a line of JSONL: str.splitlines would also cut at U+2028, which a JSON string may hold
     for first, chunk in enumerate(text.split("\n") if jsonl else [text], 1):
-        if jsonl and not chunk.strip(): continue
-        try: whole = json.loads(chunk)
+        if jsonl and not chunk.strip():
+            continue
+        try:
+            whole = json.loads(chunk)
+            with collect_problems(problems, f"{path}:{first}"):
+                _check_top(whole, jsonl)
+            rows += [(first + line - 1, value) for line, value in _json_rows(chunk, whole)]
         except json.JSONDecodeError as error:
             line = first + error.lineno - 1
-            problems.append(Problem(f"is not JSON: {error.msg} at column {error.colno}", f"correct line {line}", f"{path}:{line}"))
-        else: rows += [(first + line - 1, value) for line, value in _json_rows(chunk, whole)]
+            remedy = f"correct line {line}"
+            if error.msg == "Extra data" and not jsonl:
+                remedy += ", or call the file .jsonl if it has one row per line"
+            what = f"is not JSON: {error.msg} at column {error.colno}"
+            problems.append(Problem(what, remedy, f"{path}:{line}"))
+        except (RecursionError, ValueError) as error:
+            problems.append(Problem(f"is not JSON that can be read: {str(error)[:100]}",
+                                    f"correct line {first}", f"{path}:{first}"))
     return rows
 
-def _read(path: Path, parse) -> list[Conversation]:
+def _check_top(table, jsonl: bool) -> None:
+    "Raise if the object around the rows has keys that belong into the rows, which are not read there."
+    if jsonl or not isinstance(table, dict) or "messages" in table or "audio_file" in table:
+        return
+    if not isinstance(table.get("samples"), list):
+        meant = next((k for k, v in table.items() if isinstance(v, list) and _meant(k, ["samples"])), 0)
+        if meant:
+            complain(f"has no list of 'samples' (is {meant!r} meant?)", "call the list of rows 'samples'")
+        return
+    for key in (k for k in (*ROW_KEYS, "split") if table.get(k) is not None and k not in ("id", "text")):
+        complain(f"has the key {key!r} beside 'samples', where it is not read", "write it into each row")
+    _check_keys({k: v for k, v in table.items() if _SECTION.fullmatch(_plain(k))}, (), "table")
+
+def _read(path: Path, parse, allow_outside: bool) -> list[Conversation]:
     "What `parse(row, id, source, root)` makes of every row of a file."
     problems, conversations = [], []
-    for line, row in _rows(path, problems):
-        with collect_problems(problems, f"{path}:{line}"): conversations.append(parse(row, f"{path.stem}:{line}", f"{path}:{line}", path.parent))
+    for number, (line, row) in enumerate(_rows(path, problems), 1):
+        with collect_problems(problems, f"{path}:{line}"):
+            _check_depth(row)
+            c = parse(row, f"{path.stem}:{number}", f"{path}:{line}", path.parent)
+            with collect_problems(problems, c.source, c.id):
+                for audio in c.audio:
+                    _check_path(path.parent, audio.path, allow_outside)
+            conversations.append(c)
     return _complete(conversations, problems, path)
+
+def _check_depth(row) -> None:
+    "Raise if a row is nested so deeply that it could not be written again."
+    try:
+        check_plain(row, "row")
+    except ValueError as error:
+        complain(shown(str(error)[:200]), "write it flat")
+
+def _check_path(root: Path, path: str | Path | None, allow_outside: bool) -> None:
+    "Raise if a path in a table cannot be one, or leads out of `root` without `allow_outside`; None is no path."
+    if path is None:
+        return
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in os.path.relpath(path, root)):
+        complain(f"the path {str(path)!r} holds a control character or half a surrogate pair",
+                 "correct the path")
+    if allow_outside:
+        return
+    try:
+        inside = Path(path).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        complain(f"{path} cannot be opened: {error}", "correct the path")
+    if not inside:
+        complain(f"{path} lies outside of the folder {root}, or is a link that leads out of it",
+                 "move the file into the folder, or read the corpus with allow_outside=True "
+                 "if you trust its tables")
 
 def _complete(conversations: list, problems: list, path: Path) -> list[Conversation]:
     "The conversations read from `path` if all could be read; else everything that is wrong, at once."
-    if problems: raise CorpusError(*problems, *_structure(conversations))
+    if problems:
+        raise CorpusError(*problems, *_structure(conversations))
     if not conversations:
-        complain(f"{path} holds no conversation", "give a metadata.json, ChatML as .json or .jsonl, or recordings with a .txt beside each")
+        complain(f"{path} holds no conversation",
+                 "give a metadata.json, ChatML as .json or .jsonl, or recordings with a .txt beside each")
     return conversations
 
 # %% ../nbs/01_chatml.ipynb #51e6773a
-def read_chatml(path: str | Path) -> list[Conversation]:  # of a .json or .jsonl file
+def read_chatml(path: str | Path,  # of a .json or .jsonl file
+                allow_outside: bool = False,  # read files outside of the file's folder, too
+                ) -> list[Conversation]:
     "Read ChatML: a JSON list of conversations, a single one, or JSONL with one a line. Audio paths are relative to the file."
-    return _read(Path(path), _conversation)
+    return _read(Path(path), _conversation, allow_outside)
 
-def read_metadata(path: str | Path) -> list[Conversation]:  # of a .json or .jsonl file
+def read_metadata(path: str | Path,  # of a .json or .jsonl file
+                  allow_outside: bool = False,  # read files outside of the file's folder, too
+                  ) -> list[Conversation]:
     """Read `{"samples": [...]}` or a list of rows with `audio_file` and `text` or `transcript_file`, and, as wanted, `id`, `speaker_id`, `scene`,
     `ref_audio_file` with `ref_transcript`, `ref_speakers`; other keys are kept in `extra`. Paths are relative to the file."""
-    return _read(Path(path), _metadata_row)
+    return _read(Path(path), partial(_metadata_row, allow_outside=allow_outside), allow_outside)
 
-def _metadata_row(row, id: str, source: str, root: Path) -> Conversation:
-    row, problems, text = _object(row, ROW_KEYS, "row", only=False), [], ""
-    id = str(row.get("id", id))
-    with collect_problems(problems, source, id): audio = _at(root, _string(row, "audio_file"))
-    with collect_problems(problems, source, id): text = _words(row, root)
-    with collect_problems(problems, source, id): reference = _references(row, text, root)
-    with collect_problems(problems, source, id): scene = _string(row, "scene") if "scene" in row else None
-    if problems: raise CorpusError(*problems)
+def _metadata_row(row, id: str, source: str, root: Path, allow_outside: bool = False) -> Conversation:
+    row = _object(row, ROW_KEYS, "row", only=False)
+    id = _name(row, "id", id)
+    problems, text = [], ""
+    with collect_problems(problems, source, id):
+        audio = _at(root, _string(row, "audio_file"))
+    with collect_problems(problems, source, id):
+        text = _words(row, root, allow_outside)
+    with collect_problems(problems, source, id):
+        reference = _references(row, text, root)
+    with collect_problems(problems, source, id):
+        scene = _string(row, "scene") if "scene" in row else None
+    with collect_problems(problems, source, id):
+        speaker = _name(row, "speaker_id")
+    with collect_problems(problems, source, id):
+        required = {"audio_file", "text", "transcript_file"}
+        _check_keys(dict.fromkeys(required) | row, (*ROW_KEYS, "split"), "row")
+    if problems:
+        raise CorpusError(*problems)
     c = tts_conversation(text, audio, id=id, scene=scene, reference=reference, source=source)
-    return replace(c, speaker=str(row["speaker_id"]) if "speaker_id" in row else None, extra={k: v for k, v in row.items() if k not in ROW_KEYS})
+    return replace(c, speaker=speaker, extra={k: v for k, v in row.items() if k not in ROW_KEYS})
 
-def _words(row: dict, root: Path) -> str:
+def _words(row: dict, root: Path, allow_outside: bool) -> str:
     "The transcript of a row; white space around the one in a file is not part of it."
     if "text" not in row and not row.get("transcript_file"):
-        complain(f"has neither 'text' nor 'transcript_file'{did_you_mean('transcript_file', row) or did_you_mean('text', row)}", "add one of them")
-    if not row.get("transcript_file"): return _string(row, "text")
-    said = _text_of(root / _string(row, "transcript_file")).strip()
-    if row.get("text", said) != said: complain("'text' and 'transcript_file' say different things", "keep one of them")
+        asked = _asked("transcript_file", row) or _asked("text", row)
+        complain(f"has neither 'text' nor 'transcript_file'{asked}", "add one of them")
+    if not row.get("transcript_file"):
+        return _string(row, "text")
+    name = _string(row, "transcript_file")
+    path = root / name
+    _check_path(root, path, allow_outside)
+    said = _text_of(path, MAX_TRANSCRIPT).strip()
+    if row.get("text", said) != said:
+        complain("'text' and 'transcript_file' say different things", "keep one of them")
     return said
 
 def _references(row: dict, text: str, root: Path) -> list[tuple[str, Audio]]:
     "The words and the recording of each reference voice; the words carry the tag of the voice if `text` does."
-    given, pair = row.get("ref_speakers") or [], lambda d: (_string(d, "ref_transcript"), _at(root, _string(d, "ref_audio_file")))
+    def pair(d):
+        return _string(d, "ref_transcript"), _at(root, _string(d, "ref_audio_file"))
+    given = row.get("ref_speakers") or []
     if not isinstance(given, list) or not all(isinstance(s, dict) for s in given):
-        complain("'ref_speakers' is not a list of objects", "write speaker_id, ref_audio_file and ref_transcript for each")
+        complain("'ref_speakers' is not a list of objects",
+                 "write speaker_id, ref_audio_file and ref_transcript for each")
     pairs = [pair(row)] if row.get("ref_audio_file") or row.get("ref_transcript") else []
-    for s in given:
-        tag, (said, voice) = s.get("speaker_tag") or f"[{s.get('speaker_id')}]", pair(s)
+    for entry in given:
+        name = "entry of 'ref_speakers'"
+        _check_keys(entry, _VOICE_KEYS, name)
+        entry = _object(entry, _VOICE_KEYS, name)
+        tag = _string(entry, "speaker_tag") if "speaker_tag" in entry else ""
+        tag = tag or f"[{_name(entry, 'speaker_id')}]"
+        said, voice = pair(entry)
         pairs.append((f"{tag} {said}" if tag in text else said, voice))
     return pairs
 
 # %% ../nbs/01_chatml.ipynb #e2695654
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+_OTHER_SOUND = (".m4a", ".aac", ".aif", ".aiff", ".aifc", ".amr", ".ape", ".au", ".caf", ".m4b", ".mka",
+                ".oga", ".spx", ".w64", ".webm", ".wma", ".wv", ".3gp", ".mp4")
+_TABLES = {".csv": "a table such as LJSpeech's", ".tsv": "a table such as Common Voice's",
+           ".list": "a list such as GPT-SoVITS's", ".parquet": "a Hugging Face data set",
+           ".arrow": "a Hugging Face data set", ".lab": "transcripts under another suffix",
+           ".textgrid": "an alignment", ".json": "a table under another name than metadata.json",
+           ".jsonl": "a table in a folder", ".srt": "subtitles", ".vtt": "subtitles"}
+_RUN_FILES = ("parameters.json", "environment.jsonl")
 
-def _files(folder: Path, *suffixes: str) -> list[Path]:
-    "The visible files in `folder`, and in the folders in it, that end so."
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+def _table_note(path: Path) -> str | None:
+    "What a file is that may have transcripts in another form, or None."
+    name = path.name.lower()
+    if name.endswith((".normalized.txt", ".original.txt")) or Path(path.stem).suffix.lower() in AUDIO_SUFFIXES:
+        return "transcripts under another suffix" if path.suffix.lower() == ".txt" else None
+    if name in ("transcripts.txt", "transcript.txt", "text.txt", "metadata.txt") or name.endswith(".trans.txt"):
+        return "a list of transcripts"
+    return _TABLES.get(path.suffix.lower())
 
-def read_folder(path: str | Path) -> list[Conversation]:  # of the folder
-    "Read the pairs `NAME.wav` (or flac, ogg, opus, mp3) and `NAME.txt` in a folder and those in it; the name is the id."
-    path, problems, conversations = Path(path), [], []
-    recordings = _files(path, *AUDIO_SUFFIXES)
-    alone = sorted(set(_files(path, ".txt")) - {r.with_suffix(".txt") for r in recordings})
-    problems += [Problem(f"has no recording beside it ({', '.join(AUDIO_SUFFIXES)})", "add it or move the text away", f"{t}:1") for t in alone]
+@dataclass
+class _Listing:
+    "The files that a folder and those in it hold, what is wrong with them, and the output directories that were left out."
+    files: list[Path]
+    problems: list[Problem]
+    runs: list[Path]
+
+def _walk(root: Path, allow_outside: bool) -> _Listing:
+    "List the files in `root` and the folders in it, without hidden folders and output directories of runs."
+    found, seen, queue = _Listing([], [], []), set(), [root]
+    while queue:
+        folder = queue.pop()
+        if folder.resolve() in seen:
+            continue
+        seen.add(folder.resolve())
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            found.problems.append(Problem(f"the folder {folder} cannot be read: {error.strerror}",
+                                          "make it readable or take it out"))
+            continue
+        for path in entries:
+            if path.name.startswith(".") or path.name == "__MACOSX":
+                continue
+            if path.is_dir():
+                if path.is_symlink() and not allow_outside:
+                    found.problems.append(Problem(
+                        f"{path} is a link to a folder, which is not followed",
+                        "move the folder itself here, remove the link, or pass allow_outside=True"))
+                elif any((path / name).is_file() for name in _RUN_FILES):
+                    found.runs.append(path)
+                else:
+                    queue.append(path)
+            elif path.is_file():
+                found.files.append(path)
+            elif path.suffix.lower() in (".txt", *AUDIO_SUFFIXES):
+                kind = "a link to nothing" if path.is_symlink() else "not a regular file"
+                found.problems.append(Problem(f"{path} is {kind}", "remove it or bring the file back"))
+    found.files.sort()
+    return found
+
+def _pair(recording: Path, texts: dict[str, Path]) -> Path:
+    "The transcript beside a recording; an error names a file that almost is it."
+    path = recording.with_suffix(".txt")
+    if path not in texts.values():
+        near = texts.get(_folded(str(path)))
+        asked = f" (is {near.name!r} meant?)" if near else ""
+        remedy = f"rename it to {path.name!r}" if near else "write its words into that file"
+        complain(f"has no transcript beside it: {path.name!r} does not exist{asked}", remedy)
+    return path
+
+def _shared_text(recordings: list[Path]) -> list[Problem]:
+    "Recordings that differ in their suffix alone, and so would share one transcript and one id."
+    groups = defaultdict(list)
     for recording in recordings:
-        source, id = f"{recording.with_suffix('.txt')}:1", recording.relative_to(path).with_suffix("").as_posix()
-        with collect_problems(problems, source, id):
-            conversations.append(tts_conversation(_text_of(recording.with_suffix(".txt")).strip(), Audio(str(recording)), id=id, source=source))
+        groups[recording.with_suffix("")].append(recording)
+    return [Problem(f"{' and '.join(r.name for r in group)} share one name and one transcript",
+                    "keep one of them, or give each a name and a .txt of its own", f"{stem}.txt:1")
+            for stem, group in groups.items() if len(group) > 1]
+
+def _untranscribed(root: Path, recordings: list[Path], files: list[Path]) -> Problem | None:
+    "One problem instead of many, where most recordings have no .txt and words lie there in another form."
+    alone = [r for r in recordings if r.with_suffix(".txt") not in files]
+    tables = {path: _table_note(path) for path in files if _table_note(path)}
+    if not tables or len(alone) <= len(recordings) / 2:
+        return None
+    names = [f"{str(path.relative_to(root))!r} ({note})" for path, note in tables.items()]
+    some = ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3)
+    return Problem(f"{root} holds {len(alone):,} recordings without a .txt of their own, and {some}, "
+                   "which is not read as transcripts here",
+                   "write a metadata.json with one row per recording: "
+                   '[{"audio_file": "wavs/a.wav", "text": "Its words."}, ...]; a table of this form '
+                   "in another folder or under another name is read when you name it")
+
+def read_folder(path: str | Path,  # of the folder
+                allow_outside: bool = False,  # follow links that lead out of the folder, too
+                ) -> list[Conversation]:
+    """Read the pairs `NAME.wav` (or flac, ogg, opus, mp3) and `NAME.txt` in a folder and those in it; the name is the id.
+    Hidden folders are passed over, and output directories of runs with a warning."""
+    path = Path(path).expanduser()
+    listing = _walk(path, allow_outside)
+    for run in listing.runs:
+        warnings.warn(f"{run} is the output of a run and is not read as part of the corpus", stacklevel=2)
+    recordings = [p for p in listing.files if p.suffix.lower() in AUDIO_SUFFIXES]
+    other = [p for p in listing.files if p.suffix.lower() in _OTHER_SOUND]
+    problems = listing.problems + _shared_text(recordings)
+    for p in other:
+        problems.append(Problem(f"{p} is a recording in a form that is not read",
+                                f"convert it: ffmpeg -i {p.name!r} {p.stem + '.wav'!r}"))
+    summary = _untranscribed(path, recordings, listing.files)
+    if summary:
+        raise CorpusError(*problems, summary)
+    conversations = _pairs(path, recordings, other, listing.files, problems, allow_outside)
     return _complete(conversations, problems, path)
 
+def _pairs(root: Path, recordings: list[Path], other: list[Path], files: list[Path], problems: list,
+           allow_outside: bool) -> list[Conversation]:
+    "A conversation for each recording and the text beside it; what is wrong goes into `problems`."
+    texts = {_folded(str(p)): p for p in files if p.suffix.lower() == ".txt"}
+    used = {_folded(str(p.with_suffix(".txt"))) for p in (*recordings, *other)}
+    conversations = []
+    suffixes = ", ".join(AUDIO_SUFFIXES)
+    problems += [Problem(f"has no recording beside it ({suffixes})", "add it or move the text away", f"{t}:1")
+                 for name, t in texts.items() if name not in used]
+    done = set()
+    for recording in recordings:
+        source = f"{recording.with_suffix('.txt')}:1"
+        id = recording.relative_to(root).with_suffix("").as_posix()
+        if id in done:
+            continue  # named by `_shared_text`
+        done.add(id)
+        with collect_problems(problems, source, id):
+            text = _pair(recording, texts)
+            _check_path(root, recording, allow_outside)
+            _check_path(root, text, allow_outside)
+            words = _text_of(text, MAX_TRANSCRIPT).strip()
+            c = tts_conversation(words, Audio(str(recording)), id=id, source=source)
+            conversations.append(c)
+    return conversations
+
 # %% ../nbs/01_chatml.ipynb #8270deaa
-def load_corpus(path: str | Path  # a metadata.json, ChatML as .json or .jsonl, or a folder of one of these or of recordings with transcripts
+def _table_in(path: Path) -> Path | None:
+    "The table in a folder that is to be read; None: the folder is read as pairs of recordings and texts."
+    marks = [p for p in path.iterdir() if p.name in ("dataset_info.json", "dataset_dict.json")
+             or p.suffix.lower() in (".arrow", ".parquet")]
+    tables = sorted(path.glob("metadata.json")) or sorted(path.glob("*.jsonl"))
+    if marks and not path.joinpath("metadata.json").exists():
+        complain(f"{path} is a Hugging Face data set ({marks[0].name}), which is not read",
+                 "save its audio as files and write a metadata.json with audio_file and text for each")
+    if not tables:
+        listing = _walk(path, allow_outside=False)
+        sounds = (".txt", *AUDIO_SUFFIXES, *_OTHER_SOUND)
+        if not listing.problems and not any(p.suffix.lower() in sounds for p in listing.files):
+            tables = sorted(path.glob("*.json"))
+    if len(tables) > 1:
+        complain(f"{path} holds {', '.join(t.name for t in tables[:20])}", "name the one to read")
+    return tables[0] if tables else None
+
+def _must_be_table(path: Path) -> None:
+    "Raise unless `path` is a .json or .jsonl file."
+    if path.suffix.lower() in (".json", ".jsonl"):
+        return
+    note = _table_note(path)
+    if not path.exists():
+        complain(f"{path} does not exist and is no folder, .json or .jsonl{_file_meant(path)}",
+                 "correct the path")
+    if note:
+        complain(f"{path} is {note}, which is not read; it is no folder, .json or .jsonl",
+                 "write a metadata.json with audio_file and text for each recording")
+    complain(f"{path} is no folder, .json or .jsonl", "name one of these")
+
+def load_corpus(path: str | Path,  # a metadata.json, ChatML as .json or .jsonl, or a folder of one of these or of recordings with transcripts
+                allow_outside: bool = False,  # True: also read files outside of the corpus' folder, absolute paths and links
                 ) -> list[Conversation]:
-    "Read a corpus by what is there. Raises a `CorpusError` with everything that cannot be read, or with what was looked for."
-    path = Path(path)
+    """Read a corpus by what is there. Raises a `CorpusError` with everything that cannot be read, or with what was looked for.
+    Tables of strangers could name any file of yours, so paths stay inside of the folder unless `allow_outside` is given."""
+    if not str(path).strip():
+        complain("the path of the corpus is empty", "name a folder, a .json or a .jsonl file")
+    if "\0" in str(path):
+        complain(f"the path of the corpus is {str(path)[:80]!r}", "take the NUL character out")
+    path = Path(path).expanduser()
     if path.is_dir():
-        tables = sorted(path.glob("metadata.json")) or sorted(path.glob("*.jsonl"))
-        if not tables and not _files(path, ".txt", *AUDIO_SUFFIXES): tables = sorted(path.glob("*.json"))
-        if len(tables) > 1: complain(f"{path} holds {', '.join(t.name for t in tables)}", "name the one to read")
-        if not tables: return read_folder(path)
-        path = tables[0]
-    elif path.suffix.lower() not in (".json", ".jsonl"): complain(f"{path} is no folder, .json or .jsonl", "name one of these")
+        table = _table_in(path)
+        if table is None:
+            return read_folder(path, allow_outside)
+        path = table
+    else:
+        _must_be_table(path)
     chatml = any(isinstance(row, dict) and "messages" in row for _, row in _rows(path, []))
-    return read_chatml(path) if chatml else read_metadata(path)
+    return read_chatml(path, allow_outside) if chatml else read_metadata(path, allow_outside)
 
 # %% ../nbs/01_chatml.ipynb #c84d4411
+def _check_file(audio: Audio) -> None:
+    "Raise if a recording is not there, or is a pipe or device, whose reading would not end."
+    if audio.path is None:
+        return
+    try:
+        mode = os.stat(audio.path).st_mode
+    except FileNotFoundError:
+        link = " (it is a link to nothing)" if os.path.islink(audio.path) else ""
+        complain(f"{audio.name} does not exist{link or _file_meant(audio.path)}",
+                 "correct the path or bring the file back")
+    except (OSError, ValueError) as error:
+        complain(f"{audio.name} cannot be opened: {getattr(error, 'strerror', None) or error}",
+                 "correct the path")
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        complain(f"{audio.name} cannot be opened: it is not a regular file", "name a recording")
+
+def _check_duration(c: Conversation, measured: dict) -> None:
+    "Raise if a conversation says another `duration` than that of the one recording that it trains on."
+    said = next((v for k, v in c.extra.items() if re.fullmatch(r"duration(s|sec|secs|seconds)?", _plain(k))), None)
+    targets = [measured[a] for a in c.targets if measured.get(a)]
+    if len(targets) != 1 or isinstance(said, bool) or not isinstance(said, (int, float)):
+        return
+    real = targets[0].duration_s
+    if not any(abs(value - real) <= 0.1 + 0.02 * real for value in (said, said / 1000)):
+        complain(f"says a duration of {said:g} s, and its recording lasts {real:.2f} s: is only a part meant?",
+                 "cut the recording to that part, or correct the duration")
+
+def speakers_without_mark(conversations: list[Conversation]) -> tuple[str, ...]:
+    "Speakers, in order of their names, whose prompts differ from another speaker's in the words alone: nothing tells the model them apart."
+    groups = defaultdict(set)
+    for c in (c for c in conversations if c.speaker and c.targets):
+        first = max(c.start_index or 0, 0)
+        prompt = [(m.role, m.content) for m in c.messages[:max(first - 1, 0)]]
+        words = [p.text for m in c.messages for p in m.content if isinstance(p, Text)]
+        tags = re.findall(r"\[[^\]\[]{1,40}\]", c.transcript)
+        named = c.speaker if any(c.speaker.casefold() in w.casefold() for w in words) else ""
+        groups[repr(prompt), tuple(sorted(set(tags))), named].add(c.speaker)
+    return tuple(sorted(set().union(*(names for names in groups.values() if len(names) > 1))))
+
 def check_corpus(conversations: list[Conversation],  # as `load_corpus` gives them
                  sampling_rate: int = 24000,           # Hz that training will use
                  max_duration_s: float | None = 30.0,  # longer recordings are refused; None: no limit
@@ -309,20 +804,38 @@ def check_corpus(conversations: list[Conversation],  # as `load_corpus` gives th
     "Check all conversations and read all recordings. Raises one `CorpusError` with every problem; changes nothing."
     problems, rows, stats = _structure(conversations), [], {}
     for c in tqdm(conversations, desc="checking", unit=" conversations", disable=not progress):
-        chars = 0
-        for i, part in ((i, part) for i, m in enumerate(c.messages) for part in m.content):
-            if isinstance(part, Text): chars = len(part.text); continue
-            if part not in stats:
-                stats[part] = None  # a recording that is wrong is named once
-                with collect_problems(problems, c.source, c.id): stats[part] = measure_audio(part, max_duration_s)
-            trained = c.messages[i].role == "assistant" and i >= (c.start_index or 0)
-            if stats[part]: rows.append(AudioRow(**vars(stats[part]), id=c.id, source=c.source, split=c.extra.get("split"), path=part.name,
-                                                 trained=trained, text_chars=chars))
+        with collect_problems(problems, c.source, c.id):
+            rows += _measured(c, stats, problems, max_duration_s)
+            _check_duration(c, stats)
+    if not any(c.targets for c in conversations):
+        problems.append(Problem(f"none of the {len(conversations)} conversations has a recording to train on",
+                                "add a recording to an assistant turn at or after start_index"))
     train = {r.digest: r.id for r in rows if r.split == "train"}
-    problems += [Problem(f"its recording is held out, and in training as part of {train[r.digest]!r}", "take one of the two out", r.source, r.id)
-                 for r in rows if r.split == "held_out" and r.trained and r.digest in train]
-    if problems: raise CorpusError(*problems)
-    return CorpusReport(len(conversations), rows, sampling_rate)
+    for r in rows:
+        if r.split == "held_out" and r.trained and r.digest in train:
+            what = f"its recording is held out, and in training as part of {train[r.digest]!r}"
+            problems.append(Problem(what, "take one of the two out", r.source, r.id))
+    if problems:
+        raise CorpusError(*problems)
+    return CorpusReport(len(conversations), rows, sampling_rate, speakers_without_mark(conversations))
+
+def _measured(c: Conversation, stats: dict, problems: list, max_duration_s: float | None) -> list[AudioRow]:
+    "A row for each recording of a conversation; `stats` remembers what was measured, or None for what is wrong."
+    chars, rows = 0, []
+    for i, part in ((i, part) for i, m in enumerate(c.messages) for part in m.content):
+        if isinstance(part, Text):
+            chars = len(part.text)
+            continue
+        if part not in stats:
+            stats[part] = None  # a recording that is wrong is named once
+            with collect_problems(problems, c.source, c.id):
+                _check_file(part)
+                stats[part] = measure_audio(part, max_duration_s)
+        trained = c.messages[i].role == "assistant" and i >= (c.start_index or 0)
+        if stats[part]:
+            rows.append(AudioRow(**vars(stats[part]), id=c.id, source=c.source, split=c.extra.get("split"),
+                                 path=part.name, trained=trained, text_chars=chars))
+    return rows
 
 # %% ../nbs/01_chatml.ipynb #3b0fbabf
 def sentence_key(text: str) -> str:  # a transcript
@@ -330,24 +843,111 @@ def sentence_key(text: str) -> str:  # a transcript
     letters = (x if unicodedata.category(x)[0] in "LMN" else " " for x in unicodedata.normalize("NFKC", text).casefold())
     return " ".join("".join(letters).split()) or text
 
-def split_corpus(conversations: list[Conversation],  # the whole corpus
-                 held_out: float = 0.1,  # share of the conversations, rounded up to whole sentences
-                 seed: int = 0) -> tuple[list[Conversation], list[Conversation]]:  # train, held out
-    "Split by sentence. Conversations that say a `split` in `extra` stay there, and others with the same sentence join them."
+def _file_digests(recordings: Iterable[Audio]) -> dict[Audio, str]:
+    "What is the same for recordings with the same bytes; only files of equal size are read. A file that is not there has none."
+    sizes, digests = defaultdict(list), {}
+    for audio in dict.fromkeys(recordings):
+        try:
+            state = None if audio.path is None else os.stat(audio.path)
+        except (OSError, ValueError):
+            continue
+        if state is None or stat.S_ISREG(state.st_mode):
+            sizes[len(audio.raw) if state is None else state.st_size].append(audio)
+    for size, group in sizes.items():
+        for audio in group:
+            digests[audio] = f"{size}" if len(group) == 1 else _bytes_digest(audio)
+    return digests
+
+def _bytes_digest(audio: Audio) -> str:
+    "The sha256 of a recording as it is stored."
+    if audio.path is None:
+        return hashlib.sha256(audio.raw).hexdigest()
+    with open(audio.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+def _groups(conversations: list[Conversation], digests: dict[Audio, str]) -> list[list[Conversation]]:
+    "Conversations that share a sentence or a trained recording, directly or through others, in the order of their first."
+    parent = list(range(len(conversations)))
+    def top(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+    first = {}
+    for i, c in enumerate(conversations):
+        recordings = [("recording", digests[a]) for a in c.targets if a in digests]
+        for key in (("sentence", sentence_key(c.transcript)), *recordings):
+            a, b = top(i), top(first.setdefault(key, i))
+            parent[max(a, b)] = min(a, b)
     groups = defaultdict(list)
-    for c in conversations: groups[sentence_key(c.transcript)].append(c)
-    said = {key: {c.extra["split"] for c in group if "split" in c.extra} for key, group in groups.items()}
-    clash = [c for key in groups if len(said[key]) > 1 or said[key] - set(SPLITS) for c in groups[key]]
-    if clash: raise CorpusError(*(Problem(f"the split of {c.transcript[:40]!r} is {' and '.join(sorted(map(str, said[sentence_key(c.transcript)])))}",
-                                          f"choose one of {', '.join(SPLITS)}", c.source, c.id) for c in clash))
-    out = {key for key in groups if said[key] == {"held_out"}}
-    free = sorted((key for key in groups if not said[key]), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
-    missing = math.ceil(held_out * len(conversations)) - sum(len(groups[key]) for key in out)
-    for key in free[:len(groups) - len(out) - 1]:
-        if missing <= 0: break
-        out.add(key)
-        missing -= len(groups[key])
-    return tuple([c for c in conversations if (sentence_key(c.transcript) in out) == held] for held in (False, True))
+    for i, c in enumerate(conversations):
+        groups[top(i)].append(c)
+    return list(groups.values())
+
+def _said_split(group: list[Conversation]) -> set[str]:
+    "The sides that the conversations of a group name themselves."
+    return {str(c.extra["split"]) for c in group if c.extra.get("split") is not None}
+
+def _clashes(group: list[Conversation]) -> list[Problem]:
+    "What is wrong with the sides that a group's conversations name; each problem names a row of either side."
+    sides = {}
+    for c in group:
+        if c.extra.get("split") is not None:
+            sides.setdefault(str(c.extra["split"]), c)
+    if len(sides) < 2 and not sides.keys() - set(SPLITS):
+        return []
+    rows = "; ".join(f"{side}: {c.id!r} at {c.source or 'no file'}" for side, c in sorted(sides.items()))
+    return [Problem(f"the split of {c.transcript[:40]!r} is {' and '.join(sorted(sides))}, but rows with the "
+                    f"same sentence or recording belong on one side ({rows})",
+                    f"choose one of {', '.join(SPLITS)}", c.source, c.id) for c in group]
+
+def _lends(groups: list[list[Conversation]], digests: dict[Audio, str]) -> list[bool]:
+    "For each group: is one of its trained recordings the reference voice of a conversation in another?"
+    users = defaultdict(set)
+    for i, group in enumerate(groups):
+        for c in group:
+            for a in set(c.audio) - set(c.targets):
+                users[digests.get(a)].add(i)
+    return [any(users[digests[a]] - {i} for c in group for a in c.targets if a in digests)
+            for i, group in enumerate(groups)]
+
+def split_corpus(conversations: list[Conversation],  # the whole corpus
+                 held_out: float = 0.1,  # share of the conversations, 0 or more and less than 1; rounded up to whole groups
+                 seed: int = 0,  # of the order in which groups are drawn
+                 report: CorpusReport | None = None,  # of `check_corpus`: recordings are then the same by sound, in any lossless format; None: by their files' bytes
+                 ) -> tuple[list[Conversation], list[Conversation]]:  # train, held out
+    """Split so that no sentence and no trained recording is on both sides. Conversations that say a `split` in `extra` stay there, and the others
+    of their group join them; `CorpusError` if a group says both. Otherwise the last group is never held out, nor is one whose recording is the
+    reference of another, so that held out may be empty. `ValueError` if `held_out` is no share."""
+    if isinstance(held_out, bool) or not isinstance(held_out, (int, float)) or not 0 <= held_out < 1:
+        raise ValueError(f"held_out is {held_out}: it is a share of the corpus, 0 or more and less than 1, "
+                         "such as 0.1; 10 percent is 0.1")
+    digests = _file_digests(a for c in conversations for a in c.audio)
+    if report is not None:
+        by_path = {r.path: r.digest for r in report.rows}
+        digests |= {a: by_path[a.path] for c in conversations for a in c.audio if a.path in by_path}
+    groups = _groups(conversations, digests)
+    clashes = [problem for group in groups for problem in _clashes(group)]
+    if clashes:
+        raise CorpusError(*clashes)
+    out = _draw(groups, _lends(groups, digests), held_out, seed, len(conversations))
+    held = {id(c) for i in out for c in groups[i]}
+    return tuple([c for c in conversations if (id(c) in held) == side] for side in (False, True))
+
+def _draw(groups: list, lends: list[bool], held_out: float, seed: int, total: int) -> set[int]:
+    "Indices of the groups that are held out."
+    def order(i):
+        key = min(sentence_key(c.transcript) for c in groups[i])
+        return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest()
+    out = {i for i, group in enumerate(groups) if _said_split(group) == {"held_out"}}
+    missing = math.ceil(held_out * total) - sum(len(groups[i]) for i in out)
+    free = sorted((i for i, g in enumerate(groups) if not _said_split(g) and not lends[i]), key=order)
+    for i in free:
+        if missing <= 0 or len(out) >= len(groups) - 1:
+            break
+        out.add(i)
+        missing -= len(groups[i])
+    return out
 
 # %% ../nbs/01_chatml.ipynb #0f63dad4
 def embedded_corpus(speaker: str = "allison",  # "allison": English; "june": French

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
-from .chatml import Audio, Conversation, Text, load_audio, tts_conversation
+from .chatml import Audio, Conversation, CorpusError, Problem, Text, load_audio, tts_conversation
 
 # %% auto #0
 __all__ = ['IGNORE', 'AUDIO_IN', 'AUDIO_OUT', 'AUDIO_DELAY', 'SPECIAL_TOKENS', 'SCENE', 'byte_tokenizer', 'fit_tokenizer',
-           'AudioTokens', 'delay_pattern', 'undelay', 'merge_scene', 'prepare_chatml_sample', 'ChatMLDatasetSample',
-           'encode_conversation', 'whisper_extractor', 'sample_options', 'whisper_frames', 'chunk_heard',
-           'repeat_heard', 'Sample', 'expand', 'SampleDataset', 'encode_with']
+           'AudioTokens', 'delay_pattern', 'undelay', 'SceneMark', 'merge_scene', 'special_ids',
+           'prepare_chatml_sample', 'ChatMLDatasetSample', 'encode_conversation', 'whisper_extractor', 'sample_options',
+           'whisper_frames', 'chunk_heard', 'repeat_heard', 'Sample', 'expand', 'SampleDataset', 'encode_with']
 
 # %% ../nbs/03_samples.ipynb #683994c1
 IGNORE = -100  # the label of a position that is not supervised, as in torch.nn.functional.cross_entropy
@@ -123,6 +123,9 @@ def undelay(audio_ids: Tensor,  # (frames, codebooks) as generated, with or with
 # %% ../nbs/03_samples.ipynb #1e2bf119
 SCENE = ("\n\n<|scene_desc_start|>\n", "\n<|scene_desc_end|>")
 
+class SceneMark(Text):
+    "The marks around a scene: text of the family, not of a user."
+
 def merge_scene(messages: tuple) -> list[tuple[int, str, tuple, str | None]]:
     "The turns `(index, role, content, recipient)` with each scene written into the system turn before it."
     turns = []
@@ -130,8 +133,25 @@ def merge_scene(messages: tuple) -> list[tuple[int, str, tuple, str | None]]:
         if m.role != "scene": turns.append((i, m.role, m.content, m.recipient)); continue
         before = turns.pop() if turns and turns[-1][1] == "system" else (i, "system", (), None)
         opening = SCENE[0] if before[2] else SCENE[0].lstrip("\n")
-        turns.append((before[0], "system", (*before[2], Text(opening), *m.content, Text(SCENE[1])), None))
+        turns.append((before[0], "system", (*before[2], SceneMark(opening), *m.content, SceneMark(SCENE[1])), None))
     return turns
+
+def special_ids(tokenizer,  # a fast tokenizer
+                ) -> frozenset[int]:
+    "The ids that a tokenizer keeps for its own marks, such as the end of a turn."
+    added = tokenizer.added_tokens_decoder
+    return frozenset(i for i, token in added.items() if token.special)
+
+def _encode_words(text: str, tokenizer, special: frozenset[int], conversation: Conversation) -> list[int]:
+    "The ids of a user's text, which are never those of a mark: a mark in a text would end or forge a turn."
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    marks = special.intersection(ids)
+    if marks:
+        mark = tokenizer.convert_ids_to_tokens(min(marks))
+        raise CorpusError(Problem(f"a text holds {mark!r}, one of the model's own marks, which could end or "
+                                  "forge a turn", "leave it out or write it in other signs",
+                                  conversation.source, conversation.id))
+    return ids
 
 def prepare_chatml_sample(conversation: Conversation | dict,  # ChatML; a dict is read by `Conversation.from_dict`
                           tokenizer) -> tuple[list[int], list[int], list[Audio], str | None]:  # a fast tokenizer that knows `SPECIAL_TOKENS`
@@ -139,6 +159,9 @@ def prepare_chatml_sample(conversation: Conversation | dict,  # ChatML; a dict i
     `(tokens,)`, audios in order of their placeholders. The rules are those of the original `prepare_chatml_sample`."""
     if isinstance(conversation, dict): conversation = Conversation.from_dict(conversation)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    special = special_ids(tokenizer)
+    def words(text):
+        return _encode_words(text, tokenizer, special, conversation)
     input_ids, label_ids = [], []
     def add(ids, trained):
         input_ids.extend(ids)
@@ -146,10 +169,13 @@ def prepare_chatml_sample(conversation: Conversation | dict,  # ChatML; a dict i
     turns = merge_scene(conversation.messages)
     for n, (index, role, content, recipient) in enumerate(turns):
         trained = role == "assistant" and index >= (conversation.start_index or 0)
+        words(role)
         add(encode("<|begin_of_text|>" * (n == 0) + f"<|start_header_id|>{role}<|end_header_id|>\n\n"), False)
+        words(recipient or "")
         if recipient: add(encode(f"{recipient}<|recipient|>"), trained)
         for part in content:
-            if isinstance(part, Text): add(encode(part.text), trained)
+            if isinstance(part, SceneMark): add(encode(part.text), trained)
+            elif isinstance(part, Text): add(words(part.text), trained)
             elif role == "assistant": add(encode(f"<|audio_out_bos|>{AUDIO_OUT}<|audio_eos|>"), trained)
             else: add(encode(f"<|audio_bos|>{AUDIO_IN}<|audio_eos|>"), False)
         more = role == "assistant" and n + 1 < len(turns) and turns[n + 1][1] == "assistant"

@@ -785,7 +785,8 @@ def _check_duration(c: Conversation, measured: dict) -> None:
         complain(f"says a duration of {said:g} s, and its recording lasts {real:.2f} s: is only a part meant?",
                  "cut the recording to that part, or correct the duration")
 
-def speakers_without_mark(conversations: list[Conversation]) -> tuple[str, ...]:
+def speakers_without_mark(conversations: list[Conversation],  # as `load_corpus` gives them
+                          ) -> tuple[str, ...]:
     "Speakers, in order of their names, whose prompts differ from another speaker's in the words alone: nothing tells the model them apart."
     groups = defaultdict(set)
     for c in (c for c in conversations if c.speaker and c.targets):

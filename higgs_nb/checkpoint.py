@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_checkpoint.ipynb #0f4d49af
 from __future__ import annotations
-import copy, errno, hashlib, json, re, warnings
+import copy, errno, hashlib, json, math, re, warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -12,20 +12,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from huggingface_hub import split_torch_state_dict_into_shards
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PretrainedConfig
 from .lora import keep_float32
 from .manifest import (ADAPTER_FILES, HIDDEN, MODEL_FILE, CheckpointReport, Manifest, Reports, hidden_name, latest_checkpoint, list_checkpoints, main,
                                validate_checkpoint, writer_of)
-from .saving import (REMEDIES, CheckpointError, Content, Snapshot, explained, free_bytes, load_files, on_cpu, prune_checkpoints, remove_directory,
-                             same_bits, save_checkpoint, staging_directory, verified)
+from .saving import (REMEDIES, CheckpointError, Content, Snapshot, check_finite, explained, free_bytes, load_files, on_cpu, prune_checkpoints,
+                             remove_directory, same_bits, save_checkpoint, staging_directory, verified)
 
 # %% auto #0
-__all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'SHARD', 'stable_config', 'base_of', 'stock_class', 'config_fingerprint',
-           'base_tensors', 'replaced_tensors', 'weights_fingerprint', 'describe_base', 'adapter_state', 'trained_state',
-           'adapter_tensors', 'adapter_config', 'adapter_files', 'is_stock', 'model_config', 'model_files',
-           'take_snapshot', 'save_lora_adapters', 'check_finite', 'check_base', 'load_lora_adapters', 'load_adapter',
-           'load_weights', 'restore', 'empty_base', 'try_on_fresh_base', 'try_to_load', 'preflight']
+__all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'NAME', 'TOWER_PATTERN', 'MAX_RANK', 'MAX_ALPHA', 'FORMS', 'DROPPED',
+           'DEFAULTS', 'SHARD', 'stable_config', 'base_of', 'stock_class', 'config_fingerprint', 'base_tensors',
+           'replaced_tensors', 'weights_fingerprint', 'describe_base', 'adapter_state', 'trained_state', 'check_tuner',
+           'adapter_tensors', 'is_name', 'is_names', 'is_number', 'is_rank', 'is_alpha', 'is_patterns', 'is_indices',
+           'is_text', 'is_mapping_of_base', 'is_flat', 'read_adapter_config', 'remedy_of_key', 'adapter_config',
+           'adapter_files', 'is_stock', 'model_config', 'model_files', 'take_snapshot', 'save_lora_adapters',
+           'check_base', 'load_lora_adapters', 'load_adapter', 'load_weights', 'restore', 'empty_base',
+           'try_on_fresh_base', 'try_to_load', 'preflight']
 
 # %% ../nbs/07_checkpoint.ipynb #ba57356a
 BASE_KEYS = {"config", "config_fingerprint", "weights_fingerprint", "without", "tensors", "parameters"}
@@ -91,8 +94,15 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     "The tensors that a checkpoint of `model` holds, as they are in it: the adapter's, or all if it has none."
     return adapter_state(model) if isinstance(model, PeftModel) else model.state_dict()
 
+def check_tuner(model: PeftModel, what: str) -> None:  # what is not done, for the error
+    "`CheckpointError` if the adapter of `model` is not LoRA: another method keeps tensors that are not counted here."
+    kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()]
+    if odd := [kind for kind in kinds if kind != "LORA"]:
+        raise CheckpointError(f"{what}: its method is {odd[0]}, and only LORA is supported", remedy="make it with LoraConfig or `create_lora_config`")
+
 def adapter_tensors(model: PeftModel, copy: bool = True) -> dict[str, Tensor]:
     "All that training changes, on the CPU; `copy`: apart from the model in any case. `CheckpointError` names trainable parameters that PEFT would leave out."
+    check_tuner(model, "adapter not saved")
     if (how := str(next(iter(model.peft_config.values())).init_lora_weights).lower()).startswith(MOVES_BASE):
         raise CheckpointError(f"adapter not saved: init_lora_weights={how!r} moved a part of the base's weights into it, so it fits no base that can be loaded",
                               remedy="make it with init_lora_weights=True, 'gaussian', 'orthogonal' or 'eva', which leave the base as it is")
@@ -104,6 +114,101 @@ def adapter_tensors(model: PeftModel, copy: bool = True) -> dict[str, Tensor]:
         raise CheckpointError(f"adapter not saved: {len(left)} trained parameters belong to no adapter and would be lost: {left[:5]}",
                               remedy="name their modules in `modules_to_save` of the LoraConfig, or freeze them")
     return on_cpu(state, copy)
+
+# %% ../nbs/07_checkpoint.ipynb #989e758d
+NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # of a module, or the end of one; holds nothing that a regular expression could repeat
+TOWER_PATTERN = re.compile(r"\(\.\*\\\.\)\?\w+\\\.\.\*")  # as `fit_config` excludes a tower
+MAX_RANK, MAX_ALPHA = 2**14, 1e5
+
+def is_name(value) -> bool:
+    "Whether `value` is the plain name of a module."
+    return isinstance(value, str) and len(value) <= 200 and NAME.fullmatch(value) is not None
+
+def is_names(value) -> bool:
+    "Whether `value` is a list of plain names of modules, a single one, or None."
+    return value is None or is_name(value) or isinstance(value, list) and all(map(is_name, value))
+
+def is_number(value, low: float, high: float) -> bool:
+    "Whether `value` is an int or float from `low` to `high`; nan is not."
+    return type(value) in (int, float) and low <= value <= high
+
+def is_rank(value) -> bool:
+    "Whether `value` is an int that can be a rank."
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+def is_alpha(value) -> bool:
+    "Whether `value` is a number that can be LoRA's alpha."
+    return is_number(value, 0, MAX_ALPHA) and value > 0
+
+def is_patterns(value, form) -> bool:
+    "Whether `value` is a dict from plain names to values of the form `form`, or None."
+    if value is None: return True
+    return isinstance(value, dict) and all(is_name(key.removeprefix("^")) and form(part) for key, part in value.items())
+
+def is_indices(value) -> bool:
+    "Whether `value` is a list of ints that are not negative, or None."
+    return value is None or isinstance(value, list) and all(type(i) is int and 0 <= i < 2**31 for i in value)
+
+def is_text(value) -> bool:
+    "Whether `value` is a string or None."
+    return value is None or isinstance(value, str)
+
+def is_mapping_of_base(value) -> bool:
+    "Whether `value` names a class of transformers as PEFT does, or is None."
+    return value is None or isinstance(value, dict) and value.keys() == {"base_model_class", "parent_library"} and all(map(is_text, value.values()))
+
+def is_flat(value) -> bool:
+    "Whether `value` is a dict of plain scalars, or None."
+    return value is None or isinstance(value, dict) and all(type(part) in (bool, int, float, str) for part in value.values())
+
+FORMS = {  # key of adapter_config.json -> what its value must be
+    "r": is_rank,
+    "lora_alpha": is_alpha,
+    "lora_dropout": lambda value: is_number(value, 0, 1) and value < 1,
+    "target_modules": is_names,
+    "exclude_modules": lambda value: is_names(value) or isinstance(value, str) and TOWER_PATTERN.fullmatch(value) is not None,
+    "modules_to_save": is_names,
+    "rank_pattern": lambda value: is_patterns(value, is_rank),
+    "alpha_pattern": lambda value: is_patterns(value, is_alpha),
+    "trainable_token_indices": lambda value: is_indices(value) or is_patterns(value, lambda part: part is not None and is_indices(part)),
+    "layers_to_transform": lambda value: is_indices(value) or is_indices([value]),
+    "layers_pattern": is_names,
+    "init_lora_weights": lambda value: type(value) is bool or value in ("gaussian", "orthogonal", "eva"),
+    "bias": lambda value: value in ("none", "all", "lora_only"),
+    "task_type": lambda value: value is None or isinstance(value, str) and value in {kind.value for kind in TaskType},
+    "peft_type": lambda value: value == "LORA",
+    **{key: lambda value: type(value) is bool for key in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")},
+    # the rest is accepted in its form and not handed on: it says where the adapter comes from
+    "inference_mode": lambda value: type(value) is bool,
+    "auto_mapping": is_mapping_of_base,
+    "eva_config": is_flat,
+    **{key: is_text for key in ("base_model_name_or_path", "revision", "peft_version")},
+}
+DROPPED = {"inference_mode", "auto_mapping", "eva_config", "base_model_name_or_path", "revision", "peft_version", "peft_type"}
+DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # that are not empty, of keys that some versions of PEFT lack
+
+def read_adapter_config(data: bytes,  # content of adapter_config.json
+                        path: Path | None = None,  # of the checkpoint, for the error
+                        what: str = "adapter not loaded") -> LoraConfig:
+    "PEFT's configuration from the bytes of its file. `CheckpointError` names the first key that has another form than those that are saved here."
+    try:
+        given = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what}: adapter_config.json is not JSON", path, error) from error
+    if not isinstance(given, dict): raise CheckpointError(f"{what}: adapter_config.json holds no settings", path)
+    defaults = DEFAULTS | LoraConfig().to_dict()
+    for key, value in {"peft_type": None, **given}.items():
+        fits = FORMS[key](value) if key in FORMS else value == defaults.get(key) or value in (None, False, [], {}, "")
+        if not fits:
+            raise CheckpointError(f"{what}: {key!r} of adapter_config.json is {json.dumps(value)[:80]}", path, remedy=remedy_of_key(key))
+    known = {key: value for key, value in given.items() if key in FORMS and key in defaults and key not in DROPPED}
+    return LoraConfig(**known)
+
+def remedy_of_key(key: str) -> str:
+    "What can be done about a setting that is refused."
+    if key == "peft_type": return "only LORA is supported; `PeftModel.from_pretrained` of peft loads other methods, and verifies nothing"
+    if key in ("target_modules", "exclude_modules", "modules_to_save"): return "name the modules in a list, without regular expressions"
+    return "make the adapter with `create_lora_config`, and leave this setting as it is by default or in its range"
 
 # %% ../nbs/07_checkpoint.ipynb #ec5151e8
 def adapter_config(model: PeftModel, base: dict) -> PeftConfig:
@@ -118,6 +223,7 @@ def adapter_config(model: PeftModel, base: dict) -> PeftConfig:
 def adapter_files(model: PeftModel, base: dict, copy: bool) -> dict[str, Content]:
     "The files of an adapter."
     config = json.dumps(adapter_config(model, base).to_dict(), indent=2, sort_keys=True, default=sorted).encode()
+    read_adapter_config(config, what="adapter not saved")
     return dict(zip(ADAPTER_FILES, (config, adapter_tensors(model, copy))))
 
 def is_stock(model: nn.Module) -> bool:  # ours or transformers'
@@ -145,15 +251,17 @@ def take_snapshot(model: PeftModel | nn.Module, # with an adapter: the adapter i
                   files: Mapping[str, Content] | None = None, # more files, by relative path: bytes, or tensors if it ends in .safetensors
                   copy: bool = True, # False: tensors that are on the CPU are only looked at, and must not change before they are saved
                   ) -> Snapshot:
-    "Copy all that a checkpoint of `model` holds to the CPU. `CheckpointError` if something trained would be left out."
+    "Copy all that a checkpoint of `model` holds to the CPU. `CheckpointError` if something trained would be left out, or a tensor is not finite."
     adapted, files = isinstance(model, PeftModel), files or {}
     if adapted and not BASE_KEYS <= base.keys(): base = describe_base(model) | base
     own = adapter_files(model, base, copy) if adapted else model_files(model, copy)
     if bad := sorted(files.keys() & own.keys()): raise CheckpointError(f"not saved: {bad} cannot be the names of further files in it")
     copies = {name: content if isinstance(content, bytes) else on_cpu(content, copy) for name, content in files.items()}
-    for name, content in {**copies, **own}.items(): check_finite(content, name)
+    step = "" if (meta or {}).get("step") is None else f" of step {meta['step']}"
+    for content in (*own.values(), *copies.values()):
+        if isinstance(content, Mapping): check_finite(content, f"checkpoint{step} not saved")
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
-    return Snapshot({**copies, **own}, {"versions": versions, **(meta or {}), "kind": "adapter" if adapted else "model", "base": base})
+    return Snapshot({**copies, **own}, {"versions": versions, **(meta or {}), "finite": True, "kind": "adapter" if adapted else "model", "base": base})
 
 def save_lora_adapters(model: PeftModel,  # of `apply_lora`, trained
                        output_dir: Path | str,  # made, and whole once it is there
@@ -163,16 +271,6 @@ def save_lora_adapters(model: PeftModel,  # of `apply_lora`, trained
                        ) -> Manifest:
     "Save a LoRA adapter and the modules trained with it, in PEFT's format with a manifest. `CheckpointError` if it is not saved."
     return take_snapshot(model, base=base, meta=meta, files=files, copy=False).save(output_dir)
-
-# %% ../nbs/07_checkpoint.ipynb #cf42b7be
-def check_finite(content: Content,  # of a file: tensors by name, or bytes, which are not looked at
-                 file: str, path: Path | None = None) -> None:
-    "`CheckpointError` names the tensors of a file that hold NaN or infinite values."
-    tensors = {} if isinstance(content, bytes) else content
-    wrong = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if wrong:
-        raise CheckpointError(f"{len(wrong)} of {len(tensors)} tensors of {file} are not finite: {wrong[:3]}", path,
-                              remedy="go back to an older checkpoint, with a lower learning_rate or a max_grad_norm")
 
 # %% ../nbs/07_checkpoint.ipynb #10ac605a
 def check_base(model: nn.Module, base: dict, path: Path, known: dict | None = None) -> None:
@@ -198,28 +296,36 @@ def load_lora_adapters(base_model: nn.Module,  # the base, without adapter; PEFT
     that rounds a tensor. `CheckpointError` if the checkpoint is not whole, the base is another, or a tensor did not arrive."""
     if isinstance(base_model, PeftModel): raise CheckpointError("adapter not loaded: the model has one", remedy="load the base anew, or see `restore`")
     report, saved = load_adapter(base_model, path)
+    config = read_adapter_config(load_files(report, ADAPTER_FILES[0])[ADAPTER_FILES[0]], report.path)
+    config.inference_mode = not trainable
     float32 = all(t.dtype == torch.float32 for name, t in saved.items() if ".lora_" in name)
-    model = PeftModel.from_pretrained(base_model, str(report.path), is_trainable=trainable, autocast_adapter_dtype=float32)
-    if trainable or any(t.dtype == torch.float32 for name, t in saved.items() if ".lora_" not in name):
-        keep_float32(model)
-        arrived = adapter_state(model)
-        with torch.no_grad():
-            for name in arrived.keys() & saved.keys(): arrived[name].copy_(saved[name])
+    try:
+        model = get_peft_model(base_model, config, autocast_adapter_dtype=float32)
+        if trainable or any(t.dtype == torch.float32 for name, t in saved.items() if ".lora_" not in name): keep_float32(model)
+        set_peft_model_state_dict(model, saved)
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError("adapter not loaded: its settings do not fit its tensors or this base", report.path, error,
+                              "load the base anew before another adapter is tried: it may hold layers of this one") from error
+    base = report.manifest.meta["base"]
+    config.base_model_name_or_path, config.revision = base.get("id"), base.get("revision")
     _check_arrival(adapter_state(model), saved, report.path)
-    return model
+    return model if trainable else model.eval()
 
 def load_adapter(model: nn.Module, path: Path | str | CheckpointReport, known: dict | None = None) -> tuple[CheckpointReport, dict[str, Tensor]]:
     "The tensors of a whole checkpoint with an adapter for the base of `model`."
     report = verified(path)
     if report.manifest.meta.get("kind") != "adapter": raise CheckpointError("adapter not loaded: this checkpoint holds none", report.path)
     check_base(model, report.manifest.meta.get("base"), report.path, known)
-    return report, load_files(report, ADAPTER_FILES[1])[ADAPTER_FILES[1]]
+    saved = load_files(report, ADAPTER_FILES[1])[ADAPTER_FILES[1]]
+    check_finite(saved, "adapter not loaded", report.path)
+    return report, saved
 
 def load_weights(path: Path | str | CheckpointReport) -> tuple[CheckpointReport, dict[str, Tensor]]:
     "The tensors of a whole checkpoint with a model."
     report = verified(path)
     if report.manifest.meta.get("kind") != "model": raise CheckpointError("model not loaded: this checkpoint holds none", report.path)
     files = load_files(report, *filter(MODEL_FILE.fullmatch, report.manifest.files))
+    for tensors in files.values(): check_finite(tensors, "model not loaded", report.path)
     return report, {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
 
 def restore(model: PeftModel | nn.Module, path: Path | str | CheckpointReport,
@@ -254,7 +360,7 @@ def empty_base(model: PeftModel) -> nn.Module:
 
 def try_on_fresh_base(model: PeftModel, path: Path, fresh: nn.Module | None = None) -> None:
     "Load the adapter of `model` with the configuration in `path` onto a `fresh` base of `empty_base`; `CheckpointError` if it does not fit."
-    state, fresh = adapter_state(model), PeftModel(empty_base(model) if fresh is None else copy.deepcopy(fresh), PeftConfig.from_pretrained(str(path)), low_cpu_mem_usage=True)
+    state, fresh = adapter_state(model), PeftModel(empty_base(model) if fresh is None else copy.deepcopy(fresh), read_adapter_config((path/ADAPTER_FILES[0]).read_bytes(), path), low_cpu_mem_usage=True)
     try:
         if odd := set_peft_model_state_dict(fresh, state, low_cpu_mem_usage=True).unexpected_keys: raise KeyError(odd[0])
     except (KeyError, RuntimeError, ValueError) as error:

@@ -4,17 +4,19 @@
 
 # %% ../nbs/06b_manifest.ipynb #898c1f87
 from __future__ import annotations
-import argparse, errno, fcntl, hashlib, html, json, os, platform, re, stat, uuid
+import argparse, errno, fcntl, hashlib, html, json, os, platform, re, shutil, stat, sys, uuid
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from safetensors import SafetensorError, safe_open
+from .files import shown
 
 # %% auto #0
 __all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILE', 'MAX_FILES', 'MAX_HEADER', 'MAX_JSON', 'MACHINE', 'HIDDEN',
-           'NO_LOCKS', 'PICKLE', 'DEPTH', 'Manifest', 'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle',
-           'tensor_table', 'hidden_name', 'writer_of', 'CheckpointReport', 'Reports', 'read_json', 'check_file',
-           'check_unknown', 'check_adapter', 'validate_checkpoint', 'members', 'list_checkpoints', 'latest_checkpoint',
-           'find_checkpoints', 'move_aside', 'main']
+           'NO_LOCKS', 'PICKLE', 'BYSTANDERS', 'WRONG_PLACE', 'DEPTH', 'EXPORT_CARD', 'RUN_FILES', 'Manifest', 'inside',
+           'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle', 'tensor_table', 'hidden_name', 'writer_of',
+           'CheckpointReport', 'Reports', 'read_json', 'check_file', 'check_unknown', 'check_steps', 'check_adapter',
+           'validate_checkpoint', 'reading_fault', 'members', 'list_checkpoints', 'latest_checkpoint',
+           'find_checkpoints', 'holds_export', 'move_aside', 'holds_our_manifest', 'is_ours', 'repair', 'main']
 
 # %% ../nbs/06b_manifest.ipynb #746b8d5a
 MANIFEST, FORMAT = "manifest.json", "higgs_nb-checkpoint-1"
@@ -58,14 +60,17 @@ def inside(name: str) -> bool:
 # %% ../nbs/06b_manifest.ipynb #6f9d1ed4
 @dataclass(frozen=True)
 class Fault:
-    "One thing found in a checkpoint. `kind`: 'corrupt', 'missing', or 'note' for what does no harm."
+    "One thing found in a checkpoint. `kind`: 'corrupt', 'missing', 'unreadable', or 'note' for what does no harm."
     kind: str
     file: str
     what: str
     expected: str = ""
     found: str = ""
+    errno: int | None = None  # of what is unreadable
 
-    def __str__(self): return f"{self.file}: {self.what}" + (f" (expected {self.expected}, found {self.found})" if self.expected else "")
+    def __str__(self):
+        found = f" (expected {self.expected}, found {self.found})" if self.expected else ""
+        return shown(f"{self.file}: {self.what}{found}")
 
 def scan(directory: Path) -> tuple[dict[str, int], list[Fault]]:
     "Plain files (relative path -> bytes) below `directory`, and what has no place there; ValueError if there are too many."
@@ -73,6 +78,7 @@ def scan(directory: Path) -> tuple[dict[str, int], list[Fault]]:
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
+                if entry.name == ".git" and Path(entry.path).parent == directory: continue
                 if (seen := seen + 1) > MAX_FILES: raise ValueError(f"more than {MAX_FILES:,} files")
                 name, info = Path(entry.path).relative_to(directory).as_posix(), entry.stat(follow_symlinks=False)
                 if stat.S_ISDIR(info.st_mode): folders.append(Path(entry.path))
@@ -102,7 +108,9 @@ def tensor_table(path: Path) -> dict[str, dict]:
     if header_bytes > min(MAX_HEADER, path.stat().st_size): raise ValueError(f"its header claims {header_bytes:,} bytes")
     try:
         with safe_open(path, "np") as f: return {k: dict(dtype=(s := f.get_slice(k)).get_dtype(), shape=s.get_shape()) for k in f.keys()}
-    except SafetensorError as error: raise ValueError(str(error)) from error
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)): raise OSError(int(found[1]), str(error)) from error
+        raise ValueError(str(error)) from error
 
 # %% ../nbs/06b_manifest.ipynb #ccbf8fcd
 MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
@@ -136,8 +144,9 @@ class CheckpointReport:
 
     @property
     def status(self) -> str:
-        '"whole", "corrupt", "incomplete" (files are missing) or "unverified" (there is no manifest).'
+        '"whole", "corrupt", "incomplete" (files are missing), "unverified" (no manifest) or "unreadable" (the disk gave an error).'
         kinds = {p.kind for p in self.problems}
+        if "unreadable" in kinds: return "unreadable"
         return "corrupt" if "corrupt" in kinds else "incomplete" if "missing" in kinds else "whole" if self.manifest else "unverified"
 
     @property
@@ -147,12 +156,20 @@ class CheckpointReport:
 
     @property
     def step(self) -> int | None:
-        "40 of `checkpoint-40` and of its hidden names; None of any other name."
+        "40 of `checkpoint-40` and of its hidden names; None of any other name, `checkpoint-040` among them."
         hidden = HIDDEN.fullmatch(self.path.name)
-        found = re.fullmatch(r"checkpoint-(\d+)", hidden["target"] if hidden else self.path.name)
+        found = re.fullmatch(r"checkpoint-(0|[1-9][0-9]{0,17})", hidden["target"] if hidden else self.path.name)
         return int(found[1]) if found else None
 
-    def __str__(self): return "\n  ".join([f"{self.status}: {self.path}", *map(str, self.problems)])
+    def readable(self) -> CheckpointReport:
+        "This report; `OSError` with errno and path if the checkpoint could not be read, which says nothing of its content."
+        for problem in self.problems:
+            if problem.kind == "unreadable":
+                what = f"{problem.what}; nothing was changed, try again once it can be read"
+                raise OSError(problem.errno, what, shown(str(self.path / problem.file)))
+        return self
+
+    def __str__(self): return "\n  ".join([shown(f"{self.status}: {self.path}"), *map(str, self.problems)])
     __repr__ = __str__
     def _repr_html_(self): return Reports([self])._repr_html_()
 
@@ -161,7 +178,7 @@ class Reports(list):
     def rows(self) -> list[tuple[str, str, str, str]]:
         "Status, path, size and problems of each, as they are shown."
         size = lambda m: f"{sum(f['size'] for f in m.files.values()) / 1e6:,.2f} MB" if m else ""
-        return [(r.status, str(r.path), size(r.manifest), "; ".join(map(str, r.problems))) for r in self]
+        return [(r.status, shown(str(r.path)), size(r.manifest), "; ".join(map(str, r.problems))) for r in self]
 
     def __str__(self):
         width = [max((len(row[i]) for row in self.rows()), default=0) for i in range(3)]
@@ -191,10 +208,30 @@ def check_file(path: Path, name: str, entry: dict, size: int | None) -> Fault | 
     if path.suffix == ".safetensors" and tensor_table(path) != entry.get("tensors"):
         return Fault("corrupt", name, "other tensors than the manifest says")
 
+BYSTANDERS = re.compile(r"\.git[a-z]*|README\.md|\.cache/huggingface/.*|\.DS_Store|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini")
+
 def check_unknown(path: Path, name: str, owned: bool) -> Fault | None:
     "What to say of a file that no manifest names; `owned`: the directory has a manifest."
     if holds_pickle(path): return Fault("corrupt" if owned else "note", name, PICKLE)
-    if owned: return Fault("corrupt" if path.suffix == ".safetensors" else "note", name, "not in the manifest")
+    if owned and BYSTANDERS.fullmatch(name): return Fault("note", name, "not in the manifest")
+    if owned: return Fault("corrupt", name, "not in the manifest, and a loader may read it; move it away")
+
+def check_steps(path: Path,  # of a checkpoint
+                manifest: Manifest) -> list[Fault]:
+    "What is wrong with its step: the directory's name, the manifest and `trainer_state.json` must agree."
+    steps = {"the directory's name": None if HIDDEN.fullmatch(path.name) else CheckpointReport(path.absolute()).step,
+             "manifest.json": manifest.meta.get("step")}
+    if "trainer_state.json" in manifest.files:
+        try:
+            state = json.loads(read_json(path/"trainer_state.json"))
+        except (ValueError, RecursionError, FileNotFoundError):
+            state = None
+        if isinstance(state, dict): steps["trainer_state.json"] = state.get("global_step")
+    known = {where: step for where, step in steps.items() if step is not None}
+    first = next(iter(known.items()), None)
+    odd = [item for item in known.items() if type(item[1]) is not int or item[1] != first[1]]
+    if not odd: return []
+    return [Fault("corrupt", odd[0][0], "another step", f"{first[1]} of {first[0]}", shown(str(odd[0][1])[:40]))]
 
 def check_adapter(directory: Path, names: set[str]) -> list[Fault]:
     "All that can be checked of an adapter directory without a manifest."
@@ -209,15 +246,31 @@ def check_adapter(directory: Path, names: set[str]) -> list[Fault]:
 def validate_checkpoint(path: Path | str) -> CheckpointReport:  # the directory of a checkpoint, an adapter or an export
     "Hold a directory against its manifest. Reads each file once, runs nothing, writes nothing, and raises nothing over what it finds."
     path = Path(path)
-    if not path.exists() and not path.is_symlink(): return CheckpointReport(path, (Fault("missing", ".", "does not exist"),))
     try:
+        try:
+            path.stat(follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return CheckpointReport(path, (Fault("missing", ".", "does not exist"),))
         if hidden := HIDDEN.fullmatch(path.name):
             state = dict(alive="is at it now", gone="is gone", unknown="may be on another machine")[writer_of(path)]
             what = f"{hidden['verb']} {hidden['target']} was not finished; its writer {state}"
             return CheckpointReport(path, (Fault("missing", ".", what),))
         if not path.is_dir(): return CheckpointReport(path, (Fault("corrupt", ".", "not a directory"),))
         return CheckpointReport(path, *_validate(path))
-    except (OSError, ValueError) as error: return CheckpointReport(path, (Fault("corrupt", ".", f"cannot be read: {error}"),))
+    except OSError as error: return CheckpointReport(path, (reading_fault(path, ".", error),))
+    except ValueError as error: return CheckpointReport(path, (Fault("corrupt", ".", f"cannot be read: {error}"),))
+
+def reading_fault(path: Path,  # of the checkpoint
+                  name: str,  # of the file in it
+                  error: OSError) -> Fault:
+    "What an error of reading says: that something is missing, has no right place in a checkpoint, or cannot be read now."
+    if error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(path):
+        name = Path(os.fsdecode(error.filename)).relative_to(path).as_posix()
+    if error.errno == errno.ENOENT: return Fault("missing", name, "missing")
+    kind = "corrupt" if error.errno in WRONG_PLACE else "unreadable"
+    return Fault(kind, name, f"cannot be read: {error}", errno=error.errno or errno.EIO)
+
+WRONG_PLACE = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}  # errors that come from what lies there, not from its disk
 
 def _validate(path: Path) -> tuple[tuple[Fault, ...], Manifest | None]:
     "Faults and manifest of a directory."
@@ -225,22 +278,28 @@ def _validate(path: Path) -> tuple[tuple[Fault, ...], Manifest | None]:
     unknown = lambda names, owned: [f for n in sorted(names) if (f := check_unknown(path/n, n, owned))]
     if MANIFEST not in files:
         foreign = any(name.startswith("adapter_") or name == "trainer_state.json" for name in files)  # PEFT's, or of transformers' Trainer
-        faults += check_adapter(path, set(files)) if foreign else [Fault("missing", name, "missing") for name in (MANIFEST, *ADAPTER_FILES)]
+        names = (MANIFEST,) if "config.json" in files else (MANIFEST, *ADAPTER_FILES)
+        faults += check_adapter(path, set(files)) if foreign else [Fault("missing", name, "missing") for name in names]
         return (*faults, *unknown(files, False)), None
     try: manifest = Manifest.loads(read_json(path/MANIFEST))
     except (ValueError, RecursionError) as error: return (*faults, Fault("corrupt", MANIFEST, f"refused: {error}")), None
     own = {"adapter": ADAPTER_FILES, "model": ("config.json",)}.get(kind := str(manifest.meta.get("kind")), ())
     faults += [Fault("missing", name, f"not in the manifest of this {kind}") for name in own if name not in manifest.files]
+    faults += check_steps(path, manifest)
     for name, entry in manifest.files.items():
         try: fault = check_file(path/name, name, entry, files.get(name))
-        except (OSError, ValueError) as error: fault = Fault("corrupt", name, f"cannot be read: {error}")
+        except OSError as error: fault = reading_fault(path, name, error)
+        except ValueError as error: fault = Fault("corrupt", name, f"cannot be read: {error}")
         if fault: faults.append(fault)
     return (*faults, *unknown(files.keys() - manifest.files.keys() - {MANIFEST}, True)), manifest
 
 # %% ../nbs/06b_manifest.ipynb #55fc21ee
 def members(run_dir: Path | str) -> list[CheckpointReport]:
     "All that is named like a checkpoint in `run_dir`, by step, then name; reports without findings. A run that has not begun has none."
-    reports = [CheckpointReport(p) for p in Path(run_dir).iterdir()] if Path(run_dir).exists() else []
+    try:
+        reports = [CheckpointReport(p) for p in Path(run_dir).iterdir()]
+    except FileNotFoundError:
+        reports = []
     return sorted((r for r in reports if r.step is not None), key=lambda r: (r.step, r.path.name))
 
 def list_checkpoints(run_dir: Path | str) -> Reports:  # output directory of a run
@@ -248,10 +307,12 @@ def list_checkpoints(run_dir: Path | str) -> Reports:  # output directory of a r
     return Reports(validate_checkpoint(r.path) for r in members(run_dir))
 
 def latest_checkpoint(run_dir: Path | str) -> tuple[CheckpointReport | None, Reports]:  # output directory of a run
-    "The newest whole checkpoint of a run, None if there is none, and the newer ones that were passed over. Reads no older one."
+    """The newest whole checkpoint of a run, None if there is none, and the newer ones that were passed over. Reads no older one. `OSError`
+    with errno and path if one cannot be read, because it may be the newest."""
     passed = Reports()
     for member in reversed(members(run_dir)):
         if (report := validate_checkpoint(member.path)).whole: return report, passed
+        if not HIDDEN.fullmatch(report.path.name): report.readable()
         passed.append(report)
     return None, passed
 
@@ -260,10 +321,27 @@ DEPTH = 4  # how many folders a parent of many runs is searched down
 
 def find_checkpoints(path: Path,  # a checkpoint, a run, or a folder of runs
                      depth: int = DEPTH) -> list[Path]:  # how many folders deep
-    "The checkpoints in a folder and in the folders in it, with itself if it is one too. No link is followed, and what earlier repairs moved away is left out."
-    if not path.is_dir() or path.is_symlink(): return []
-    itself = any((path/name).exists() for name in (MANIFEST, *ADAPTER_FILES))
+    """The checkpoints in a folder and in the folders in it, with itself if it is one too or cannot be read, and what killed writers left. No link
+    is followed, and what earlier repairs moved away is left out."""
+    try:
+        return _find_checkpoints(path, depth)
+    except OSError:
+        return [path]
+
+EXPORT_CARD = b"`higgs_validate` checks its files against `manifest.json`"  # in the README.md of every export
+
+def holds_export(path: Path) -> bool:
+    "Whether the directory `path` holds a model that was exported here, by its card; with a manifest or without."
+    names = {p.name for p in path.iterdir()}
+    if not {"config.json", "README.md"} <= names or not any(MODEL_FILE.fullmatch(name) for name in names): return False
+    with open(path/"README.md", "rb") as file: return EXPORT_CARD in file.read(2**20)
+
+def _find_checkpoints(path: Path, depth: int) -> list[Path]:
+    "See `find_checkpoints`; `OSError` if `path` cannot be read."
+    if path.is_symlink() or not path.is_dir(): return []
+    itself = any((path/name).exists() for name in (MANIFEST, *ADAPTER_FILES)) or holds_export(path)
     within = [r.path for r in members(path)]
+    within += sorted(p for p in path.iterdir() if HIDDEN.fullmatch(p.name) and p not in within)
     if itself or depth == 0: return [path] * itself + within
     further = sorted(p for p in path.iterdir() if p not in within and not p.name.startswith(".") and not re.fullmatch(r"broken-\d+", p.name))
     return within + [c for p in further for c in find_checkpoints(p, depth - 1)]
@@ -280,17 +358,55 @@ def move_aside(report: CheckpointReport) -> Path | None:  # of `validate_checkpo
         path.rename(aside/path.name)
         return aside/path.name
 
+RUN_FILES = ("parameters.json", "log.jsonl", "run.json", "environment.jsonl")  # a run of ours holds at least two
+
+def holds_our_manifest(path: Path) -> bool:
+    "Whether the directory `path` has a manifest with our format string, damaged or not."
+    try:
+        with open(path/MANIFEST, "rb") as file: return FORMAT.encode() in file.read(MAX_JSON)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+
+def is_ours(path: Path) -> bool:  # a checkpoint that is broken
+    "Whether a directory was made here: its manifest has our format, or its name is that of a checkpoint (or of a save) in a run of ours."
+    path = path.absolute()
+    if HIDDEN.fullmatch(path.name) or holds_our_manifest(path): return True
+    if CheckpointReport(path).step is None: return False
+    marks = sum((path.parent/name).exists() for name in RUN_FILES)
+    return marks >= 2 or any(holds_our_manifest(r.path) for r in members(path.parent))
+
+def repair(report: CheckpointReport) -> str | None:  # of `validate_checkpoint`
+    "Move a broken checkpoint of ours aside, or remove what a killed export left; what was done, or None if there is nothing to do. `OSError` if that fails."
+    path = report.path
+    if report.status not in ("corrupt", "incomplete"): return None
+    hidden = HIDDEN.fullmatch(path.absolute().name)
+    if hidden and report.step is None:
+        if path.is_symlink() or not path.is_dir() or writer_of(path) != "gone": return None
+        shutil.rmtree(path)
+        return f"removed: {path}, which a killed writer left"
+    if not is_ours(path): return f"not ours, left as it is: {path}"
+    moved = move_aside(report)
+    return moved and f"moved: {path} -> {moved.parent.name}/{moved.name}"
+
 def main(argv: list[str] | None = None) -> int:  # words of the command line; None: those of this process
     "Print a verdict on every checkpoint given, or found below the directories given."
     parser = argparse.ArgumentParser("higgs_validate", epilog="exit code: 0 if all are whole, 1 otherwise, 2 for wrong usage",
-                                     description="Say of checkpoints whether they are whole, incomplete, corrupt or unverified.")
+                                     description="Say of checkpoints whether they are whole, incomplete, corrupt, unverified or unreadable.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkpoint, a run directory with checkpoint-* in it, or a folder with many runs")
-    parser.add_argument("--repair", action="store_true", help="move broken ones into a folder broken-N beside them; nothing is deleted")
+    parser.add_argument("--repair", action="store_true", help="move broken ones of ours into a folder broken-N beside them, and remove what killed exports left")
     args = parser.parse_args(argv)
-    args.paths = [p.resolve() if p.is_symlink() and p.is_dir() else p for p in args.paths]  # whoever names a link means what it leads to
-    found = [checkpoint for path in args.paths for checkpoint in find_checkpoints(path)]
-    reports = Reports(map(validate_checkpoint, found + [path for path in args.paths if not find_checkpoints(path)]))
+    paths = [Path(os.path.realpath(p)) if os.path.islink(p) and os.path.isdir(p) else p for p in args.paths]  # a link that is named is followed
+    below = {path: find_checkpoints(path) for path in paths}
+    found = [checkpoint for inside_it in below.values() for checkpoint in inside_it]
+    reports = Reports(map(validate_checkpoint, found + [path for path, inside_it in below.items() if not inside_it]))
     print(reports)
     for report in reports[:len(found)] if args.repair else ():  # a directory without any checkpoint is not ours to move
-        if moved := move_aside(report): print(f"moved: {report.path} -> {moved.parent.name}/{moved.name}")
+        try:
+            if done := repair(report): print(shown(done))
+        except OSError as error:
+            print(shown(f"could not be repaired: {report.path}: {error}"))
     return 0 if all(r.whole for r in reports) else 1
+
+# %% ../nbs/06b_manifest.ipynb #a8b23b71
+#| eval: false
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

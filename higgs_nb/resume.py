@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 from .checkpoint import adapter_config
 from .manifest import CheckpointReport, latest_checkpoint, move_aside
-from .saving import CheckpointError, load_files, verified
+from .saving import CheckpointError, check_finite, explained, load_files, verified
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +62,7 @@ def read_state(report: CheckpointReport) -> dict:
         raise CheckpointError(f"training not resumed: the checkpoint has no {missing[0]}, so it holds an adapter and no training state", report.path,
                               remedy="resume from a checkpoint that the trainer saved, or load this adapter and start a new run from it")
     plain, tensors = load_files(report, *STATE_FILES).values()
+    check_finite(tensors, "training not resumed", report.path)
     return unpack(json.loads(plain), tensors)
 
 # %% ../nbs/07c_resume.ipynb #5556e00f
@@ -136,11 +137,12 @@ def differences(then: dict, here: dict, name: str = "") -> list[str]:
 # %% ../nbs/07c_resume.ipynb #2bce7406
 def checkpoint_to_resume(run_dir: Path | str, resume: str | Path) -> CheckpointReport | None:
     """The checkpoint that `resume` names; `CheckpointError` if it is not whole. For 'auto' the newest whole one of `run_dir`, or None: broken ones that are newer are named, and moved
-    aside, because the run will save there again."""
+    aside, because the run will save there again. `CheckpointError` with errno and path if one cannot be read: nothing is moved then."""
     if resume != "auto": return verified(resume)
-    report, passed = latest_checkpoint(run_dir)
+    with explained("training not resumed: a checkpoint cannot be read", Path(run_dir)): report, passed = latest_checkpoint(run_dir)
     for other in passed:
-        moved = None if other.path.name.startswith(".") else move_aside(other)
+        with explained("training not resumed: a broken checkpoint cannot be moved aside", other.path):
+            moved = None if other.path.name.startswith(".") else move_aside(other)
         logger.warning(f"passed over: {other}" + (f"\n  moved to {moved}" if moved else ""))
     logger.warning(f"resuming from {report.path}" if report else f"nothing to resume in {run_dir}: starting at step 0")
     return report

@@ -4,7 +4,7 @@
 
 # %% ../nbs/06c_saving.ipynb #0f4d49af
 from __future__ import annotations
-import errno, fcntl, hashlib, json, os, re, shutil
+import errno, fcntl, hashlib, json, os, re, shutil, warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from .manifest import HIDDEN, MANIFEST, NO_LOCKS, CheckpointReport, Manifest, hi
 # %% auto #0
 __all__ = ['REMEDIES', 'Content', 'CHUNK', 'CheckpointError', 'free_bytes', 'explained', 'make_dirs', 'staging_directory', 'bits',
            'same_bits', 'dtype_name', 'safetensors_parts', 'pieces', 'let_go', 'difference', 'write_file',
-           'save_checkpoint', 'write_files', 'Snapshot', 'on_cpu', 'verified', 'load_files', 'remove_directory',
-           'prune_checkpoints']
+           'save_checkpoint', 'write_files', 'Snapshot', 'on_cpu', 'verified', 'remedy_for', 'check_finite',
+           'is_finite', 'load_files', 'remove_directory', 'prune_checkpoints']
 
 # %% ../nbs/06c_saving.ipynb #e0e7a586
 REMEDIES = {errno.ENOSPC: "free space on this disk, or choose another output directory",
@@ -216,10 +216,37 @@ def on_cpu(tensors: Mapping[str, Tensor], copy: bool = True) -> dict[str, Tensor
 
 # %% ../nbs/06c_saving.ipynb #84574164
 def verified(checkpoint: Path | str | CheckpointReport) -> CheckpointReport:
-    "The report on a whole checkpoint; `CheckpointError` if it is not whole."
+    "The report on a whole checkpoint; `CheckpointError` if it is not whole, or cannot be read."
     report = checkpoint if isinstance(checkpoint, CheckpointReport) else validate_checkpoint(checkpoint)
-    if not report.whole: raise CheckpointError(f"checkpoint not loaded: {report}", report.path, remedy="take the newest whole checkpoint")
-    return report
+    if report.whole: return report
+    with explained(f"checkpoint not loaded: {report}", report.path): report.readable()
+    raise CheckpointError(f"checkpoint not loaded: {report}", report.path, remedy=remedy_for(report))
+
+def remedy_for(report: CheckpointReport) -> str:  # on a checkpoint that is not whole
+    "What to do about it; an adapter of other tools has a loader of its own."
+    names = {p.name for p in report.path.iterdir()} if report.path.is_dir() else set()
+    if MANIFEST in names or not names & {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}:
+        return "take the newest whole checkpoint"
+    if "adapter_model.bin" in names and "adapter_model.safetensors" not in names:
+        return "it holds its weights as a pickle, which may run code: convert adapter_model.bin to safetensors where it was made"
+    return ("no manifest: if another tool made this adapter, `PeftModel.from_pretrained(base, path)` of peft loads it, and verifies nothing; "
+            "else take the newest whole checkpoint")
+
+def check_finite(tensors: Mapping[str, Tensor],  # on any device; those that are not floating are passed over
+                 what: str,  # what is being done, for the error, such as "checkpoint not saved"
+                 path: Path | None = None) -> None:  # of the checkpoint
+    "`CheckpointError` with their names if tensors hold what is not a number, or infinity."
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if not bad: return
+    named = ", ".join(map(repr, bad[:5]))
+    raise CheckpointError(f"{what}: {len(bad)} of {len(tensors)} tensors are not finite (nan or infinite): {named}", path,
+                          remedy="the training diverged: go on from an older checkpoint, with a lower learning rate")
+
+def is_finite(tensor: Tensor) -> bool:  # of any shape, dtype and device
+    "Whether no value of a floating tensor is nan or infinite; makes no copy of its size for the usual dtypes."
+    if not tensor.is_floating_point() or not tensor.numel(): return True
+    if tensor.element_size() == 1: tensor = tensor.float()
+    return all(torch.isfinite(end).item() for end in tensor.detach().aminmax())
 
 def load_files(checkpoint: Path | str | CheckpointReport,  # its directory, or what `validate_checkpoint` said of it
                *names: str) -> dict[str, Content]:  # relative paths; none: all files
@@ -247,14 +274,18 @@ def prune_checkpoints(run_dir: Path | str,  # output directory of a run
                       keep: int,  # newest whole checkpoints that stay, at least 1
                       protect: Iterable[Path | str] = (),  # checkpoints that stay in any case, such as the best one
                       ) -> list[Path]:
-    "Remove the checkpoints older than the newest `keep` whole ones, and what dead writers left; returns what was removed."
+    """Remove the checkpoints older than the newest `keep` whole ones, and what dead writers left; returns what was removed. What cannot
+    be read counts as not whole, stays, and is named in a warning."""
     if keep < 1: raise ValueError(f"keep = {keep}: at least one checkpoint must stay")
     protected, kept, old, left = {Path(p).absolute() for p in protect}, 0, [], []
-    for path in (r.path for r in reversed(members(run_dir))):
-        if path.is_symlink() or not path.is_dir(): continue
-        if HIDDEN.fullmatch(path.name): left += [path] * (writer_of(path) == "gone")
-        elif kept < keep: kept += validate_checkpoint(path).whole
-        elif (path/MANIFEST).is_file() and path.absolute() not in protected: old.append(path)
+    with explained("checkpoints not removed: the run's directory cannot be read", Path(run_dir)): found = members(run_dir)
+    for path in (r.path for r in reversed(found)):
+        try:
+            if path.is_symlink() or not path.is_dir(): continue
+            if HIDDEN.fullmatch(path.name): left += [path] * (writer_of(path) == "gone")
+            elif kept < keep: kept += validate_checkpoint(path).readable().whole
+            elif (path/MANIFEST).is_file() and path.absolute() not in protected: old.append(path)
+        except OSError as error: warnings.warn(f"left as it is, because it cannot be read: {path}: {error}")
     removed = old + left if kept else []
     for path in removed: remove_directory(path)
     return removed

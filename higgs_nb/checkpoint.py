@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, ge
 from transformers import PretrainedConfig
 from .lora import keep_float32
 from .manifest import (ADAPTER_FILES, HIDDEN, MODEL_FILE, CheckpointReport, Manifest, Reports, hidden_name, latest_checkpoint, list_checkpoints, main,
-                               validate_checkpoint, writer_of)
+                               tensor_table, validate_checkpoint, writer_of)
 from .saving import (REMEDIES, CheckpointError, Content, Snapshot, check_finite, explained, free_bytes, load_files, on_cpu, prune_checkpoints,
                              remove_directory, same_bits, save_checkpoint, staging_directory, verified)
 
@@ -26,9 +26,9 @@ __all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'NAME', 'TOWER_PATTERN', 'MAX_
            'replaced_tensors', 'weights_fingerprint', 'describe_base', 'adapter_state', 'trained_state', 'check_tuner',
            'adapter_tensors', 'is_name', 'is_names', 'is_number', 'is_rank', 'is_alpha', 'is_patterns', 'is_indices',
            'is_text', 'is_mapping_of_base', 'is_flat', 'read_adapter_config', 'remedy_of_key', 'adapter_config',
-           'adapter_files', 'is_stock', 'model_config', 'model_files', 'take_snapshot', 'save_lora_adapters',
-           'check_base', 'load_lora_adapters', 'load_adapter', 'load_weights', 'restore', 'empty_base',
-           'try_on_fresh_base', 'try_to_load', 'preflight']
+           'adapter_files', 'is_stock', 'check_vocabulary', 'model_config', 'model_files', 'take_snapshot',
+           'save_lora_adapters', 'check_base', 'load_lora_adapters', 'check_names', 'load_adapter', 'load_weights',
+           'restore', 'empty_base', 'try_on_fresh_base', 'try_to_load', 'preflight']
 
 # %% ../nbs/07_checkpoint.ipynb #ba57356a
 BASE_KEYS = {"config", "config_fingerprint", "weights_fingerprint", "without", "tensors", "parameters"}
@@ -222,17 +222,28 @@ def adapter_config(model: PeftModel, base: dict) -> PeftConfig:
 
 def adapter_files(model: PeftModel, base: dict, copy: bool) -> dict[str, Content]:
     "The files of an adapter."
+    tensors = adapter_tensors(model, copy)
     config = json.dumps(adapter_config(model, base).to_dict(), indent=2, sort_keys=True, default=sorted).encode()
     read_adapter_config(config, what="adapter not saved")
-    return dict(zip(ADAPTER_FILES, (config, adapter_tensors(model, copy))))
+    return dict(zip(ADAPTER_FILES, (config, tensors)))
 
 def is_stock(model: nn.Module) -> bool:  # ours or transformers'
     "Whether transformers' own class holds all of the model."
     return not any(getattr(base_of(model).config, key, False) for key in ("use_audio_out_self_attention", "encode_whisper_embed"))
 
+def check_vocabulary(model: nn.Module) -> None:  # without adapter
+    "`CheckpointError` if the text embedding or head has another number of rows than `vocab_size`: such a model could be saved, and not loaded."
+    rows = {"text embedding": model.get_input_embeddings(), "text head": getattr(model, "text_lm_head", None)}
+    for name, module in rows.items():
+        size = None if module is None else len(module.weight)
+        if size not in (None, model.config.vocab_size):
+            raise CheckpointError(f"model not saved: its {name} has {size} rows and its vocabulary {model.config.vocab_size}",
+                                  remedy="resize the text head too when tokens are added, or add none")
+
 def model_config(model: nn.Module) -> PretrainedConfig:
     "The configuration of a whole model, as it goes to disk."
     config = copy.deepcopy(model.config)
+    check_vocabulary(model)
     config.architectures, config.dtype = [(stock_class(model) if is_stock(model) else type(model)).__name__], model.dtype
     return config
 
@@ -295,7 +306,9 @@ def load_lora_adapters(base_model: nn.Module,  # the base, without adapter; PEFT
     """Load an adapter that `save_lora_adapters` saved onto the base that it was trained on, in the precision of that base; says so if
     that rounds a tensor. `CheckpointError` if the checkpoint is not whole, the base is another, or a tensor did not arrive."""
     if isinstance(base_model, PeftModel): raise CheckpointError("adapter not loaded: the model has one", remedy="load the base anew, or see `restore`")
-    report, saved = load_adapter(base_model, path)
+    report = path if isinstance(path, CheckpointReport) else validate_checkpoint(path)
+    if report.status == "unverified": check_names(base_model, report.path)
+    report, saved = load_adapter(base_model, report)
     config = read_adapter_config(load_files(report, ADAPTER_FILES[0])[ADAPTER_FILES[0]], report.path)
     config.inference_mode = not trainable
     float32 = all(t.dtype == torch.float32 for name, t in saved.items() if ".lora_" in name)
@@ -310,6 +323,18 @@ def load_lora_adapters(base_model: nn.Module,  # the base, without adapter; PEFT
     config.base_model_name_or_path, config.revision = base.get("id"), base.get("revision")
     _check_arrival(adapter_state(model), saved, report.path)
     return model if trainable else model.eval()
+
+def check_names(base_model: nn.Module, path: Path) -> None:
+    "`CheckpointError` if an adapter of other tools, without a manifest, names modules that `base_model` lacks: PEFT would leave its tensors out."
+    with explained("adapter not loaded", path): names = list(tensor_table(path/ADAPTER_FILES[1]))
+    modules = {name for name, _ in base_model.named_modules()}
+    module_of = lambda name: re.split(r"\.(?:lora_\w+|base_layer|weight$|bias$)", name.removeprefix("base_model.model."))[0]
+    lacking = [name for name in names if module_of(name) not in modules]
+    if not lacking: return
+    like = sorted(name for name in modules if name.endswith(f".{module_of(lacking[0])}"))
+    hint = f": where it says {module_of(lacking[0])!r}, this base has {like[0]!r}" if like else ""
+    raise CheckpointError(f"adapter not loaded: {len(lacking)} of its {len(names)} tensors belong to modules that this base lacks, such as {lacking[0]!r}",
+                          path, remedy=f"rename the tensors{hint}")
 
 def load_adapter(model: nn.Module, path: Path | str | CheckpointReport, known: dict | None = None) -> tuple[CheckpointReport, dict[str, Tensor]]:
     "The tensors of a whole checkpoint with an adapter for the base of `model`."
@@ -370,7 +395,12 @@ def try_on_fresh_base(model: PeftModel, path: Path, fresh: nn.Module | None = No
 def try_to_load(model: PeftModel | nn.Module, path: Path, fresh: nn.Module | None = None) -> None:
     "Load what was saved of `model` beside it; `CheckpointError` if it does not fit, or is not the same."
     if isinstance(model, PeftModel): return try_on_fresh_base(model, path, fresh)
-    fresh = type(model).from_pretrained(str(path), dtype="auto", use_safetensors=True, **({"use_text_head": True} if type(model) is stock_class(model) else {}))
+    options = {"use_text_head": True} if type(model) is stock_class(model) else {}
+    with explained("the model would be saved, and could not be loaded", path):
+        try:
+            fresh = type(model).from_pretrained(str(path), dtype="auto", use_safetensors=True, **options)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
     _check_arrival(fresh.state_dict(), trained_state(model), path)
 
 def preflight(output_dir: Path | str, # where checkpoints will be; made if it is not there

@@ -4,7 +4,7 @@
 
 # %% ../nbs/13_export.ipynb #bc24ebbd
 from __future__ import annotations
-import dataclasses, json, os, subprocess, sys, tempfile
+import dataclasses, json, os, re, subprocess, sys, tempfile
 from pathlib import Path
 import safetensors.torch
 import torch
@@ -13,16 +13,18 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 from .chatml import Audio, tts_conversation
-from .checkpoint import base_of, is_stock, take_snapshot
+from .checkpoint import base_of, is_stock, take_snapshot, validate_checkpoint
 from .collator import PaddedCollator
+from .files import shown
 from .generate import generate_speech, prompt_of
+from .manifest import ADAPTER_FILES, CheckpointReport
 from .model import load_model
 from .samples import AudioTokens, SampleDataset, delay_pattern, sample_options
 from .saving import CheckpointError, Snapshot, explained, fsync, staging_directory
 
 # %% auto #0
-__all__ = ['answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', 'export_model', 'data_summary', 'corpus_summary',
-           'model_card']
+__all__ = ['answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', 'source_of', 'still_to_export', 'export_model',
+           'data_summary', 'corpus_summary', 'in_markdown', 'model_card']
 
 # %% ../nbs/13_export.ipynb #0985e271
 @torch.no_grad()
@@ -101,12 +103,33 @@ def ask(path: Path,  # directory of an export
 def contents_of(model: nn.Module,  # a PeftModel, or a model without adapter
                 tokenizer,  # that of the model
                 card: str,  # text of its README.md
-                base: dict | None) -> Snapshot:  # of `describe_base`, for the manifest
+                base: dict | None,  # of `describe_base`, for the manifest
+                meta: dict | None = None) -> Snapshot:  # more for the manifest
     "What an export of an adapter (a PeftModel) or of a model holds; see `export_model`."
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {"README.md": card.encode(), **{str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}}
-    return take_snapshot(model, base=base or {}, files=files, copy=False)
+    return take_snapshot(model, base=base or {}, meta=meta, files=files, copy=False)
+
+def source_of(report: CheckpointReport) -> dict:  # on the adapter of a run
+    "What the manifest of an export says of the adapter that it was made of."
+    return {"source_adapter": report.manifest.files[ADAPTER_FILES[1]]["sha256"]}
+
+def still_to_export(out: Path,  # directory for exports
+                    kinds: list[str],  # "adapter", "merged"
+                    source: dict) -> list[str]:  # of `source_of`
+    """Which exports are not in `out` yet: a valid one of the same adapter, of a call that was interrupted, stays. `CheckpointError` if there is another one,
+    or all are there."""
+    missing = []
+    for kind in kinds:
+        report = validate_checkpoint(out/kind)
+        if not os.path.lexists(out/kind): missing.append(kind)
+        elif not report.whole:
+            raise CheckpointError(f"not exported: {report}", out/kind, remedy="move it away, or choose another `out`")
+        elif not source.items() <= report.manifest.meta.items():
+            raise CheckpointError("not exported: its place is taken by the export of another adapter", out/kind, remedy="choose another `out`, or move it away")
+    if not missing: raise CheckpointError(f"not exported: {', '.join(kinds)} exist and are valid", out, remedy="choose another `out`, or move them away")
+    return missing
 
 def export_model(model: nn.Module,  # a PeftModel: its adapter is exported; else the model, e.g. of `merge_lora`
                  path: Path | str,  # the directory to be
@@ -117,6 +140,7 @@ def export_model(model: nn.Module,  # a PeftModel: its adapter is exported; else
                  expected: dict[str, Tensor] | None = None,  # `answers` of the adapted model, which a merged one has to give
                  text: str = "The line is busy.",  # what both are asked to speak
                  max_frames: int = 75,  # longest clip; 25 frames are a second
+                 meta: dict | None = None,  # more for the manifest, such as what it was made of
                  ) -> float:
     """Export a model so that it is whole, loads in a fresh process and answers as the one in memory does, or is not there: `CheckpointError` says why. Returns the largest difference
     of logits as a share of the largest. Merging rounds in the model's precision: in float32 the clip must stay the same, in others the logits within 5%."""
@@ -125,7 +149,7 @@ def export_model(model: nn.Module,  # a PeftModel: its adapter is exported; else
     exact = base_of(model).dtype == torch.float32
     moved = 0.0 if expected is None else compare(here, expected, "the model to export", path, 1e-3 if exact else 0.05, exact)
     with staging_directory(path) as box:
-        contents_of(model, tokenizer, card, base).save(box/path.name)
+        contents_of(model, tokenizer, card, base, meta).save(box/path.name)
         share = compare(ask(box/path.name, model, load, text, max_frames), here, "what was saved", path)
         with explained("not exported: renaming it into place failed", path):
             os.rename(box/path.name, path)
@@ -155,19 +179,25 @@ def corpus_summary(train: SampleDataset,  # what is learned
         found |= {name: len(data), f"{name}_clips": len(clips), f"{name}_hours": hours, f"{name}_speakers": len({c.speaker for c in data.conversations} - {None})}
     return found
 
+def in_markdown(value) -> str:  # text or number from outside
+    "`value` on one line of Markdown, where it is read as plain text: no link, image, HTML, code or table."
+    text = shown(" ".join(str(value).split()))
+    return re.sub(r"([\\`*\[\]<>|~$!&]|(?<!\w)_|_(?!\w))", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\&", "&amp;")
+
 def model_card(run: dict,  # what the training run has written to `run.json`
                kind: str,  # "adapter" or "merged"
                base: dict,  # of the adapter's manifest, see `describe_base`
                stock: bool,  # of `is_stock`
                ) -> str:
     "The README.md of an export, with the metadata that model hubs read."
-    given, shown = run["parameters"], ("targets", "rank", "steps", "learning_rate", "seed")
+    given, settings = run["parameters"], ("targets", "rank", "steps", "learning_rate", "seed")
     hub = None if given["base"] in ("small", "tiny") or Path(given["base"]).is_dir() else given["base"]
     revised = f", revision={base['revision']!r}" if base["revision"] else ""
     options = "".join(f", {k}={given[k]!r}" for k in ("use_audio_out_self_attention", "whisper") if given.get(k))
     where = repr(hub or "base") + revised + options if kind == "adapter" else repr(kind)
     loading = f"HiggsAudioV2ForConditionalGeneration.from_pretrained({where}, use_text_head=True)  # of transformers" if stock else f"load_model({where})  # of higgs_nb.model"
     losses = "\n".join(f"| {k} | {run[f'held_out_{k}_loss']['before']:.4f} | {run[f'held_out_{k}_loss']['after']:.4f} |" for k in ("audio", "text"))
+    names = {"small": "the small base of higgs_nb", "tiny": "a small model with random weights"}
     header = ModelCardData(base_model=hub, library_name="peft" if kind == "adapter" else "transformers", pipeline_tag="text-to-speech", tags=["higgs-audio-v2", kind])
     return str(ModelCard(f"""---
 {header.to_yaml()}
@@ -175,22 +205,22 @@ def model_card(run: dict,  # what the training run has written to `run.json`
 
 # Higgs Audio V2, fine-tuned: {'LoRA adapter' if kind == 'adapter' else 'merged model'}
 
-Base: {hub or {'small': 'the small base of higgs_nb', 'tiny': 'a small model with random weights'}.get(given['base'], Path(given['base']).name)}, revision {base['revision'] or 'none'}, {base['parameters']:,} parameters, \
-weights {base['weights_fingerprint'][:16]}. Its licence and the rights to the recordings apply.
+Base: {in_markdown(hub or names.get(given['base'], Path(given['base']).name))}, revision {in_markdown(base['revision'] or 'none')}, {base['parameters']:,} parameters, \
+weights {in_markdown(base['weights_fingerprint'][:16])}. Its licence and the rights to the recordings apply.
 
 ```python
 model = {loading}{chr(10) + 'model = PeftModel.from_pretrained(model, "adapter")  # of peft' if kind == 'adapter' else ''}
 ```
 {'' if stock else chr(10) + 'It has audio self-attention or a Whisper tower, which the stock class would leave out.' + chr(10)}
-Data: {data_summary(run['corpus'])}, from {Path(given['data']).name or 'the recordings in higgs_nb'}. \
-Training: {', '.join(f'{k} {given[k]}' for k in shown)}.
+Data: {in_markdown(data_summary(run['corpus']))}, from {in_markdown(Path(given['data']).name or 'the recordings in higgs_nb')}. \
+Training: {', '.join(f'{k} {in_markdown(given[k])}' for k in settings)}.
 
 | held-out loss | before | after |
 |---|---|---|
 {losses}
 
-Offset probe on held-out data: **{run['verdict']}** (loss against the frame at {', '.join(f'{k} {v:.3f}' for k, v in run['probe'].items())}).
+Offset probe on held-out data: **{in_markdown(run['verdict'])}** (loss against the frame at {', '.join(f'{in_markdown(k)} {v:.3f}' for k, v in run['probe'].items())}).
 
 A fresh process loaded this directory and gave the same logits and the same greedy clip as the model in memory; `higgs_validate` checks its files against `manifest.json`.
-Versions: {', '.join(f'{k} {v}' for k, v in run['versions'].items())}.
+Versions: {', '.join(f'{in_markdown(k)} {in_markdown(v)}' for k, v in run['versions'].items())}.
 """))

@@ -215,7 +215,8 @@ def on_cpu(tensors: Mapping[str, Tensor], copy: bool = True) -> dict[str, Tensor
     return {name: tensor.detach().to("cpu", copy=copy) for name, tensor in tensors.items()}
 
 # %% ../nbs/06c_saving.ipynb #84574164
-def verified(checkpoint: Path | str | CheckpointReport) -> CheckpointReport:
+def verified(checkpoint: Path | str | CheckpointReport,  # its directory, or what `validate_checkpoint` said of it
+             ) -> CheckpointReport:
     "The report on a whole checkpoint; `CheckpointError` if it is not whole, or cannot be read."
     report = checkpoint if isinstance(checkpoint, CheckpointReport) else validate_checkpoint(checkpoint)
     if report.whole: return report

@@ -46,9 +46,9 @@ __all__ = ['RUNS', 'TYPES', 'PATHS', 'COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'RA
            'check_value', 'path_text', 'check_parameters', 'range_of', 'in_range', 'check_range', 'parameters',
            'describe', 'summary', 'set_aside', 'lock', 'occupied', 'is_same', 'claim', 'inherited', 'occupy', 'reading',
            'read_noted', 'interrupted', 'goes_on', 'said_by', 'git', 'git_state', 'git_states', 'surroundings',
-           'append_line', 'defaults_of', 'place', 'kernel_manager', 'execute', 'run', 'is_done', 'StopSignals',
-           'split_assignments', 'PlainLoader', 'plain_number', 'plain_mapping', 'check_size', 'load_yaml', 'read_yaml',
-           'read_pair', 'read_parameters', 'tell', 'main']
+           'append_line', 'defaults_of', 'place', 'kernel_environment', 'kernel_manager', 'execute', 'run', 'is_done',
+           'StopSignals', 'split_assignments', 'PlainLoader', 'plain_number', 'plain_mapping', 'check_size',
+           'load_yaml', 'read_yaml', 'read_pair', 'read_parameters', 'tell', 'main']
 
 # %% ../nbs/12_run.ipynb #fc5666b6
 RUNS = Path(__file__).parent / "runs" if "__file__" in globals() else Path("runs")
@@ -388,6 +388,15 @@ def place(out: str | Path) -> Path:  # directory of a run, to be
     if RUNS.resolve().parent in (out.resolve(), *out.resolve().parents): raise ValueError(f"--out {out} lies in {RUNS.resolve().parent}, among the sources: name a directory elsewhere")
     return out
 
+def kernel_environment(fd: int, own: bool) -> dict[str, str]:  # as for `kernel_manager`
+    "The variables of a kernel. The package's own notebooks import nothing from the working directory unless PYTHONPATH names it."
+    environment = {**os.environ, CLAIM: str(fd)}
+    if own: return environment
+    environment["PYTHONSAFEPATH"] = "1"
+    if path := environment.get("PYTHONPATH"):  # ipykernel drops the first entry if it is the working directory
+        environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(os.__file__), path])
+    return environment
+
 def kernel_manager(fd: int,  # locked, for the kernel to keep
                    own: bool) -> type:  # whether the notebook is the user's and may import what lies in the working directory
     "A class of kernel managers whose kernel inherits the lock of a run."
@@ -395,8 +404,7 @@ def kernel_manager(fd: int,  # locked, for the kernel to keep
         "Starts the kernel of a run."
         async def start_kernel(self, **given):
             "As the class above, with the file and its number."
-            environment = {**os.environ, CLAIM: str(fd), **({} if own else {"PYTHONSAFEPATH": "1"})}
-            await super().start_kernel(**{**given, "env": environment, "pass_fds": (fd,)})
+            await super().start_kernel(**{**given, "env": kernel_environment(fd, own), "pass_fds": (fd,)})
     return RunKernelManager
 
 def execute(notebook: Path, executed: Path, given: dict, fd: int) -> None:

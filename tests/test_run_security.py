@@ -223,6 +223,7 @@ def test_a_working_directory_runs_no_code(tmp_path, notebook, monkeypatch):
     assert not (tmp_path/"TRACE").exists()
     monkeypatch.setattr(runs, "RUNS", tmp_path)  # this one is of the package
     notebook("import sys\nassert '' not in sys.path and sys.flags.safe_path\nimport soundfile\nassert hasattr(soundfile, 'SoundFile')", "packaged.ipynb")
+    monkeypatch.setenv("PYTHONPATH", str(Path(runs.__file__).parents[1]))
     runs.execute(tmp_path/"packaged.ipynb", tmp_path/"done.ipynb", {}, os.open(tmp_path, os.O_RDONLY))
     assert not (tmp_path/"TRACE").exists()
 

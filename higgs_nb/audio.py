@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_audio.ipynb #a8ef2272
 from __future__ import annotations
-import base64, difflib, hashlib, html, io, math, os, re, stat
+import base64, difflib, hashlib, html, io, math, re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -14,11 +14,8 @@ import numpy as np, soundfile as sf, soxr
 from .files import cut_list, shown
 
 # %% auto #0
-__all__ = ['KINDS', 'WAV_CODINGS', 'UNKNOWN_SIZE', 'MP3_KBPS', 'MP3_HZ', 'FULL_SCALE', 'Problem', 'CorpusError', 'AudioError',
-           'complain', 'collect_problems', 'did_you_mean', 'Audio', 'CutOff', 'riff_chunks', 'check_wav', 'check_ogg',
-           'flac_samples', 'mp3_frame', 'mp3_frames', 'check_mp3', 'read_bytes', 'check_container', 'decode_audio',
-           'read_blocks', 'read_audio', 'level_db', 'alternating', 'mix_down', 'load_audio', 'trim_end', 'AudioStats',
-           'measure_audio', 'AudioRow', 'CorpusReport']
+__all__ = ['Problem', 'CorpusError', 'AudioError', 'complain', 'collect_problems', 'did_you_mean', 'Audio', 'read_audio',
+           'load_audio', 'trim_end', 'AudioStats', 'measure_audio', 'AudioRow', 'CorpusReport']
 
 # %% ../nbs/00_audio.ipynb #d99e2042
 @dataclass(frozen=True)
@@ -113,240 +110,37 @@ class Audio:
         "As a part of a ChatML message."
         return {"type": "audio"} | ({"path": self.path} if self.path else {"raw_audio": base64.b64encode(self.raw).decode("ascii")})
 
-# %% ../nbs/00_audio.ipynb #5b1c0a01
-KINDS = "wav (PCM, float, A-law or mu-law), flac, ogg, opus or mp3"
-WAV_CODINGS = {1: "PCM", 3: "float", 6: "A-law", 7: "mu-law"}
-UNKNOWN_SIZE = (0, 2**32 - 1)  # what a program writes into a header that it cannot correct later
-
-class CutOff(ValueError): "A recording holds less, or more, than it says."
-
-def riff_chunks(data: bytes, at: int = 12) -> list[tuple[bytes, int, int]]:
-    "(name, start, stated size) of each chunk of a RIFF file, the last one perhaps cut off."
-    chunks = []
-    while at + 8 <= len(data):
-        name, size = data[at:at + 4], int.from_bytes(data[at + 4:at + 8], "little")
-        chunks.append((name, at + 8, size))
-        at += 8 + size + size % 2
-    return chunks
-
-def check_wav(data: bytes) -> bytes:
-    "The bytes of a WAV file, its size corrected where a stream left it open. `CutOff`, or `ValueError` for another coding."
-    chunks = riff_chunks(data)
-    sizes = {name: (start, size) for name, start, size in reversed(chunks)}
-    if b"fmt " not in sizes or b"data" not in sizes:
-        raise ValueError("a WAV file without a format or without samples")
-    start = sizes[b"fmt "][0]
-    coding = int.from_bytes(data[start:start + 2], "little")
-    if coding == 0xFFFE:  # the true one is the start of the GUID
-        coding = int.from_bytes(data[start + 24:start + 26], "little")
-    if coding not in WAV_CODINGS:
-        raise ValueError(f"a WAV file with coding {coding:#06x}")
-    start, size = sizes[b"data"]
-    if size == UNKNOWN_SIZE[1] and b"ds64" in sizes:
-        size = int.from_bytes(data[sizes[b"ds64"][0] + 8:sizes[b"ds64"][0] + 16], "little")
-    here = len(data) - start
-    if size in UNKNOWN_SIZE:
-        return data[:start - 4] + here.to_bytes(4, "little") + data[start:]
-    if here < size:
-        raise CutOff(f"stops after {here:,} of {size:,} bytes of samples")
-    after = riff_chunks(data, start + size + size % 2)
-    end = max([start + size, *(at + length for _, at, length in after)])
-    named = all(re.fullmatch(rb"[\x20-\x7e]{4}", name) for name, _, _ in after)
-    if len(data) - start - size > 8 and not (after and named and end <= len(data) + 1):
-        raise CutOff(f"says {size:,} bytes of samples and goes on after them")
-    return data
-
-def check_ogg(data: bytes) -> None:
-    "`CutOff` unless an Ogg file is one stream, without gaps, up to its last page."
-    at, number, last, serial = 0, 0, False, data[14:18]
-    while at < len(data):
-        page = data[at:at + 27]
-        if last or page[14:18] != serial:
-            raise CutOff("holds several streams one after the other")
-        lacing = data[at + 27:at + 27 + page[26]] if len(page) == 27 else b""
-        size = 27 + len(lacing) + sum(lacing)
-        if page[:4] != b"OggS" or len(lacing) < page[26] or at + size > len(data):
-            raise CutOff(f"is damaged or stops at byte {at:,}")
-        if int.from_bytes(page[18:22], "little") != number:
-            raise CutOff(f"lacks a part before byte {at:,}")
-        number, last, at = number + 1, bool(page[5] & 4), at + size
-    if not last:
-        raise CutOff("stops before its last page")
-
-def flac_samples(data: bytes) -> int:
-    "Samples per channel that a FLAC file states; 0: it does not say."
-    return int.from_bytes(data[21:26], "big") & (2**36 - 1)
-
-# %% ../nbs/00_audio.ipynb #5b1c0a03
-MP3_KBPS = {True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG 1, layer III
-            False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}  # MPEG 2 and 2.5
-MP3_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-
-def mp3_frame(data: bytes, at: int) -> int:
-    "Bytes of the MP3 frame that begins at `at`; 0 if none does."
-    head = int.from_bytes(data[at:at + 4], "big")
-    version, layer, rate, step = head >> 19 & 3, head >> 17 & 3, head >> 12 & 15, head >> 10 & 3
-    if head >> 21 != 2047 or layer != 1 or version == 1 or rate in (0, 15) or step == 3:
-        return 0
-    kbps = MP3_KBPS[version == 3][rate]
-    return (144 if version == 3 else 72) * kbps * 1000 // MP3_HZ[version][step] + (head >> 9 & 1)
-
-def mp3_frames(data: bytes) -> list[int]:
-    "Where each MP3 frame begins; tags and damaged parts are passed over."
-    at, found = 0, []
-    if data[:3] == b"ID3":
-        at = 10 + sum((byte & 127) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0)))
-    while 0 <= at < len(data) - 3:
-        size = mp3_frame(data, at)
-        follows = size and (at + size > len(data) - 4 or mp3_frame(data, at + size))
-        if size and at + size <= len(data) and (follows or data[at + size:at + size + 3] in (b"TAG", b"APE")):
-            found.append(at)
-            at += size
-        else:
-            at = data.find(b"\xff", at + 1)
-    return found
-
-def check_mp3(data: bytes) -> bytes:
-    """The bytes of an MP3 file, headed by the number of its frames: without it, decoders estimate a length from the first frame and
-    stop there. `CutOff` if the file says that it has more."""
-    found = mp3_frames(data)
-    if not found:
-        raise ValueError("no MP3 frame")
-    first = data[found[0]:found[0] + 4]
-    mpeg1, mono = first[1] >> 3 & 3 == 3, first[3] >> 6 == 3
-    place = 4 + ((17 if mono else 32) if mpeg1 else (9 if mono else 17))
-    tag = data[found[0] + place:found[0] + place + 12]
-    headed = tag[:4] in (b"Xing", b"Info")
-    here = len(found) - headed
-    stated = int.from_bytes(tag[8:12], "big") if headed and tag[7] & 1 else None
-    if stated is not None and here < stated - 1:
-        raise CutOff(f"stops after {here} of {stated} frames")
-    if stated is not None and here <= stated + 1:
-        return data
-    head = bytes([first[0], first[1] | 1, first[2] & 0b1100 | 0x80, first[3]])  # no checksum, no padding, a middle bit rate
-    info = b"Info" + (1).to_bytes(4, "big") + here.to_bytes(4, "big")
-    frame = (head + bytes(place - 4) + info).ljust(mp3_frame(head, 0), b"\0")
-    return frame + data[found[headed] if here else found[0]:]
-
 # %% ../nbs/00_audio.ipynb #95904dbc
-def read_bytes(audio: Audio) -> bytes:
-    "The bytes of a recording. Raises an `AudioError` if its path is not a file that can be read."
-    if not audio.path:
-        return audio.raw
-    try:
-        with open(audio.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise AudioError(Problem(f"{audio.name} cannot be opened: it is not a file", "name a recording"))
-            return file.read()
-    except FileNotFoundError:
-        raise AudioError(Problem(f"{audio.name} does not exist", "correct the path or bring the file back")) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AudioError(Problem(f"{audio.name} cannot be opened: {reason}", "make it a readable file")) from error
-
-def check_container(data: bytes) -> bytes:
-    "What a decoder is to read of a recording. `CutOff`, or `ValueError` if it is none of `KINDS`."
-    if data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE":
-        return check_wav(data)
-    if data[:4] == b"OggS":
-        check_ogg(data)
-    elif data[:4] != b"fLaC":
-        if data[:3] != b"ID3" and not mp3_frame(data, 0) and not mp3_frames(data[:8192])[1:]:
-            raise ValueError("unknown format")
-        return check_mp3(data)
-    return data
-
-def decode_audio(audio: Audio, max_duration_s: float | None) -> tuple[np.ndarray, int, str]:
-    "Samples, rate and coding of a recording, see `read_audio`."
-    def refuse(what, remedy):
-        raise AudioError(Problem(f"{audio.name} {what}", remedy))
-
-    data = read_bytes(audio)
-    try:
-        with sf.SoundFile(io.BytesIO(check_container(data))) as sound:
-            rate, frames, channels = sound.samplerate, sound.frames, sound.channels
-            if channels > 2:
-                refuse(f"has {channels} channels", "mix it down to one or two, e.g. ffmpeg -i IN -ac 1 OUT.wav")
-            if not frames:
-                refuse("holds no samples", "record it again or take it out of the corpus")
-            stated = flac_samples(data) if data[:4] == b"fLaC" else frames
-            if not stated:
-                refuse("does not say how long it is, as a program writes that streams", "encode it again: ffmpeg -i IN OUT.flac")
-            limit = math.inf if max_duration_s is None else max_duration_s * rate
-            if stated > limit:
-                refuse(f"lasts {stated / rate:.1f} s, the limit is {max_duration_s:g} s", "cut it into sentences or raise max_duration_s")
-            samples = read_blocks(sound, limit)
-            coding = sound.subtype
-    except CutOff as error:
-        refuse(f"{error}", "copy or encode the file again")
-    except (sf.SoundFileError, TypeError, ValueError) as error:
-        if isinstance(error, CorpusError):
-            raise
-        refuse(f"is not a recording that can be decoded ({str(error).rpartition(': ')[2].rstrip('.')})",
-               f"give {KINDS}; ffmpeg -i IN OUT.wav makes one of other formats")
-    if len(samples) > limit:
-        refuse(f"lasts longer than the limit of {max_duration_s:g} s", "cut it into sentences or raise max_duration_s")
-    if len(samples) < 0.95 * stated:
-        refuse(f"stops after {len(samples) / rate:.1f} of {stated / rate:.1f} s", "copy or encode the file again")
-    if not len(samples):
-        refuse("holds no samples", "record it again or take it out of the corpus")
-    if not np.isfinite(samples).all():
-        refuse("holds samples that are NaN or infinite", "export it again from its source")
-    return samples, rate, coding
-
-def read_blocks(sound: sf.SoundFile, limit: float) -> np.ndarray:
-    "All samples, (samples, channels) float32, in blocks, up to the first block that goes beyond `limit`."
-    blocks = [sound.read(2**16, dtype="float32", always_2d=True)]
-    total = len(blocks[0])
-    while len(blocks[-1]) and total <= limit:
-        blocks.append(sound.read(2**16, dtype="float32", always_2d=True))
-        total += len(blocks[-1])
-    return np.concatenate(blocks)
-
-def read_audio(audio: Audio | str | Path,  # a recording, see `KINDS`
+def read_audio(audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
                max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
                ) -> tuple[np.ndarray, int]:
     "The samples of a recording as it is stored, (samples, channels) float32 with 1 or 2 channels, and their rate in Hz. Raises an `AudioError`."
     audio = audio if isinstance(audio, Audio) else Audio(str(audio))
-    samples, rate, _ = decode_audio(audio, max_duration_s)
+    def refuse(what, remedy): raise AudioError(Problem(f"{audio.name} {what}", remedy))
+    try:
+        with (open(audio.path, "rb") if audio.path else io.BytesIO(audio.raw)) as file, sf.SoundFile(file) as sound:
+            rate, frames, channels = sound.samplerate, sound.frames, sound.channels
+            if channels > 2: refuse(f"has {channels} channels", "mix it down to one or two, e.g. ffmpeg -i IN -ac 1 OUT.wav")
+            if not frames: refuse("holds no samples", "record it again or take it out of the corpus")
+            if max_duration_s is not None and frames > max_duration_s * rate:
+                refuse(f"lasts {frames / rate:.1f} s, the limit is {max_duration_s:g} s", "cut it into sentences or raise max_duration_s")
+            samples = sound.read(dtype="float32", always_2d=True)
+    except FileNotFoundError: refuse("does not exist", "correct the path or bring the file back")
+    except OSError as error: refuse(f"cannot be opened: {error.strerror}", "make it a readable file")
+    except (sf.SoundFileError, TypeError) as error:  # soundfile answers a .raw file, which has no header, with a TypeError
+        refuse(f"is not a recording that can be decoded ({str(error).rpartition(': ')[2].rstrip('.')})", "give a wav, flac, ogg, opus or mp3 file; ffmpeg -i IN OUT.wav makes one of an m4a")
+    if len(samples) < 0.95 * frames: refuse(f"stops after {len(samples) / rate:.1f} of {frames / rate:.1f} s", "copy or encode the file again")
+    if not np.isfinite(samples).all(): refuse("holds samples that are NaN or infinite", "export it again from its source")
     return samples, rate
 
 # %% ../nbs/00_audio.ipynb #bfefa339
-def level_db(wave: np.ndarray) -> float:  # (samples,)
-    "Level in dB of full scale, without a constant offset; silence is -120."
-    wave = wave - wave.mean(dtype=np.float64)
-    return 20 * math.log10(max(float(np.sqrt(np.mean(np.square(wave)))), 1e-6))
-
-def alternating(samples: np.ndarray, rate: int) -> float:
-    "Share of the sound, at least, in which only the one and only the other of two channels is active: 0 to 0.5."
-    hop = max(rate // 20, 1)
-    frames = (samples - samples.mean(0))[:len(samples) // hop * hop].reshape(-1, hop, 2)
-    power = np.square(frames, dtype=np.float64).mean(1) + 1e-12
-    active = power > power.max(0) * 1e-3
-    alone = active[:, ::-1] < active
-    return float((alone & (power > 30 * power[:, ::-1])).sum(0).min() / max(active.any(1).sum(), 1))
-
-def mix_down(samples: np.ndarray,  # (samples, channels)
-             rate: int,  # Hz
-             name: str) -> np.ndarray:  # of the recording, for errors
-    "The mean of the channels, (samples,) float32. Raises an `AudioError` if it loses the sound, or mixes two people."
-    mono = samples.mean(axis=1)
-    if samples.shape[1] == 1: return mono
-    levels = [level_db(channel) for channel in samples.T]
-    if max(levels) > -100 and level_db(mono) < max(levels) - 20:
-        raise AudioError(Problem(f"{name} has channels in opposite phase, whose mean is silence", "keep one of them, e.g. ffmpeg -i IN -af pan=mono|c0=c0 OUT.wav"))
-    if min(levels) > max(levels) - 20 and alternating(samples, rate) > 0.2:
-        raise AudioError(Problem(f"{name} has another voice in each channel", "make a recording of each, e.g. ffmpeg -i IN -af pan=mono|c0=c0 OUT.wav"))
-    return mono
-
 def load_audio(audio: Audio | str | Path,            # a recording: wav, flac, ogg, opus, mp3
                sampling_rate: int = 24000,           # Hz of the result
                max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
                ) -> np.ndarray:                      # (samples,) float32
     "Read a recording as a mono waveform. Raises an `AudioError` that names the recording and what to do."
-    audio = audio if isinstance(audio, Audio) else Audio(str(audio))
     samples, rate = read_audio(audio, max_duration_s)
-    wave = soxr.resample(mix_down(samples, rate, audio.name), rate, sampling_rate)
+    wave = soxr.resample(samples.mean(axis=1), rate, sampling_rate)
     if not len(wave):
         raise AudioError(Problem(f"{getattr(audio, 'name', audio)} holds no samples at {sampling_rate} Hz", "record it again or take it out"))
     return np.ascontiguousarray(wave, dtype=np.float32)
@@ -359,8 +153,7 @@ def trim_end(waveform: np.ndarray,  # (samples,)
              ) -> np.ndarray:
     "The waveform without the silence at its end, all but `keep_s` of it; a silent one as it is."
     hop = sampling_rate // 100
-    centred = waveform - waveform.mean(dtype=np.float64) if len(waveform) else waveform  # an offset is not sound
-    power = np.square(centred[:len(waveform) // hop * hop].reshape(-1, hop), dtype=np.float64).mean(1)
+    power = np.square(waveform[:len(waveform) // hop * hop].reshape(-1, hop), dtype=np.float64).mean(1)
     if not len(power) or not power.max(): return waveform
     return waveform[:(np.flatnonzero(power > power.max() * 10 ** (-below_db / 10))[-1] + 1) * hop + round(keep_s * sampling_rate)]
 
@@ -371,25 +164,18 @@ class AudioStats:
     duration_s: float
     sampling_rate: int  # Hz
     channels: int
-    peak: float         # largest magnitude as stored; 1 is full scale
-    rms_db: float       # level in dB of full scale of what is trained, the mean of the channels without an offset
+    peak: float         # largest magnitude; 1 is full scale
+    rms_db: float       # level in dB of full scale; silence is -120
     clipped: float      # share of samples at full scale
     digest: str         # sha256 of the samples: the same for a copy in another lossless format
-    offset: float = 0.0  # mean of the samples; far from 0 if the recorder is faulty
-
-FULL_SCALE = {"ALAW": 32256 / 2**15, "ULAW": 32124 / 2**15, "PCM_U8": 127 / 2**7}  # largest magnitude; of others 1 - 2 ** -15
 
 def measure_audio(audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
                   max_duration_s: float | None = 30.0) -> AudioStats:  # a longer one is refused; None: no limit
-    "Read a recording and measure it. Raises an `AudioError`, also if it is silent."
-    audio = audio if isinstance(audio, Audio) else Audio(str(audio))
-    samples, rate, coding = decode_audio(audio, max_duration_s)
-    mono, size = mix_down(samples, rate, audio.name), np.abs(samples)
-    level = level_db(mono)
-    if level <= -90: raise AudioError(Problem(f"{audio.name} is silent", "record it again or take it out of the corpus"))
-    clipped = float(np.mean(size >= FULL_SCALE.get(coding, 1 - 2 ** -15)))
-    return AudioStats(len(samples) / rate, rate, samples.shape[1], float(size.max()), level, clipped,
-                      hashlib.sha256(samples.tobytes()).hexdigest(), float(mono.mean(dtype=np.float64)))
+    "Read a recording and measure it. Raises an `AudioError`."
+    samples, rate = read_audio(audio, max_duration_s)
+    size, rms = np.abs(samples), np.sqrt(np.mean(np.square(samples, dtype=np.float64)))
+    return AudioStats(len(samples) / rate, rate, samples.shape[1], float(size.max()), 20 * math.log10(max(rms, 1e-6)),
+                      float(np.mean(size >= 1 - 2 ** -15)), hashlib.sha256(samples.tobytes()).hexdigest())
 
 # %% ../nbs/00_audio.ipynb #dc02a67c
 @dataclass(frozen=True, kw_only=True)

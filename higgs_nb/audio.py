@@ -4,18 +4,20 @@
 
 # %% ../nbs/00_audio.ipynb #a8ef2272
 from __future__ import annotations
-import base64, difflib, hashlib, html, io, math, re
+import base64, difflib, hashlib, html, io, math, re, stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, soundfile as sf, soxr
+from .containers import DamagedError, FORMATS, read_container
 from .files import cut_list, shown
 
 # %% auto #0
-__all__ = ['Problem', 'CorpusError', 'AudioError', 'complain', 'collect_problems', 'did_you_mean', 'Audio', 'read_audio',
-           'load_audio', 'trim_end', 'AudioStats', 'measure_audio', 'AudioRow', 'CorpusReport']
+__all__ = ['SUBTYPES', 'TO_WAV', 'SILENT_DB', 'FULL_SCALE', 'Problem', 'CorpusError', 'AudioError', 'complain',
+           'collect_problems', 'did_you_mean', 'Audio', 'read_audio', 'level_db', 'load_audio', 'loud_frames',
+           'trim_end', 'AudioStats', 'measure_audio', 'AudioRow', 'CorpusReport']
 
 # %% ../nbs/00_audio.ipynb #d99e2042
 @dataclass(frozen=True)
@@ -111,71 +113,191 @@ class Audio:
         return {"type": "audio"} | ({"path": self.path} if self.path else {"raw_audio": base64.b64encode(self.raw).decode("ascii")})
 
 # %% ../nbs/00_audio.ipynb #95904dbc
+SUBTYPES = {"wav": ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"),
+            "flac": ("PCM_S8", "PCM_16", "PCM_24"), "ogg": ("VORBIS", "OPUS"), "mp3": ("MPEG_LAYER_III",)}
+TO_WAV = "ffmpeg -i IN OUT.wav makes one of an m4a"
+
+def _refuse(audio: Audio, what: str, remedy: str):
+    raise AudioError(Problem(f"{audio.name} {what}", remedy))
+
+def _content(audio: Audio, max_duration_s: float | None) -> bytes:
+    "The bytes of a recording that is a regular file; a pipe or a device is not opened."
+    if not audio.path:
+        return audio.raw
+    limit = 2**32 if max_duration_s is None else round(max_duration_s * 192000 * 2 * 8) + 2**24
+    try:
+        status = Path(audio.path).stat()
+        if stat.S_ISDIR(status.st_mode):
+            _refuse(audio, "cannot be opened: it is a directory", "make it a readable file")
+        if not stat.S_ISREG(status.st_mode):
+            _refuse(audio, "cannot be opened: it is not a regular file", "make it a readable file")
+        if status.st_size > limit:
+            _refuse(audio, f"has {status.st_size / 1e6:,.0f} MB, more than {limit / 1e6:,.0f}",
+                    "cut it into sentences or raise max_duration_s")
+        return Path(audio.path).read_bytes()
+    except FileNotFoundError:
+        _refuse(audio, "does not exist", "correct the path or bring the file back")
+    except OSError as error:
+        _refuse(audio, f"cannot be opened: {error.strerror}", "make it a readable file")
+    except ValueError as error:  # a NUL character in the path
+        _refuse(audio, f"cannot be opened: {error}", "correct the path")
+
+def _blocks(sound: sf.SoundFile, limit: int | None) -> np.ndarray:
+    "The samples (samples, channels) float32 of an open file, one more than `limit` at most."
+    blocks, count = [], 0
+    while limit is None or count <= limit:
+        size = 2**18 if limit is None else min(2**18, limit + 1 - count)
+        block = np.empty((size, sound.channels), np.float32)
+        got = sound.buffer_read_into(block, dtype="float32")
+        blocks.append(block[:got])
+        count += got
+        if got < size:
+            break
+    return np.concatenate(blocks)
+
+def _decode(audio: Audio, max_duration_s: float | None) -> tuple[np.ndarray, int, str]:
+    "Samples (samples, channels), their rate in Hz and libsndfile's name of their coding."
+    data = _content(audio, max_duration_s)
+    too_long = f"the limit is {max_duration_s or 0:g} s", "cut it into sentences or raise max_duration_s"
+    try:
+        container = read_container(data)
+        with sf.SoundFile(io.BytesIO(container.data or data)) as sound:
+            rate, channels, coding = sound.samplerate, sound.channels, sound.subtype
+            if coding not in SUBTYPES[container.kind]:
+                _refuse(audio, f"is of the coding {coding}; read are {FORMATS}", TO_WAV)
+            if channels > 2:
+                _refuse(audio, f"has {channels} channels", "mix it down to one or two, e.g. ffmpeg -i IN -ac 1 OUT.wav")
+            limit = None if max_duration_s is None else math.floor(max_duration_s * rate)
+            stated = container.frames
+            if limit is not None and stated and stated - container.slack > limit:
+                _refuse(audio, f"lasts {stated / rate:.1f} s, {too_long[0]}", too_long[1])
+            samples = _blocks(sound, limit)
+            if limit is not None and len(samples) > limit:
+                known = sound.frames if container.kind == "ogg" else limit
+                _refuse(audio, f"lasts {'' if known > limit else 'more than '}{known / rate:.1f} s, {too_long[0]}", too_long[1])
+    except DamagedError as error:
+        _refuse(audio, error.what, error.remedy)
+    except (sf.SoundFileError, TypeError, ValueError) as error:
+        if isinstance(error, AudioError):
+            raise
+        reason = str(error).rpartition(": ")[2].rstrip(".")
+        _refuse(audio, f"is not a recording that can be decoded ({reason})", f"give a wav, flac, ogg, opus or mp3 file; {TO_WAV}")
+    if stated is not None and not stated - container.slack <= len(samples) <= stated + container.slack:
+        _refuse(audio, f"stops after {len(samples) / rate:.2f} of {stated / rate:.2f} s", "copy or encode the file again")
+    if not len(samples):
+        _refuse(audio, "holds no samples", "record it again or take it out of the corpus")
+    if not np.isfinite(samples).all():
+        _refuse(audio, "holds samples that are NaN or infinite", "export it again from its source")
+    return samples, rate, coding
+
+def _audio(audio: Audio | str | Path) -> Audio:
+    return audio if isinstance(audio, Audio) else Audio(str(audio))
+
 def read_audio(audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
                max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
                ) -> tuple[np.ndarray, int]:
     "The samples of a recording as it is stored, (samples, channels) float32 with 1 or 2 channels, and their rate in Hz. Raises an `AudioError`."
-    audio = audio if isinstance(audio, Audio) else Audio(str(audio))
-    def refuse(what, remedy): raise AudioError(Problem(f"{audio.name} {what}", remedy))
-    try:
-        with (open(audio.path, "rb") if audio.path else io.BytesIO(audio.raw)) as file, sf.SoundFile(file) as sound:
-            rate, frames, channels = sound.samplerate, sound.frames, sound.channels
-            if channels > 2: refuse(f"has {channels} channels", "mix it down to one or two, e.g. ffmpeg -i IN -ac 1 OUT.wav")
-            if not frames: refuse("holds no samples", "record it again or take it out of the corpus")
-            if max_duration_s is not None and frames > max_duration_s * rate:
-                refuse(f"lasts {frames / rate:.1f} s, the limit is {max_duration_s:g} s", "cut it into sentences or raise max_duration_s")
-            samples = sound.read(dtype="float32", always_2d=True)
-    except FileNotFoundError: refuse("does not exist", "correct the path or bring the file back")
-    except OSError as error: refuse(f"cannot be opened: {error.strerror}", "make it a readable file")
-    except (sf.SoundFileError, TypeError) as error:  # soundfile answers a .raw file, which has no header, with a TypeError
-        refuse(f"is not a recording that can be decoded ({str(error).rpartition(': ')[2].rstrip('.')})", "give a wav, flac, ogg, opus or mp3 file; ffmpeg -i IN OUT.wav makes one of an m4a")
-    if len(samples) < 0.95 * frames: refuse(f"stops after {len(samples) / rate:.1f} of {frames / rate:.1f} s", "copy or encode the file again")
-    if not np.isfinite(samples).all(): refuse("holds samples that are NaN or infinite", "export it again from its source")
-    return samples, rate
+    return _decode(_audio(audio), max_duration_s)[:2]
 
 # %% ../nbs/00_audio.ipynb #bfefa339
+SILENT_DB = -120.0  # level that stands for no sound at all
+
+def level_db(waveform: np.ndarray) -> float:  # (samples,) or (samples, channels)
+    "Root mean square in dB of full scale without the mean of each channel; at least -120."
+    centred = waveform.astype(np.float64) - waveform.mean(axis=0, dtype=np.float64)
+    return 20 * math.log10(max(math.sqrt(np.mean(np.square(centred))), 10 ** (SILENT_DB / 20)))
+
+def _mono(audio: Audio, samples: np.ndarray) -> np.ndarray:
+    "The mean (samples,) of the channels. Raises an `AudioError` if they cancel each other."
+    mono = samples.mean(axis=1)
+    if samples.shape[1] > 1:
+        loss = level_db(samples) - level_db(mono)
+        if loss > 12:
+            _refuse(audio, f"has two channels of opposite phase: mixed to one it is {loss:.0f} dB quieter",
+                    "keep one of them, e.g. ffmpeg -i IN -af 'pan=mono|c0=c0' OUT.wav")
+    return mono
+
 def load_audio(audio: Audio | str | Path,            # a recording: wav, flac, ogg, opus, mp3
                sampling_rate: int = 24000,           # Hz of the result
                max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
                ) -> np.ndarray:                      # (samples,) float32
     "Read a recording as a mono waveform. Raises an `AudioError` that names the recording and what to do."
+    audio = _audio(audio)
     samples, rate = read_audio(audio, max_duration_s)
-    wave = soxr.resample(samples.mean(axis=1), rate, sampling_rate)
+    wave = soxr.resample(_mono(audio, samples), rate, sampling_rate)
     if not len(wave):
-        raise AudioError(Problem(f"{getattr(audio, 'name', audio)} holds no samples at {sampling_rate} Hz", "record it again or take it out"))
+        _refuse(audio, f"holds no samples at {sampling_rate} Hz", "record it again or take it out")
     return np.ascontiguousarray(wave, dtype=np.float32)
 
 # %% ../nbs/00_audio.ipynb #1caa2167
+def loud_frames(waveform: np.ndarray,  # (samples,)
+                sampling_rate: int,    # Hz
+                below_db: float = 40.0,  # what is so far below the loudest frame is silence
+                hop_s: float = 0.01,   # seconds of a frame; an incomplete last one is left out
+                ) -> np.ndarray:       # (frames,) bool
+    "Which frames of a waveform are sound. None are in a silent one."
+    hop = round(sampling_rate * hop_s)
+    frames = waveform[:len(waveform) // hop * hop].reshape(-1, hop).astype(np.float64)
+    if not len(frames):
+        return np.zeros(0, bool)
+    power = np.square(frames - frames.mean()).mean(axis=1)
+    return power > max(power.max() * 10 ** (-below_db / 10), 10 ** (SILENT_DB / 10))
+
 def trim_end(waveform: np.ndarray,  # (samples,)
              sampling_rate: int,    # Hz
              keep_s: float,         # seconds that stay after the end of the sound
              below_db: float = 40.0,  # what is so far below the loudest 10 ms is silence
              ) -> np.ndarray:
     "The waveform without the silence at its end, all but `keep_s` of it; a silent one as it is."
-    hop = sampling_rate // 100
-    power = np.square(waveform[:len(waveform) // hop * hop].reshape(-1, hop), dtype=np.float64).mean(1)
-    if not len(power) or not power.max(): return waveform
-    return waveform[:(np.flatnonzero(power > power.max() * 10 ** (-below_db / 10))[-1] + 1) * hop + round(keep_s * sampling_rate)]
+    loud = np.flatnonzero(loud_frames(waveform, sampling_rate, below_db))
+    if not len(loud):
+        return waveform
+    return waveform[:(loud[-1] + 1) * (sampling_rate // 100) + round(keep_s * sampling_rate)]
 
 # %% ../nbs/00_audio.ipynb #73512a53
 @dataclass(frozen=True)
 class AudioStats:
-    "What is measured on a recording as it is stored."
+    "What is measured on a recording: on the mean of its channels, at its own rate."
     duration_s: float
     sampling_rate: int  # Hz
     channels: int
     peak: float         # largest magnitude; 1 is full scale
-    rms_db: float       # level in dB of full scale; silence is -120
-    clipped: float      # share of samples at full scale
+    rms_db: float       # level in dB of full scale, without the offset
+    clipped: float      # share of stored samples at the full scale of their coding
     digest: str         # sha256 of the samples: the same for a copy in another lossless format
+    offset: float = 0.0  # mean of the samples; 0 in a good recording
+    mix_loss_db: float = 0.0  # how much quieter the mean of the channels is than they are; 3 if they are unrelated
+    one_sided: float = 0.0  # share of the sound on the less used channel alone, where the other is quiet
+
+FULL_SCALE = {"PCM_U8": 127 / 128, "ULAW": 32124 / 32768, "ALAW": 32256 / 32768}  # largest sample; others: near 1
+
+def _one_sided(samples: np.ndarray, rate: int) -> float:
+    "Share of the loud frames in which one channel alone sounds, for the channel that does so less often."
+    hop = max(rate // 50, 1)
+    frames = samples[:len(samples) // hop * hop].astype(np.float64)
+    if samples.shape[1] < 2 or not len(frames):
+        return 0.0
+    power = np.square(frames - frames.mean(axis=0)).reshape(-1, hop, 2).mean(axis=1)
+    loud = power > max(power.max() * 1e-3, 1e-12)
+    alone = [(loud[:, i] & (power[:, i] > 30 * power[:, 1 - i])).sum() for i in (0, 1)]
+    return float(min(alone) / max(loud.any(axis=1).sum(), 1))
 
 def measure_audio(audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
                   max_duration_s: float | None = 30.0) -> AudioStats:  # a longer one is refused; None: no limit
-    "Read a recording and measure it. Raises an `AudioError`."
-    samples, rate = read_audio(audio, max_duration_s)
-    size, rms = np.abs(samples), np.sqrt(np.mean(np.square(samples, dtype=np.float64)))
-    return AudioStats(len(samples) / rate, rate, samples.shape[1], float(size.max()), 20 * math.log10(max(rms, 1e-6)),
-                      float(np.mean(size >= 1 - 2 ** -15)), hashlib.sha256(samples.tobytes()).hexdigest())
+    "Read a recording and measure it. Raises an `AudioError`, also if it is silent."
+    audio = _audio(audio)
+    samples, rate, coding = _decode(audio, max_duration_s)
+    mono = _mono(audio, samples)
+    offset = float(mono.mean(dtype=np.float64))
+    if np.abs(mono - offset).max() < 1e-4:
+        _refuse(audio, "is silent", "record it again or take it out of the corpus")
+    size = np.abs(samples)
+    full = FULL_SCALE.get(coding, 1 - 2**-15)
+    clipped = size >= full if size.max() <= 1 else np.zeros(1)  # floating point goes on above 1
+    return AudioStats(duration_s=len(samples) / rate, sampling_rate=rate, channels=samples.shape[1],
+                      peak=float(np.abs(mono).max()), rms_db=level_db(mono), clipped=float(clipped.mean()),
+                      digest=hashlib.sha256(samples.tobytes()).hexdigest(), offset=offset,
+                      mix_loss_db=level_db(samples) - level_db(mono), one_sided=_one_sided(samples, rate))
 
 # %% ../nbs/00_audio.ipynb #dc02a67c
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +324,14 @@ class CorpusReport:
         "One row a recording: where it is trained, if it is."
         return list({r.digest: r for r in sorted(self.rows, key=lambda r: r.trained)}.values())
 
+    def stands_out(self) -> dict[str, list[AudioRow]]:
+        "Recordings that were accepted and whose sound is doubtful, by what is doubtful about them."
+        kinds = {"one voice on each channel, mixed into one": lambda r: r.one_sided > 0.1,
+                 "much quieter when mixed to one channel": lambda r: r.mix_loss_db > 6,
+                 "offset (mean above 0.01)": lambda r: abs(r.offset) > 0.01,
+                 "beyond full scale": lambda r: r.peak > 1}
+        return {what: [r for r in self.recordings if is_one(r)] for what, is_one in kinds.items()}
+
     def __repr__(self):
         rows = self.recordings
         if not rows: return f"{self.conversations} conversations, no recordings"
@@ -211,7 +341,8 @@ class CorpusReport:
                 f"{min(seconds):.1f} to {max(seconds):.1f} s each, {sum(r.text_chars for r in rows) / sum(seconds):.1f} characters a second\n"
                 f"{' and '.join(map(str, sorted(set(rates))))} Hz, {sum(rate != self.sampling_rate for rate in rates)} to be resampled\n"
                 f"{min(levels):.0f} to {max(levels):.0f} dB, largest peak {max(r.peak for r in rows):.2f}, {sum(r.clipped > 0 for r in rows)} clipped")
-        return "\n".join(filter(None, (text, self.speakers_note)))
+        doubtful = [f"{what}: {len(found)}, e.g. {shown(found[0].path)}" for what, found in self.stands_out().items() if found]
+        return "\n".join(filter(None, (text, *doubtful, self.speakers_note)))
 
     @property
     def speakers_note(self) -> str:

@@ -219,23 +219,46 @@ def _write_whole(path: Path, data: bytes):
 class CodeStore:
     "The codes of recordings, encoded once and kept under `root`; `hits` and `misses` count."
     remembered = 4096  # clips kept in memory
+    version = 2        # of the files: an .npy file followed by a sha256
 
     def __init__(self, root: str | Path,  # a folder; made if it is not there
                  codec: Codec,
                  max_duration_s: float | None = 30.0,  # a longer recording is refused
-                 end_silence_s: float | None = None):  # seconds that are kept of the silence at its end, see `trim_end`; None: all
+                 end_silence_s: float | None = None,  # seconds that are kept of the silence at its end, see `trim_end`; None: all
+                 fallback: str | Path | None = None):  # folder for new codes where `root` cannot be written to
         self.codec, self.max_duration_s, self.end_silence_s = codec, max_duration_s, end_silence_s
-        self.folder = Path(root) / (codec.fingerprint[:16] + (f"-end-{end_silence_s:g}s" if end_silence_s is not None else ""))
+        end = f"-end-{end_silence_s:g}s" if end_silence_s is not None else ""
+        name = f"{codec.fingerprint[:16]}-v{self.version}{end}"
+        self.folder = Path(root) / name  # codes are read from here
+        self.new_folder = self.folder if fallback is None else self._place(Path(root), Path(fallback), name)
         self.hits = self.misses = 0
         self.dtype = np.int16 if codec.codebook_size <= 2**15 else np.int32
         self._memory = {}
-        try: self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error: raise NotADirectoryError(f"{root}: is a file, the code store needs a folder") from error
+        self._make(self.new_folder)
 
     def path(self, audio: Audio) -> Path:
         "Where the codes of a recording are kept."
         data = audio.raw if audio.raw is not None else Path(audio.path).read_bytes()
-        return self.folder / f"{hashlib.sha256(data).hexdigest()}.npy"
+        name = f"{hashlib.sha256(data).hexdigest()}.npy"
+        stored = self.folder / name
+        return stored if stored.exists() else self.new_folder / name
+
+    @staticmethod
+    def _place(root: Path, fallback: Path, name: str) -> Path:
+        "Where new codes go: below `root` if it can be written to, else below `fallback`."
+        above = root / name
+        while not above.exists():
+            above = above.parent
+        return (root if os.access(above, os.W_OK) else fallback) / name
+
+    def _make(self, folder: Path):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise NotADirectoryError(f"{folder.parent}: is a file, the code store needs a folder") from error
+        except OSError as error:
+            remedy = "give a folder that can be written to, or a fallback"
+            raise OSError(error.errno, f"the codes cannot be stored ({error.strerror}); {remedy}", str(folder)) from error
 
     def get(self, audio: Audio | str | Path) -> torch.Tensor:
         "Codes (codebooks, frames) int64 of a recording."
@@ -248,6 +271,10 @@ class CodeStore:
         return torch.from_numpy(self._memory[path].astype(np.int64))
 
 # %% ../nbs/02_codec.ipynb #c8558d20
+def _sum_of(path: Path, content: bytes) -> bytes:
+    "sha256 (32 bytes) of what a file of codes holds and of its name, so that two files cannot change places."
+    return hashlib.sha256(path.name.encode() + content).digest()
+
 @patch
 def _remember(self: CodeStore, path: Path, codes: np.ndarray):
     if len(self._memory) >= self.remembered: self._memory.pop(next(iter(self._memory)))
@@ -261,15 +288,18 @@ def _encode(self: CodeStore, audio: Audio, path: Path) -> np.ndarray:
     except ValueError as error: raise ValueError(f"{audio.name}: {error}") from error
     file = io.BytesIO()
     np.save(file, codes, allow_pickle=False)
-    _write_whole(path, file.getvalue())
+    _write_whole(path, file.getvalue() + _sum_of(path, file.getvalue()))
     return codes
 
 @patch
 def _read(self: CodeStore, path: Path) -> np.ndarray:
     "Stored codes. Raises a ValueError that names the file if it does not hold codes of this codec."
     remedy = "delete it, and the next run encodes the recording again"
-    try: codes = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error: raise ValueError(f"{path}: holds no codes ({error}); {remedy}") from error
+    data = path.read_bytes()
+    content, checksum = data[:-32], data[-32:]
+    if checksum != _sum_of(path, content):
+        raise ValueError(f"{path}: was changed after it was written, or belongs to another recording; {remedy}")
+    codes = np.load(io.BytesIO(content), allow_pickle=False)
     if codes.dtype != self.dtype or len(codes) != self.codec.num_codebooks:
         raise ValueError(f"{path}: holds {codes.shape} {codes.dtype}, not {self.codec.num_codebooks} codebooks of {np.dtype(self.dtype)}; {remedy}")
     try: return _checked_codes(codes, self.codec).numpy().astype(self.dtype)

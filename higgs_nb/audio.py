@@ -142,6 +142,11 @@ def _content(audio: Audio, max_duration_s: float | None) -> bytes:
     except ValueError as error:  # a NUL character in the path
         _refuse(audio, f"cannot be opened: {error}", "correct the path")
 
+class _Stream(sf.SoundFile):
+    "A file that is read from its start to its end, because some cannot be searched."
+    def seekable(self) -> bool:
+        return False
+
 def _blocks(sound: sf.SoundFile, limit: int | None) -> np.ndarray:
     "The samples (samples, channels) float32 of an open file, one more than `limit` at most."
     blocks, count = [], 0
@@ -161,7 +166,7 @@ def _decode(audio: Audio, max_duration_s: float | None) -> tuple[np.ndarray, int
     too_long = f"the limit is {max_duration_s or 0:g} s", "cut it into sentences or raise max_duration_s"
     try:
         container = read_container(data)
-        with sf.SoundFile(io.BytesIO(container.data or data)) as sound:
+        with _Stream(io.BytesIO(container.data or data)) as sound:
             rate, channels, coding = sound.samplerate, sound.channels, sound.subtype
             if coding not in SUBTYPES[container.kind]:
                 _refuse(audio, f"is of the coding {coding}; read are {FORMATS}", TO_WAV)

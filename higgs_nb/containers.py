@@ -143,11 +143,7 @@ def _flac(data: bytes) -> Container:
     if len(data) < 42 or data[4] & 127:
         raise DamagedError("ends within its header")
     word = int.from_bytes(data[18:26], "big")
-    total = word & (2**36 - 1)
-    if total:
-        return Container("flac", total, 0, word >> 44, None)
-    some = (word | 2**36 - 1).to_bytes(8, "big")  # libsndfile seeks only in a file of known length
-    return Container("flac", None, 0, word >> 44, data[:18] + some + data[26:])
+    return Container("flac", word & (2**36 - 1) or None, 0, word >> 44, None)
 
 # %% ../nbs/00a_containers.ipynb #5fc8bbd0
 _KBPS = {True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),

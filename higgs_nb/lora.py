@@ -8,7 +8,7 @@ import copy
 import difflib
 from dataclasses import dataclass
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
@@ -20,8 +20,8 @@ logger = logging.get_logger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'ATTENTION', 'TEXT_FFN', 'AUDIO_FFN', 'AUDIO_ATTENTION', 'PRESETS', 'HEADS', 'EMBEDDINGS', 'TOWER', 'FROZEN',
-           'create_lora_config', 'fit_config', 'Match', 'MatchTable', 'match_table', 'apply_lora', 'keep_float32',
-           'freeze_silent', 'untrained', 'merge_lora']
+           'create_lora_config', 'only_lora', 'fit_config', 'Match', 'MatchTable', 'match_table', 'apply_lora',
+           'narrowed', 'keep_float32', 'freeze_silent', 'untrained', 'merge_lora']
 
 # %% ../nbs/06_lora.ipynb #ffc9be33
 ATTENTION = tuple(f"self_attn.{p}_proj" for p in "qkvo")
@@ -60,10 +60,18 @@ def create_lora_config(targets: str | tuple[str, ...] = "all",  # a preset ("all
 # %% ../nbs/06_lora.ipynb #f0a53b36
 TOWER = "audio_tower"
 
+def only_lora(config: PeftConfig) -> None:  # of any of PEFT's tuners
+    "`ValueError` if `config` is not of LoRA: checkpoints of other tuners would not come back on their base."
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != PeftType.LORA.value or not isinstance(config, LoraConfig):
+        raise ValueError(f"the adapter is of the kind {kind} ({type(config).__name__}), and only LoRA is supported, with DoRA, rsLoRA and what else "
+                         "LoraConfig offers: make it with create_lora_config and apply_lora")
+
 def fit_config(config: LoraConfig,  # of `create_lora_config`, or one of PEFT's that lists its target modules
                model: nn.Module,  # the base, before it is adapted
                ) -> LoraConfig:
     "A copy of `config` that fits what `model` has; `ValueError` if a name asks for LoRA on a module that is new and so has to be trained in full."
+    only_lora(config)
     if not isinstance(config.target_modules, (list, set, tuple)): raise ValueError(f"target_modules={config.target_modules!r}: name the modules in a list, or take `create_lora_config`, whose presets do")
     config, new = copy.copy(config), getattr(model, "new_modules", ())
     targets, has = list(config.target_modules), {part for name, _ in model.named_modules() for part in name.split(".")}
@@ -148,12 +156,18 @@ def apply_lora(model: nn.Module,  # changed in place, as PEFT does
     adapted.match_table = table
     lora = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
     expected = {n for m in table if m.kind == "lora" for n in m.modules}
-    if lora != expected: raise RuntimeError(f"PEFT adapted {len(lora)} modules, expected {len(expected)}; first difference: {sorted(lora ^ expected)[:3]}")
+    if lora != expected: raise RuntimeError(f"PEFT adapted {len(lora)} modules, expected {len(expected)}; first difference: {sorted(lora ^ expected)[:3]}{narrowed(config)}")
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    if trainable != table.trainable: raise RuntimeError(f"{trainable:,} parameters are trainable, expected {table.trainable:,}")
+    if trainable != table.trainable: raise RuntimeError(f"{trainable:,} parameters are trainable, expected {table.trainable:,}{narrowed(config)}")
     if not text_loss: freeze_silent(adapted)
     keep_float32(adapted)
     return adapted
+
+def narrowed(config: LoraConfig) -> str:  # of `create_lora_config`, or one of PEFT's
+    "The end of a message: which settings of `config` make PEFT train other parameters than the table counts, if any does."
+    names = ("layers_to_transform", "layers_pattern", "exclude_modules", "lora_bias", "bias", "target_parameters", "layer_replication")
+    set_here = [f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name, None) not in (None, False, "none", [], ())]
+    return f". Not supported: {', '.join(set_here)}; leave it out and name what is to be adapted in targets" if set_here else ""
 
 def keep_float32(model: PeftModel) -> None:  # changed in place
     "Keep what is trained beside LoRA in float32 where the base is in 16 bits, see `to_float32`; the base stays as it is."

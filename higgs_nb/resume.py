@@ -18,6 +18,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils import logging
+from .chatml import Audio, Conversation, Text
 from .checkpoint import adapter_config
 from .manifest import CheckpointReport, latest_checkpoint, move_aside
 from .saving import CheckpointError, check_finite, explained, load_files, verified
@@ -26,9 +27,9 @@ logger = logging.get_logger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'STATE_FILES', 'pack', 'unpack', 'state_files', 'read_state', 'device_module', 'rng_state', 'set_rng_state',
-           'optimizer_state', 'load_optimizer_state', 'describe_data', 'describe_trained', 'differences',
-           'checkpoint_to_resume', 'host_group', 'several', 'any_process', 'of_every_process', 'on_first_process',
-           'leave_processes']
+           'optimizer_state', 'load_optimizer_state', 'describe_data', 'written', 'recordings', 'describe_trained',
+           'differences', 'checkpoint_to_resume', 'host_group', 'several', 'any_process', 'of_every_process',
+           'on_first_process', 'leave_processes']
 
 # %% ../nbs/07c_resume.ipynb #54881f63
 def pack(state, name: str = "state") -> tuple[object, dict[str, Tensor]]:
@@ -106,8 +107,13 @@ def load_optimizer_state(model: nn.Module, optimizer, saved: dict) -> None:
 
 # %% ../nbs/07c_resume.ipynb #ed51469d
 def describe_data(dataset, looked_at: int = 64) -> dict:
-    "Number of samples and tokens of a `SampleDataset`, and a sha256 over what is in it."
-    digest = hashlib.sha256(json.dumps([(c.id, n, c.transcript) for c, n in zip(dataset.conversations, dataset.lengths)]).encode())
+    """Number of samples and tokens of a `SampleDataset`, and a sha256 over the text and the codes of every sample, and over the tensors of about `looked_at` of them.
+    Where files are kept does not count."""
+    digest = hashlib.sha256()
+    for conversation, tokens in zip(dataset.conversations, dataset.lengths):
+        digest.update(json.dumps([conversation.id, tokens, written(conversation)]).encode())
+        for recording in recordings(dataset, conversation):
+            digest.update(len(recording).to_bytes(8, "little") + recording)
     for i in range(0, len(dataset), max(1, len(dataset) // looked_at)):
         sample = dataset[i]
         for tensor in (sample.input_ids, sample.labels, sample.audio_ids, sample.audio_labels): digest.update(tensor.numpy().tobytes())
@@ -115,6 +121,24 @@ def describe_data(dataset, looked_at: int = 64) -> dict:
     settings = {} if dataset.audio_in_codes else dict(audio_in_codes=False)
     if dataset.extractor: settings["extractor"] = {k: v for k, v in dataset.extractor.to_dict().items() if isinstance(v, (bool, int, float, str))}
     return dict(samples=len(dataset), tokens=sum(dataset.lengths), sha256=digest.hexdigest(), **settings)
+
+def written(conversation: Conversation) -> list:
+    "What a conversation says apart from its recordings: its texts, whose they are, and from which message on it is trained."
+    turns = []
+    for message in conversation.messages:
+        parts = [part.text if isinstance(part, Text) else None for part in message.content]
+        turns.append([message.role, message.recipient, parts])
+    return [conversation.start_index, conversation.speaker, turns]
+
+def recordings(dataset, conversation: Conversation):
+    "The codes of each recording of a conversation as bytes and, where a Whisper tower hears recordings, those of the file of each that is heard."
+    for audio in conversation.audio:
+        yield dataset.store.get(audio).numpy().tobytes()
+    if dataset.extractor is None: return
+    for message in conversation.messages:
+        if message.role == "assistant": continue
+        for part in message.content:
+            if isinstance(part, Audio): yield Path(part.path).read_bytes() if part.raw is None else part.raw
 
 def describe_trained(model: PeftModel | nn.Module) -> dict:
     "Settings of an adapter, or that there is none, and how many parameters are trained."

@@ -8,6 +8,7 @@ import atexit
 import dataclasses
 import json
 import math
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -26,25 +27,72 @@ from .background import BackgroundSaver
 from .callbacks import SPOKEN, EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
 from .checkpoint import base_of, describe_base, empty_base, preflight, restore, stable_config, take_snapshot, trained_state
 from .collator import PackedBatchSampler, PackedCollator
-from .lora import freeze_silent
+from .files import check_plain, shown
+from .lora import freeze_silent, only_lora
 from .manifest import CheckpointReport, Manifest, members, validate_checkpoint
 from .model import LossWeights, target_counts
 from .probe import OffsetProbe, offset_probe
 from .resume import (checkpoint_to_resume, describe_data, describe_trained, differences, leave_processes, load_optimizer_state, of_every_process, on_first_process,
                              any_process, optimizer_state, pack, read_state, rng_state, set_rng_state, state_files, unpack)
 from .samples import IGNORE
-from .saving import CheckpointError, explained, make_dirs, prune_checkpoints
+from .saving import CheckpointError, explained, load_files, make_dirs, prune_checkpoints
 from .shard import is_sharded, shard_base
 
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'HAS_TRAINED', 'IMPLAUSIBLE', 'NOT_FINITE_REMEDY', 'HiggsTrainingArguments', 'LossMeter', 'Shard',
-           'CollateOrBlank', 'check_hearing', 'HiggsTrainer', 'TakeUpCallback', 'NotLearningSpeech', 'NotFinite']
+__all__ = ['logger', 'HAS_TRAINED', 'BY_TOKENS', 'NO_PREDICTIONS', 'NO_HUB', 'IGNORED', 'REFUSED', 'AT_LEAST', 'BELOW_ONE',
+           'IMPLAUSIBLE', 'NOT_FINITE_REMEDY', 'set_here', 'HiggsTrainingArguments', 'LossMeter', 'Shard',
+           'CollateOrBlank', 'check_hearing', 'check_model', 'HiggsTrainer', 'same_kind', 'TakeUpCallback',
+           'NotLearningSpeech', 'NotFinite']
 
 # %% ../nbs/08_trainer.ipynb #d4c9580a
 HAS_TRAINED = ("this trainer has trained before: its weights have moved and its optimizer holds moments, so it cannot begin at step 0. "
                "train(resume='auto') goes on from the newest checkpoint, if one was saved; to begin anew, make the model and the trainer again.")
+
+BY_TOKENS = "a batch is as many samples as fit token_budget, in an order of ours"
+NO_PREDICTIONS = "only losses are evaluated, no predictions are kept"
+NO_HUB = "checkpoints are not sent to a hub"
+IGNORED = {
+    "per_device_train_batch_size": BY_TOKENS, "per_device_eval_batch_size": BY_TOKENS, "dataloader_drop_last": BY_TOKENS,
+    "train_sampling_strategy": BY_TOKENS, "length_column_name": BY_TOKENS, "accelerator_config": BY_TOKENS,
+    "average_tokens_across_devices": "labels are always counted over all devices",
+    "prediction_loss_only": NO_PREDICTIONS, "eval_do_concat_batches": NO_PREDICTIONS, "eval_use_gather_object": NO_PREDICTIONS,
+    "eval_accumulation_steps": NO_PREDICTIONS, "include_for_metrics": NO_PREDICTIONS, "batch_eval_metrics": NO_PREDICTIONS,
+    "label_names": "the labels of a packed batch have names of their own", "remove_unused_columns": "batches are made by our collator",
+    "eval_on_start": "a new run with held-out data is always evaluated at its start, a resumed one never",
+    "bf16_full_eval": "evaluation computes as training does", "fp16_full_eval": "evaluation computes as training does",
+    "save_on_each_node": "the first process saves", "restore_callback_states_from_checkpoint": "callbacks are always restored",
+    "hub_token": NO_HUB, "hub_private_repo": NO_HUB, "hub_model_id": NO_HUB, "hub_strategy": NO_HUB, "hub_always_push": NO_HUB, "hub_revision": NO_HUB,
+    "dataloader_prefetch_factor": "the loader keeps torch's default", "dataloader_multiprocessing_context": "the loader keeps torch's default",
+    "dataloader_in_order": "batches always come in order", "use_cache": "training needs no cache",
+}
+REFUSED = {
+    "save_only_model": "checkpoints hold what resuming needs; `save_adapter` saves the adapter alone",
+    "resume_from_checkpoint": "give it to the trainer, `train(resume=...)`",
+    "auto_find_batch_size": "after an error it would go on from weights that have moved; set a smaller token_budget",
+    "neftune_noise_alpha": "not supported, embeddings of packed rows have no batch; see code_noise",
+    "ignore_data_skip": "a resumed run would begin its epoch anew and see samples twice; leave it out",
+    "push_to_hub": "checkpoints are not pushed while training; upload the exported model afterwards",
+    "enable_jit_checkpoint": "it would save checkpoints that are not verified; SIGTERM saves one already",
+    "use_liger_kernel": "its kernels know no two losses; the fused loss is always used",
+    "deepspeed": "it divides the adapter among processes, and none could save it; shard_base=True divides the frozen base",
+    "fsdp": "it divides the adapter among processes, and none could save it; shard_base=True divides the frozen base",
+    "parallelism_config": "it divides the adapter among processes, and none could save it; shard_base=True divides the frozen base",
+}
+
+def set_here(args: TrainingArguments, names) -> list[str]:
+    "Those of the settings `names` that are not at transformers' default, as far as this version of transformers has them."
+    defaults = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default
+                for f in dataclasses.fields(TrainingArguments) if f.name in names}
+    ours = {"remove_unused_columns": False}
+    given = {name: getattr(args, name) for name in defaults}
+    return [name for name, value in given.items() if value != ours.get(name, defaults[name]) and value not in ([], {}, "")]
+
+AT_LEAST = {"token_budget": 1, "gradient_accumulation_steps": 1, "probe_after": 0, "warmup_steps": 0, "eval_delay": 0, "dataloader_num_workers": 0,
+            "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "text_loss_weight": 0, "audio_loss_weight": 0, "label_smoothing_factor": 0,
+            "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "num_train_epochs": 0, "code_noise": 0}
+BELOW_ONE = ("label_smoothing_factor", "code_noise", "adam_beta1", "adam_beta2")
 
 @dataclass
 class HiggsTrainingArguments(TrainingArguments):
@@ -67,20 +115,26 @@ class HiggsTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.metric_for_best_model and self.greater_is_better is None: self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") in ("similarity", "stops")
-        if self.save_only_model: raise ValueError("save_only_model=True: checkpoints hold what resuming needs; `save_adapter` saves the adapter alone")
-        if self.resume_from_checkpoint: raise ValueError("resume_from_checkpoint: say it to the trainer, `train(resume=...)`")
+        for name in set_here(self, REFUSED): raise ValueError(f"{name}={getattr(self, name)!r}: {REFUSED[name]}")
+        for name in set_here(self, IGNORED): logger.warning(f"{name}={getattr(self, name)!r} is ignored: {IGNORED[name]}")
+        self.check_numbers()
         super().__post_init__()
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "text_loss_weight", "audio_loss_weight", "label_smoothing_factor"):
-            value = float(getattr(self, name))
-            if not (math.isfinite(value) and value >= 0): raise ValueError(f"{name}={value}: a finite number, not negative")
-        if any(not (math.isfinite(w) and w >= 0) for w in self.codebook_weights or ()): raise ValueError(f"codebook_weights={self.codebook_weights}: finite numbers, none negative")
-        if self.label_smoothing_factor >= 1: raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor}: a share, from 0 up to 1")
-        if self.token_budget < 1: raise ValueError(f"token_budget={self.token_budget}: at least 1 token")
-        if self.auto_find_batch_size: raise ValueError("auto_find_batch_size=True: after an error it would go on from weights that have moved; set a smaller token_budget")
-        if self.neftune_noise_alpha is not None: raise ValueError("neftune_noise_alpha: not supported, embeddings of packed rows have no batch; see code_noise")
+        if self.codebook_weights is not None and not sum(self.codebook_weights) > 0 or any(not (math.isfinite(w) and w >= 0) for w in self.codebook_weights or ()): raise ValueError(f"codebook_weights={self.codebook_weights}: finite numbers, none negative, not all 0")
         for name, choices in (("probe", ("stop", "warn", "off")), ("on_save_error", ("stop", "warn"))):
             if getattr(self, name) not in choices: raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
-        if not 0 <= self.code_noise < 1: raise ValueError(f"code_noise={self.code_noise}: a share, from 0 up to 1")
+
+    def check_numbers(self):
+        "`ValueError` names a number that is out of its range."
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            if value is None: continue
+            try: number = float(value)
+            except (TypeError, ValueError) as error: raise ValueError(f"{name}={value!r}: a number is needed") from error
+            if not (math.isfinite(number) and number >= least): raise ValueError(f"{name}={value!r}: a finite number, at least {least}")
+            if name in BELOW_ONE and number >= 1: raise ValueError(f"{name}={value!r}: a share, from 0 up to 1")
+        if self.max_steps == 0 or self.max_steps < -1: raise ValueError(f"max_steps={self.max_steps}: at least 1, or -1 for num_train_epochs")
+        if self.max_steps < 0 and self.num_train_epochs == 0: raise ValueError("num_train_epochs=0: nothing would be trained; set it or max_steps")
+        if self.save_total_limit is not None and self.save_total_limit < 0: raise ValueError(f"save_total_limit={self.save_total_limit}: at least 1, or None to keep all")
 
     @property
     def n_gpu(self) -> int:
@@ -140,6 +194,15 @@ def check_hearing(model, dataset) -> None:
         logger.warning(f"the model has a Whisper tower and none of the {len(dataset)} conversations has a recording to hear: its projector learns nothing from them")
 
 # %% ../nbs/08_trainer.ipynb #fbe064ec
+def check_model(model, args: HiggsTrainingArguments) -> None:
+    "`ValueError` if the adapter is not LoRA, nothing of `model` is trainable, or `codebook_weights` has another length than the model has codebooks."
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values(): only_lora(config)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("no parameter of the model is trainable: load an adapter with load_lora_adapters(..., trainable=True), or make one with apply_lora")
+    codebooks, weights = base_of(model).config.num_codebooks, args.codebook_weights
+    if weights and len(weights) != codebooks: raise ValueError(f"codebook_weights={weights}: {len(weights)} weights, and the model has {codebooks} codebooks")
+
 class HiggsTrainer(Trainer):
     """Trains a LoRA adapter, or the parameters of a model without one that require a gradient, on packed batches. `train_dataset` and `eval_dataset` are `SampleDataset`s. Logs `text_loss`, `audio_loss` and
     `codebook_0` ... for training, the same with `eval_` for held-out data, and the offset probe. Checkpoints are verified before they count."""
@@ -148,6 +211,9 @@ class HiggsTrainer(Trainer):
                  tokenizer=None,  # for the audit of the first batch; None: that of the samples
                  base: dict | None = None,  # where the base comes from: {"id": ..., "revision": ...}; goes into every checkpoint
                  callbacks: list[TrainerCallback] | None = None, **kwargs):
+        check_model(model, args)
+        if isinstance(eval_dataset, (dict, list, tuple)):
+            raise ValueError(f"eval_dataset is a {type(eval_dataset).__name__}: one SampleDataset is evaluated while training; afterwards evaluate({{name: dataset}}) takes several")
         base_of(model).loss_weights = LossWeights(args.text_loss_weight, args.audio_loss_weight, args.codebook_weights and tuple(args.codebook_weights), args.label_smoothing_factor)
         self.tokens, self.tokenizer = train_dataset.tokens, tokenizer or train_dataset.tokenizer
         for data in filter(None, (train_dataset, eval_dataset)): check_hearing(base_of(model), data)
@@ -226,9 +292,11 @@ class HiggsTrainer(Trainer):
         on_first_process(self.check_place)
         self.resumed = self.found and self.read_checkpoint(self.found, resume_force)
         self.ended, self.saved_step = bool(self.resumed) and self.resumed.get("ended", False) and not resume_force, self.found and self.found.step
-        self.args.eval_on_start, self.started = self.eval_dataset is not None and not self.found, time.time()
+        self.args.eval_on_start, self.started = self.eval_dataset is not None and not self.found, time.monotonic()
         self.has_trained = True
-        with self.stop: return super().train(resume_from_checkpoint=str(self.found.path) if self.found else None, **kwargs)
+        with self.stop, tempfile.TemporaryDirectory(prefix="higgs-state-") as verified:
+            if self.found: self.copy_state(Path(verified))
+            return super().train(resume_from_checkpoint=verified if self.found else None, **kwargs)
 
 # %% ../nbs/08_trainer.ipynb #5c1de0a3
 @patch
@@ -239,7 +307,7 @@ def training_state(self: HiggsTrainer) -> dict:
     scaler = getattr(self.accelerator, "scaler", None)
     return dict(optimizer=optimizer_state(self.model, self.optimizer), schedule=self.lr_scheduler.state_dict(), scaler=scaler and scaler.state_dict(),
                 processes=[unpack(*state) for state in of_every_process(mine)], probes=probes, logged_step=self._globalstep_last_logged, max_steps=self.state.max_steps,
-                loss_sum=self._total_loss_scalar, seconds=self.earlier_seconds + time.time() - self.started, ended=self.is_over())
+                loss_sum=self._total_loss_scalar, seconds=self.earlier_seconds + time.monotonic() - self.started, ended=self.is_over())
 
 @patch
 def check_place(self: HiggsTrainer):
@@ -250,7 +318,13 @@ def check_place(self: HiggsTrainer):
     if within:
         names = ", ".join(r.path.name for r in within[:5]) + ", ..." * (len(within) > 5)
         raise CheckpointError(f"training not begun: its directory holds {names}, " + ("newer than the one to resume from" if here else "of an earlier run"), out,
-                              remedy="train(resume='auto') goes on with the newest; to begin anew choose another output_dir, or move these away")
+                              remedy=self.way_on(within) + "to begin anew choose another output_dir, or move these away")
+
+@patch
+def way_on(self: HiggsTrainer, within: list[CheckpointReport]) -> str:
+    "What a remedy says of going on from checkpoints: nothing if none of them can be resumed from."
+    if any(validate_checkpoint(r.path).whole for r in within): return "train(resume='auto') goes on with the newest; "
+    return "none of them is whole or of this trainer, so train(resume='auto') cannot go on from them; "
 
 @patch
 def is_over(self: HiggsTrainer) -> bool:
@@ -321,6 +395,38 @@ def read_checkpoint(self: HiggsTrainer, report: CheckpointReport, force: bool) -
         logger.warning(f"resuming from {report.path}, although it belongs to {said}")
         self.found = dataclasses.replace(report, manifest=Manifest(report.manifest.files, {**meta, "base": self.base}))  # as if it were made for this base
     return read_state(report)
+
+@patch
+def copy_state(self: HiggsTrainer, folder: Path):
+    """Write the trainer's state, as the manifest vouches for it, into `folder`, from which transformers reads it. `CheckpointError` if it belongs to another step, or
+    holds something for a callback that such a callback does not save itself."""
+    name = "trainer_state.json"
+    data = load_files(self.found, name)[name]
+    where, remedy = self.found.path, "resume from another checkpoint"
+    try:
+        state = check_plain(json.loads(data), name)
+        step, callbacks = state["global_step"], state["stateful_callbacks"]
+        if type(step) is not int or step != self.found.step: raise ValueError(f"{name} is of step {step!r}, the checkpoint of step {self.found.step}")
+        for kind, states in callbacks.items(): self.check_callback_state(kind, states if isinstance(states, list) else [states])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"training not resumed: {name} cannot be used: {error}", where, remedy=remedy) from error
+    (folder / name).write_bytes(data)
+
+@patch
+def check_callback_state(self: HiggsTrainer, kind: str, states: list[dict]):
+    "`ValueError` if a state names an attribute that the callbacks of the class `kind` do not export, or has a value of another type."
+    same = [c for c in self.callback_handler.callbacks if type(c).__name__ == kind]
+    for callback, state in zip(same, states):
+        if not isinstance(callback, ExportableState): raise ValueError(f"it holds a state for {kind}, which has none")
+        own = callback.state()["attributes"]
+        for name, value in state["attributes"].items():
+            if name not in own: raise ValueError(f"it sets {shown(name)} of {kind}, which does not save that")
+            if own[name] is not None and value is not None and not same_kind(own[name], value): raise ValueError(f"{kind}.{name} is {value!r}, and has to be of the type {type(own[name]).__name__}")
+
+def same_kind(a, b) -> bool:
+    "Whether two plain values are of one type; whole numbers and others are of one, truth values are not numbers."
+    number = (int, float)
+    return type(a) in number and type(b) in number or type(a) is type(b)
 
 @patch
 def _load_from_checkpoint(self: HiggsTrainer, path, model=None): restore(self.model, self.found, self.base)
@@ -400,7 +506,7 @@ def _finalize_training(self: HiggsTrainer, trial, num_train_samples, start_time)
     if self.stop.reason and self.state.global_step < self.state.max_steps and not self.is_over():
         raise Preempted(f"{self.stop.reason}: stopped after step {self.state.global_step} of {self.state.max_steps}; train(resume='auto') goes on")
     limit, self.args.save_total_limit = self.args.save_total_limit, None
-    try: return Trainer._finalize_training(self, trial, num_train_samples, start_time - self.earlier_seconds)
+    try: return Trainer._finalize_training(self, trial, num_train_samples, time.time() - (time.monotonic() - self.started) - self.earlier_seconds)
     finally: self.args.save_total_limit = limit
 
 # %% ../nbs/08_trainer.ipynb #8c3bdf16

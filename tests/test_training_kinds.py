@@ -1,19 +1,31 @@
 "What goes wrong in training is said where it begins: numbers that are not finite, weights in 16 bits, a trainer that is used twice."
 
+import dataclasses
+import hashlib
+import json
+import re
+import time
+
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TrainerCallback
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, get_peft_model
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from higgs_nb.checkpoint import CheckpointError, adapter_state, load_lora_adapters, restore, save_lora_adapters, take_snapshot
 from higgs_nb.fused import HALF
 from higgs_nb.generate import generate_speech
 from higgs_nb.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora
-from higgs_nb.manifest import list_checkpoints, validate_checkpoint
+from higgs_nb.manifest import Manifest, list_checkpoints, validate_checkpoint
 from higgs_nb.probe import OFFSETS, OffsetProbe
-from higgs_nb.trainer import HiggsTrainingArguments, NotFinite
-from resume_job import make_trainer
+from higgs_nb.chatml import Conversation
+from higgs_nb.model import tiny_config, tiny_model
+from higgs_nb.resume import describe_data, differences
+from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.trainer import AT_LEAST, BELOW_ONE, IGNORED, REFUSED, HiggsTrainer, HiggsTrainingArguments, NotFinite
+from resume_job import SMALL, make_trainer
 
 IN_FULL = HEADS + EMBEDDINGS
 
@@ -136,3 +148,182 @@ def test_the_best_checkpoint_by_what_judges_logged(tmp_path, metric, best):
     trainer = judge.trainer = make_trainer(tmp_path, max_steps=6, eval_steps=2, save_steps=2, save_total_limit=1, metric_for_best_model=metric, callbacks=[judge])
     trainer.train()
     assert trainer.state.best_global_step == best and validate_checkpoint(tmp_path/f"checkpoint-{best}").whole
+
+
+# --- every argument has an answer
+
+USED = {"output_dir", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules", "gradient_accumulation_steps", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "tf32",
+        "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend",
+        "torch_compile_mode", "liger_kernel_config", "torch_empty_cache_steps", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node",
+        "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
+        "trackio_bucket_id", "trackio_static_space_id", "eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps", "save_total_limit",
+        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "full_determinism", "seed", "data_seed", "use_cpu", "dataloader_num_workers",
+        "dataloader_pin_memory", "dataloader_persistent_workers", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
+        "ddp_timeout", "fsdp_config", "debug", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "local_rank"}
+FIELDS = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+TESTED = "5.23" if transformers.__version__.startswith("5.23") else None
+
+
+def test_the_table_of_arguments_has_each_once():
+    tables = [USED, set(IGNORED), set(REFUSED)]
+    assert sum(map(len, tables)) == len(set.union(*tables))
+    unknown = set(FIELDS) - set.union(*tables)
+    if unknown and TESTED is None: pytest.skip(f"transformers {transformers.__version__} has settings that the table does not know: {sorted(unknown)}")
+    assert not unknown
+
+
+def another(name):
+    "A value of a setting that is not transformers' default."
+    default = FIELDS[name].default
+    if default is dataclasses.MISSING: return ["loss"]
+    if isinstance(default, bool): return name == "remove_unused_columns" or not default
+    if isinstance(default, int): return default + 3
+    return dict(train_sampling_strategy="group_by_length", accelerator_config=dict(split_batches=False)).get(name, "other")
+
+
+@pytest.mark.parametrize("name", sorted(set(REFUSED) & set(FIELDS)))
+def test_an_argument_is_refused_by_name(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"^{name}="): HiggsTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: another(name)})
+
+
+@pytest.mark.parametrize("name", sorted(set(IGNORED) & set(FIELDS)))
+def test_an_argument_is_said_to_be_ignored(tmp_path, caplog, name):
+    args = dict(output_dir=str(tmp_path), use_cpu=True)
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_propagation()
+    HiggsTrainingArguments(**args)
+    assert "is ignored" not in caplog.text
+    try: HiggsTrainingArguments(**args, **{name: another(name)})
+    except (ValueError, TypeError): pass  # transformers looks at some itself, later
+    assert re.search(rf"\b{name}=.* is ignored", caplog.text)
+
+
+@given(st.sampled_from([(n, v) for n, least in AT_LEAST.items() for v in (least - 1, float("nan"), float("inf"), "many")] +
+                       [(n, 1.0) for n in BELOW_ONE] + [("max_steps", 0), ("max_steps", -2), ("save_total_limit", -1), ("codebook_weights", [0.0] * 8)]))
+@settings(max_examples=60, deadline=None)
+def test_a_number_out_of_its_range_is_refused_by_name(change):
+    name, value = change
+    with pytest.raises(ValueError, match=name): HiggsTrainingArguments(output_dir="unused", use_cpu=True, **{name: value})
+
+
+@pytest.mark.parametrize("length", [1, 7, 12])
+def test_weights_of_another_number_of_codebooks_are_refused(tmp_path, length):
+    with pytest.raises(ValueError, match=f"codebook_weights=.*{length} weights.*8 codebooks"): make_trainer(tmp_path, codebook_weights=[1.0] * length)
+
+
+# --- what can be trained
+
+def trainer_of(model, tmp_path, eval_dataset=None):
+    data = make_trainer(tmp_path/"other").train_dataset
+    return HiggsTrainer(model, HiggsTrainingArguments(output_dir=str(tmp_path), use_cpu=True), data, eval_dataset)
+
+
+TUNERS = dict(adalora=AdaLoraConfig(init_r=4, target_r=2, total_step=6, tinit=1, tfinal=1, target_modules=["q_proj"]), ia3=IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+              loha=LoHaConfig(r=4, target_modules=["q_proj"]), lokr=LoKrConfig(r=4, target_modules=["q_proj"]), oft=OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj"]))
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_other_tuners_are_refused_before_the_first_step(tmp_path, name):
+    base = lambda: tiny_model(byte_tokenizer(), **SMALL)
+    with pytest.raises(ValueError, match="only LoRA is supported"): apply_lora(base(), TUNERS[name])
+    with pytest.raises(ValueError, match="only LoRA is supported"): trainer_of(get_peft_model(base(), TUNERS[name]), tmp_path)
+
+
+@pytest.mark.parametrize("setting", [dict(layers_to_transform=[0]), dict(exclude_modules=["q_proj"]), dict(lora_bias=True)], ids=str)
+def test_what_narrows_an_adapter_is_named(setting):
+    with pytest.raises((RuntimeError, ValueError), match=next(iter(setting))):
+        apply_lora(tiny_model(byte_tokenizer(), **{**SMALL, "num_layers": 2}), create_lora_config("attention", r=4, **setting))
+
+
+def test_nothing_to_train_and_several_held_out_sets_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path/"run")
+    save_lora_adapters(trainer.model, tmp_path/"adapter", base={})
+    with pytest.raises(ValueError, match="one SampleDataset"): trainer_of(trainer.model, tmp_path, {"a": trainer.eval_dataset})
+    frozen = trainer.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="trainable"): trainer_of(frozen, tmp_path)
+
+
+# --- the data's digest sees every sample
+
+@given(st.integers(0, 39), st.booleans())
+@settings(max_examples=8, deadline=None)
+def test_the_digest_sees_every_sample(changed, text):
+    class Codes:
+        other = None
+        def get(self, audio):
+            codes = torch.full((8, 3), int(audio.path) % 30)
+            return codes + (audio.path == str(self.other))
+    tokenizer, store = byte_tokenizer(), Codes()
+    tokens = AudioTokens.from_config(tiny_config(tokenizer, **SMALL), tokenizer)
+    def data(words=None):
+        talks = [Conversation.from_dict(dict(messages=[dict(role="user", content=words if n == changed and words else "La"), dict(role="assistant", content={"type": "audio", "path": str(n)})]), id=f"s{n}")
+                 for n in range(40)]
+        return SampleDataset(talks, tokenizer, store, tokens)
+    before = describe_data(data(), 4)
+    assert describe_data(data(), 4) == before
+    if not text: store.other = changed
+    assert differences(before, describe_data(data("Lo" if text else None), 4))[0].startswith("sha256")
+
+
+# --- a stranger's state
+
+def checkpoint_with(tmp_path, change):
+    "A checkpoint whose manifest vouches for a `trainer_state.json` that `change` made."
+    trainer = make_trainer(tmp_path, max_steps=2, save_steps=2, eval_steps=2, metric_for_best_model="loss", callbacks=[EarlyStoppingCallback(3)])
+    trainer.train()
+    file = tmp_path/"checkpoint-2"/"trainer_state.json"
+    state = json.loads(file.read_text())
+    change(state)
+    file.write_text(json.dumps(state))
+    manifest = validate_checkpoint(file.parent).manifest or Manifest.loads(file.with_name("manifest.json").read_text())
+    manifest.files[file.name].update(size=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    file.with_name("manifest.json").write_text(manifest.dumps())
+    assert validate_checkpoint(file.parent).whole
+    return make_trainer(tmp_path/"again", max_steps=4, eval_steps=2, metric_for_best_model="loss", callbacks=[EarlyStoppingCallback(3)])
+
+
+@pytest.mark.parametrize("named, attributes", [("early_stopping_threshold", dict(early_stopping_threshold=9.0)), ("on_step_end", dict(on_step_end=1)), ("counter", dict(early_stopping_patience_counter="1")),
+                                               ("__class__", dict(__class__="x")), (None, dict(early_stopping_patience_counter=1))])
+def test_a_state_sets_only_what_its_callback_saves(tmp_path, named, attributes):
+    trainer = checkpoint_with(tmp_path, lambda state: state["stateful_callbacks"]["EarlyStoppingCallback"].update(attributes=attributes) if isinstance(state["stateful_callbacks"]["EarlyStoppingCallback"], dict)
+                              else state["stateful_callbacks"]["EarlyStoppingCallback"][0].update(attributes=attributes))
+    if named is None: return trainer.train(tmp_path/"checkpoint-2") and None
+    with pytest.raises(CheckpointError, match=named): trainer.train(tmp_path/"checkpoint-2")
+
+
+def test_a_state_of_another_step_is_not_resumed(tmp_path):
+    trainer = checkpoint_with(tmp_path, lambda state: state.update(global_step=1))
+    with pytest.raises(CheckpointError): trainer.train(tmp_path/"checkpoint-2")
+
+
+def test_the_state_that_was_verified_is_the_one_that_is_read(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_steps=2, eval_strategy="no").train()
+    file = tmp_path/"checkpoint-2"/"trainer_state.json"
+    class Swap(HiggsTrainer):
+        def copy_state(self, folder):
+            super().copy_state(folder)
+            file.write_text(json.dumps({**json.loads(file.read_text()), "global_step": 3}))
+    trainer = make_trainer(tmp_path, max_steps=4, eval_strategy="no")
+    trainer.__class__ = Swap
+    steps = []
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): steps.append(state.global_step)
+    trainer.add_callback(Count())
+    trainer.train(tmp_path/"checkpoint-2")
+    assert steps == [3, 4]
+
+
+def test_a_clock_that_is_set_back_leaves_the_runtime_positive(tmp_path, monkeypatch):
+    real, back = time.time, []
+    class SetBack(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): back.append(86400)
+    monkeypatch.setattr(time, "time", lambda: real() - sum(back))
+    assert 0 < make_trainer(tmp_path, max_steps=2, eval_strategy="no", save_strategy="no", callbacks=[SetBack()]).train().metrics["train_runtime"] < 600
+
+
+def test_the_remedy_among_foreign_checkpoints_is_not_what_was_done(tmp_path):
+    foreign = tmp_path/"checkpoint-5"
+    make_trainer(tmp_path/"other").model.save_pretrained(str(foreign))
+    (foreign/"trainer_state.json").write_text("{}")
+    with pytest.raises(CheckpointError) as error: make_trainer(tmp_path).train(resume="auto")
+    assert "cannot go on" in str(error.value) and "choose another output_dir" in str(error.value)

@@ -300,8 +300,8 @@ def test_the_state_that_was_verified_is_the_one_that_is_read(tmp_path):
     make_trainer(tmp_path, max_steps=2, save_steps=2, eval_strategy="no").train()
     file = tmp_path/"checkpoint-2"/"trainer_state.json"
     class Swap(HiggsTrainer):
-        def copy_state(self, folder):
-            super().copy_state(folder)
+        def _load_from_checkpoint(self, path, model=None):  # after the state was verified, before transformers reads it
+            super()._load_from_checkpoint(path, model)
             file.write_text(json.dumps({**json.loads(file.read_text()), "global_step": 3}))
     trainer = make_trainer(tmp_path, max_steps=4, eval_strategy="no")
     trainer.__class__ = Swap

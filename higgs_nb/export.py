@@ -24,7 +24,7 @@ from .saving import CheckpointError, Snapshot, explained, fsync, staging_directo
 
 # %% auto #0
 __all__ = ['answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', 'source_of', 'still_to_export', 'export_model',
-           'data_summary', 'corpus_summary', 'in_markdown', 'model_card']
+           'data_summary', 'corpus_summary', 'in_markdown', 'loss_row', 'model_card']
 
 # %% ../nbs/13_export.ipynb #0985e271
 @torch.no_grad()
@@ -184,6 +184,12 @@ def in_markdown(value) -> str:  # text or number from outside
     text = shown(" ".join(str(value).split()))
     return re.sub(r"([\\`*\[\]<>|~$!&]|(?<!\w)_|_(?!\w))", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\&", "&amp;")
 
+def loss_row(kind: str,  # "audio" or "text"
+             losses: dict) -> str:  # before and after; None without held-out data
+    "A row of the table of held-out losses."
+    shown = ["not measured" if losses[k] is None else f"{losses[k]:.4f}" for k in ("before", "after")]
+    return f"| {kind} | {' | '.join(shown)} |"
+
 def model_card(run: dict,  # what the training run has written to `run.json`
                kind: str,  # "adapter" or "merged"
                base: dict,  # of the adapter's manifest, see `describe_base`
@@ -196,7 +202,7 @@ def model_card(run: dict,  # what the training run has written to `run.json`
     options = "".join(f", {k}={given[k]!r}" for k in ("use_audio_out_self_attention", "whisper") if given.get(k))
     where = repr(hub or "base") + revised + options if kind == "adapter" else repr(kind)
     loading = f"HiggsAudioV2ForConditionalGeneration.from_pretrained({where}, use_text_head=True)  # of transformers" if stock else f"load_model({where})  # of higgs_nb.model"
-    losses = "\n".join(f"| {k} | {run[f'held_out_{k}_loss']['before']:.4f} | {run[f'held_out_{k}_loss']['after']:.4f} |" for k in ("audio", "text"))
+    losses = "\n".join(loss_row(k, run[f"held_out_{k}_loss"]) for k in ("audio", "text"))
     names = {"small": "the small base of higgs_nb", "tiny": "a small model with random weights"}
     header = ModelCardData(base_model=hub, library_name="peft" if kind == "adapter" else "transformers", pipeline_tag="text-to-speech", tags=["higgs-audio-v2", kind])
     return str(ModelCard(f"""---

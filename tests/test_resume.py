@@ -306,7 +306,7 @@ def test_a_notebook_run_goes_on(tmp_path):
     corpus = json.loads((embedded_corpus()/"metadata.json").read_text())
     corpus["samples"] = [{**s, "audio_file": str(embedded_corpus()/s["audio_file"]), "split": "held_out" if i > 3 else "train"} for i, s in enumerate(corpus["samples"][:6])]
     (tmp_path/"metadata.json").write_text(json.dumps(corpus))
-    small = dict(data=tmp_path/"metadata.json", steps=40, speak=0, table=0, token_budget=512, save_every=2, eval_every=20, warmup=1)
+    small = dict(data=tmp_path/"metadata.json", allow_outside=True, steps=40, speak=0, table=0, token_budget=512, save_every=2, eval_every=20, warmup=1)
     command = [Path(sys.executable).with_name("higgs_run"), "train", "--out", tmp_path/"run", *[x for key, value in small.items() for x in ("-p", key, str(value))]]
     words = lambda: (tmp_path/"said.txt").read_text()
     code, saved = cut_off(command, tmp_path/"run", KILL)

@@ -175,7 +175,7 @@ class HiggsCodec(Codec):
         "Load the weights in float32. Raises an ImportError if torchaudio cannot be used."
         _require_torchaudio()
         from transformers import HiggsAudioV2TokenizerModel
-        return cls(HiggsAudioV2TokenizerModel.from_pretrained(model_id_or_path, revision=revision, dtype=torch.float32).to(device))
+        return cls(HiggsAudioV2TokenizerModel.from_pretrained(model_id_or_path, revision=revision, dtype=torch.float32, use_safetensors=True).to(device))
 
     @cached_property
     def fingerprint(self) -> str:

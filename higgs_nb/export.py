@@ -85,7 +85,7 @@ def reply(question: str) -> None:  # JSON, see `ask`
     "What the fresh process does with the question of `ask`."
     q = json.loads(question)
     model = load_export(q["path"], q["stock"], q["base"]).to(q["device"])
-    safetensors.torch.save_file(answers(model, AutoTokenizer.from_pretrained(q["path"]), q["text"], q["max_frames"]), q["file"])
+    safetensors.torch.save_file(answers(model, AutoTokenizer.from_pretrained(q["path"], trust_remote_code=False), q["text"], q["max_frames"]), q["file"])
 
 def ask(path: Path,  # directory of an export
         model: nn.Module,  # the one in memory: says on which device, and with which class

@@ -9,7 +9,7 @@ import os
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 # %% auto #0
@@ -114,7 +114,8 @@ def check_plain(value, name: str = "value", depth: int = 50):
     return value
 
 # %% ../nbs/00_files.ipynb #f096c32e
-def cut_list(lines: Sequence[str] | Iterable[str], limit: int = 20) -> list[str]:
+def cut_list(lines: Iterable[str],  # such as problems, one per line
+             limit: int = 20) -> list[str]:  # lines that are shown in any case
     "The first `limit` lines, and one that counts those that were left out."
     lines = list(lines)
     rest = len(lines) - limit

@@ -202,7 +202,12 @@ def read_adapter_config(data: bytes,  # content of adapter_config.json
         if not fits:
             raise CheckpointError(f"{what}: {key!r} of adapter_config.json is {json.dumps(value)[:80]}", path, remedy=remedy_of_key(key))
     known = {key: value for key, value in given.items() if key in FORMS and key in defaults and key not in DROPPED}
-    return LoraConfig(**known)
+    try:
+        return LoraConfig(**known)
+    except (TypeError, ValueError) as error:
+        unusual = sorted(repr(key) for key, value in known.items() if value != defaults[key])
+        message = f"{what}: these settings of adapter_config.json do not go together: {', '.join(unusual)}"
+        raise CheckpointError(message, path, error, "make the adapter with `create_lora_config`") from error
 
 def remedy_of_key(key: str) -> str:
     "What can be done about a setting that is refused."

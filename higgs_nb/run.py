@@ -156,7 +156,8 @@ RANGES = {
     "score_every": NUMBER, "seed": "[0, 4294967295]", "service": NUMBER, "silence_db": "(-inf, 0)",
     "speak": NUMBER, "speak_every": COUNT, "steps": COUNT, "swap": NUMBER, "table": NUMBER,
     "temperature": POSITIVE, "text_loss_weight": NUMBER, "token_budget": COUNT, "top_k": COUNT,
-    "variants": COUNT, "vocabulary": COUNT, "voices.held_out": NUMBER, "evaluate.max_duration_s": NUMBER, "warmup": NUMBER,
+    "variants": COUNT, "vocabulary": COUNT, "voices.held_out": NUMBER,
+    "evaluate.max_duration_s": NUMBER, "warmup": NUMBER,
     "width": COUNT, "workers": NUMBER,
 }
 

@@ -99,8 +99,8 @@ def test_a_run_with_little_speech(tmp_path, rows, held_out):
 
 @pytest.mark.parametrize("rows, words", [
     ([row(i, split="held_out") for i in range(3)], "no conversation is left to train on"),
-    ([talk("chat", "Fine."), talk("more", "Well.")], "has a recording in an assistant turn"),
-    ([dict(id="a", messages=[dict(role="user", content=["Listen.", sound(0)]), dict(role="assistant", content="Fine.")])], "has a recording in an assistant turn")])
+    ([talk("chat", "Fine."), talk("more", "Well.")], "has a recording to train on"),
+    ([dict(id="a", messages=[dict(role="user", content=["Listen.", sound(0)]), dict(role="assistant", content="Fine.")])], "has a recording to train on")])
 def test_a_run_without_speech_to_learn(tmp_path, rows, words):
     "One sentence, before the model is loaded."
     with pytest.raises(ValueError, match=words):

@@ -41,8 +41,8 @@ from .shard import is_sharded, shard_base
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'HAS_TRAINED', 'BY_TOKENS', 'NO_PREDICTIONS', 'NO_HUB', 'IGNORED', 'REFUSED', 'AT_LEAST', 'BELOW_ONE',
-           'IMPLAUSIBLE', 'NOT_FINITE_REMEDY', 'set_here', 'HiggsTrainingArguments', 'LossMeter', 'Shard',
+__all__ = ['logger', 'HAS_TRAINED', 'BY_TOKENS', 'NO_PREDICTIONS', 'NO_HUB', 'IGNORED', 'DIVIDED', 'REFUSED', 'AT_LEAST',
+           'BELOW_ONE', 'IMPLAUSIBLE', 'NOT_FINITE_REMEDY', 'set_here', 'HiggsTrainingArguments', 'LossMeter', 'Shard',
            'CollateOrBlank', 'check_hearing', 'check_model', 'HiggsTrainer', 'same_kind', 'TakeUpCallback',
            'NotLearningSpeech', 'NotFinite']
 
@@ -67,6 +67,8 @@ IGNORED = {
     "dataloader_prefetch_factor": "the loader keeps torch's default", "dataloader_multiprocessing_context": "the loader keeps torch's default",
     "dataloader_in_order": "batches always come in order", "use_cache": "training needs no cache",
 }
+DIVIDED = ("FSDP and DeepSpeed, as accelerate sets them up, divide the adapter among processes, and none of them "
+           "could save it; shard_base=True divides the frozen base alone")
 REFUSED = {
     "save_only_model": "checkpoints hold what resuming needs; `save_adapter` saves the adapter alone",
     "resume_from_checkpoint": "give it to the trainer, `train(resume=...)`",
@@ -76,8 +78,8 @@ REFUSED = {
     "push_to_hub": "checkpoints are not pushed while training; upload the exported model afterwards",
     "enable_jit_checkpoint": "it would save checkpoints that are not verified; SIGTERM saves one already",
     "use_liger_kernel": "its kernels know no two losses; the fused loss is always used",
-    "deepspeed": "it divides the adapter among processes, and none could save it; shard_base=True divides the frozen base",
-    "fsdp": "it divides the adapter among processes, and none could save it; shard_base=True divides the frozen base",
+    "deepspeed": DIVIDED,
+    "fsdp": DIVIDED,
     "parallelism_config": "it divides the adapter among processes, and none could save it; shard_base=True divides the frozen base",
 }
 

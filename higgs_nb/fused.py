@@ -84,12 +84,10 @@ class Float32Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 class Float32Embedding(nn.Embedding):
-    "An embedding with weights in float32 and outputs in `compute_dtype`."
-    compute_dtype = torch.float32
-
+    "An embedding with weights in float32 and outputs in the precision of the base, which `model.float()` changes, too."
     def forward(self, ids):
         "(...) -> (..., hidden)"
-        return super().forward(ids).to(self.compute_dtype)
+        return super().forward(ids).to(self.base_precision.dtype)
 
 class Float32RMSNorm(HiggsAudioV2RMSNorm):
     "A norm with its weight in float32 and outputs in the dtype of its input."
@@ -108,15 +106,17 @@ def to_float32(module: nn.Module) -> None:  # changed in place
         if type(layer) not in IN_FLOAT32:
             raise ValueError(f"a {type(layer).__name__} cannot be trained in full on a base in 16 bits: load the base in float32")
         layer.__class__ = IN_FLOAT32[type(layer)]
-        layer.compute_dtype = dtypes.pop()
+        device = next(layer.parameters(recurse=False)).device
         layer.float()
+        layer.register_buffer("base_precision", torch.empty(0, dtype=dtypes.pop(), device=device), persistent=False)
 
 def from_float32(module: nn.Module) -> None:  # changed in place
     "Undo `to_float32`: the weights are rounded to the precision that they came from."
     plain = {wide: narrow for narrow, wide in IN_FLOAT32.items()}
     for layer in module.modules():
         if type(layer) not in plain: continue
-        layer.to(layer.compute_dtype)
+        layer.to(layer.base_precision.dtype)
+        del layer.base_precision
         layer.__class__ = plain[type(layer)]
 
 # %% ../nbs/04c_fused.ipynb #47c8b615

@@ -1,6 +1,7 @@
 "What goes wrong in training is said where it begins: numbers that are not finite, weights in 16 bits, a trainer that is used twice."
 
 import dataclasses
+import copy
 import hashlib
 import json
 import re
@@ -114,6 +115,8 @@ def test_a_base_in_16_bits_stays_so_and_what_is_trained_is_in_float32(tmp_path, 
     tokenizer = trainer.tokenizer
     spoken = [generate_speech(m, tokenizer, ["La la"], max_frames=6)[0].codes for m in (model, again)]
     assert torch.equal(*spoken)
+    wide = copy.deepcopy(again).float()
+    assert len(generate_speech(wide, tokenizer, ["La la"], max_frames=2)) == 1 and {p.dtype for p in wide.parameters()} == {torch.float32}
     merged = merge_lora(model)
     assert {p.dtype for p in merged.parameters()} == {dtype} and {type(m).__name__ for m in merged.modules()}.isdisjoint({"Float32Linear", "Float32Embedding"})
     assert merged.eval()(**batch).loss.item() == pytest.approx(packed, rel=0.02)

@@ -364,7 +364,6 @@ def restore(model: PeftModel | nn.Module, path: Path | str | CheckpointReport,
     """Put the values of a checkpoint into an adapter (or a model without one) that is there, in place, so that an optimizer that holds its parameters goes
     on with them. `CheckpointError` if the checkpoint is not whole, the base is another, or its tensors are not those that are there: nothing is changed then."""
     report, saved = load_adapter(model, path, base) if isinstance(model, PeftModel) else load_weights(path)
-    check_finite(saved, ADAPTER_FILES[1] if isinstance(model, PeftModel) else "the model", report.path)
     state, kind = trained_state(model), lambda t: (t.dtype, tuple(t.shape))
     if odd := [f"{n}: {kind(saved[n]) if n in saved else 'absent'} in the checkpoint, {kind(state[n]) if n in state else 'absent'} here"
                for n in sorted(saved.keys() | state.keys()) if n not in saved or n not in state or kind(saved[n]) != kind(state[n])]:

@@ -201,10 +201,15 @@ class HiggsDecoder(HiggsAudioV2Model):
             for layer in self.layers: layer.__class__ = HiggsLayer  # the same parts, one more way through them
 
     @property
+    def precision(self) -> torch.dtype:
+        "The dtype of the base's layers, also where the last norm is trained in float32 beside the original."
+        return getattr(self.norm, "original_module", self.norm).weight.dtype
+
+    @property
     def mixed(self) -> bool:
         "Whether embeddings have another dtype than the layers, as float32 ones that are trained on a 16-bit base."
         tables = (active(self.embed_tokens).weight, active(self.embed_audio_tokens).embed_audio_tokens.weight)
-        return any(table.dtype != self.norm.weight.dtype for table in tables)
+        return any(table.dtype != self.precision for table in tables)
 
     def get_placeholder_mask(self, input_ids, inputs_embeds, audio_input_ids_mask):
         "As stock; with embeddings in place of ids, `audio_input_ids_mask` (batch, positions) says where frames stand."
@@ -246,7 +251,7 @@ class HiggsDecoder(HiggsAudioV2Model):
                                    inputs_embeds=inputs_embeds, **cache_argument(cache), **sequence, **kwargs)
         if inputs_embeds is not None: raise ValueError("audio self-attention and Whisper features need input_ids, not inputs_embeds")
         is_frame = self.get_placeholder_mask(input_ids, None, None)
-        embeds = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, is_frame).to(self.norm.weight.dtype)
+        embeds = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, is_frame).to(self.precision)
         if is_frame is None: is_frame = torch.ones_like(embeds[..., 0], dtype=torch.bool)
         if whisper is not None: embeds = embeds.flatten(0, 1).index_copy(0, whisper_rows, whisper.to(embeds.dtype)).view_as(embeds)
         if self.audio_attention:

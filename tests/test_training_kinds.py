@@ -122,6 +122,12 @@ def test_a_base_in_16_bits_stays_so_and_what_is_trained_is_in_float32(tmp_path, 
     assert merged.eval()(**batch).loss.item() == pytest.approx(packed, rel=0.02)
 
 
+def test_a_norm_that_is_trained_on_a_base_in_16_bits_speaks(tmp_path):
+    trainer = make_trainer(tmp_path, dtype="bfloat16", adapter=dict(train=("model.norm", "audio_lm_head"), dropout=0.0), max_steps=2, eval_strategy="no", save_strategy="no")
+    trainer.train()
+    assert len(generate_speech(trainer.model, trainer.tokenizer, ["La la"], max_frames=2)) == 1
+
+
 def test_a_trainer_that_was_interrupted_does_not_begin_at_step_0_again(tmp_path):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -320,6 +320,7 @@ def load_lora_adapters(base_model: nn.Module,  # the base, without adapter; PEFT
     try:
         model = get_peft_model(base_model, config, autocast_adapter_dtype=float32)
         if trainable or any(t.dtype == torch.float32 for name, t in saved.items() if ".lora_" not in name): keep_float32(model)
+        _check_keys(adapter_state(model), saved, report.path)  # a tensor of another name would be written into the base
         set_peft_model_state_dict(model, saved)
     except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError("adapter not loaded: its settings do not fit its tensors or this base", report.path, error,
@@ -372,9 +373,14 @@ def restore(model: PeftModel | nn.Module, path: Path | str | CheckpointReport,
     _check_arrival(trained_state(model), saved, report.path)
     return report
 
+def _check_keys(loaded: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
+    "Every saved tensor has a place in the adapter, and every place a tensor."
+    if odd := sorted(loaded.keys() ^ saved.keys()):
+        raise CheckpointError(f"not loaded: these were left out or added: {odd[:5]}", path)
+
 def _check_arrival(loaded: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
     "Every saved tensor is in the model, and nothing else is; a warning if the model's precision rounds some."
-    if odd := sorted(loaded.keys() ^ saved.keys()): raise CheckpointError(f"not loaded: these were left out or added: {odd[:5]}", path)
+    _check_keys(loaded, saved, path)
     rounded = [name for name, t in saved.items() if loaded[name].dtype != t.dtype and not same_bits(loaded[name].to(t.dtype), t)]
     wrong = [name for name, t in saved.items() if not same_bits(loaded[name], t.to(loaded[name].dtype))]
     if wrong: raise CheckpointError(f"not loaded: {len(wrong)} tensors differ from the file: {wrong[:5]}", path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_checkpoint import make_adapted, make_base, save
@@ -204,6 +204,8 @@ def test_settings_of_an_adapter_are_taken_in_known_forms_only(adapter, key, valu
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(KEYS), value=ODD)
+@example(key="modules_to_save", value=None)
+@example(key="target_modules", value=None)
 def test_mutated_settings_load_or_are_refused(adapter, tmp_path_factory, key, value):
     "With a `CheckpointError`, and the base's weights are never changed."
     path = shutil.copytree(adapter, tmp_path_factory.mktemp("forged") / "checkpoint-3")

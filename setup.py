@@ -1,4 +1,5 @@
 """Everything about the package stands in settings.ini; this file only hands it to setuptools."""
+
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -24,7 +25,13 @@ setup(
     packages=find_packages(include=["higgs_nb", "higgs_nb.*"]),
     package_data={"higgs_nb": ["data/**/*", "runs/*.ipynb"]},  # higgs_nb/runs is a link to nbs/runs
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "codec", "eval", "bits", "dask", "docs", "browser")},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    extras_require={
+        name: cfg[f"{name}_requirements"].split()
+        for name in ("dev", "codec", "eval", "bits", "dask", "docs", "browser")
+    },
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
     zip_safe=False,
 )

@@ -5,10 +5,12 @@
     python benchmarks/small_base.py --only adapter          # one section
     python benchmarks/small_base.py --commit                # a full run's figures -> benchmarks/results/small_base.json
 
-A section is `higgs_run` with parameters, then its judged clips put into groups. What is done stays in runs/scores and is not
-done again. The file that is written begins as a copy of the committed one; `from` says of each section whether it was
-measured now, or what it needs that this machine does not have.
+A section is `higgs_run` with parameters, then its judged clips put into groups. What is done
+stays in runs/scores and is not done again. The file that is written begins as a copy of the
+committed one; `from` says of each section whether it was measured now, or what it needs that
+this machine does not have.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -37,7 +39,10 @@ SCENES = {  # that ask the base for each of its voices
 }
 NEEDS = {  # sections that no command here measures
     "pretrain": "a run of `make base`: a GPU, and the speech that nbs/runs/voices.ipynb makes",
-    "voices": "the speech of the eight voices, which nbs/runs/voices.ipynb makes, and the base speaking in them",
+    "voices": (
+        "the speech of the eight voices, which nbs/runs/voices.ipynb makes, and the base "
+        "speaking in them"
+    ),
     "counts": "as voices",
     "by_voice": "as voices",
     "examples": "as voices",
@@ -54,7 +59,9 @@ def higgs_run(name: str, out: Path, **parameters) -> None:
     given = [x for key, value in parameters.items() for x in ("-p", key, json.dumps(value))]
     code = run_notebook([name, "--out", str(out), *given])
     if code or not (out / done).is_file():
-        raise SystemExit(f"higgs_run {name} ended with exit code {code}; the same command resumes in {out}")
+        raise SystemExit(
+            f"higgs_run {name} ended with exit code {code}; the same command resumes in {out}"
+        )
 
 
 def texts_of(file: Path, clips: int) -> Path:
@@ -80,7 +87,11 @@ def adapter_arms(scores: dict[str, list[dict]]) -> dict:
     "The rows of the section `adapter`, from the judged clips of each way to speak."
     drawn = "temperature 0.4, top 10"
     rows = {name: summary(scores[name]) for name in ("recordings", "codec", "codec, 4 codebooks")}
-    asked = {name: split(s)[0] for name, s in scores.items() if name.startswith("base, A ") and "greedy" in name}
+    asked = {
+        name: split(s)[0]
+        for name, s in scores.items()
+        if name.startswith("base, A ") and "greedy" in name
+    }
     voices = {name: summary(s) for name, s in asked.items()}
     rows["base, greedy: prompts"] = summary(split(scores["base, greedy"])[0])
     nearest = max(voices.values(), key=lambda row: row["similarity"][0])
@@ -89,7 +100,9 @@ def adapter_arms(scores: dict[str, list[dict]]) -> dict:
     rows[f"adapter, {drawn}: prompts"] = summary(split(scores["adapter, sampling"])[0])
     rows["base, greedy: recordings' sentences"] = summary(split(scores["base, greedy"])[1])
     rows["adapter, greedy: recordings' sentences"] = summary(split(scores["adapter, greedy"])[1])
-    rows[f"adapter, {drawn}: recordings' sentences"] = summary(split(scores["adapter, sampling"])[1])
+    rows[f"adapter, {drawn}: recordings' sentences"] = summary(
+        split(scores["adapter, sampling"])[1]
+    )
     return rows
 
 
@@ -114,7 +127,9 @@ def vocoder() -> list[float]:
 
 
 def adapter(work: Path, clips: int, steps: int) -> dict:
-    "The adapter of `make train`, its base, recordings and codec: the sections `adapter`, `codebooks`, `ladder` and one more."
+    """The adapter of `make train`, its base, recordings and codec: the sections `adapter`,
+    `codebooks`, `ladder` and one more.
+    """
     texts = texts_of(work / f"prompts-{clips}.txt", clips)
     higgs_run("train", work / f"train-{steps}", steps=steps)
     out = work / f"evaluate-{steps}-{clips}"
@@ -134,7 +149,12 @@ def adapter(work: Path, clips: int, steps: int) -> dict:
     }
     codebooks = {name: summary(s) for name, s in judged["codebooks"]["scores"].items()}
     same = judged["merged_gives_same_codes"]
-    return {"adapter": rows, "codebooks": codebooks, "ladder": ladder, "merged_gives_same_codes": same}
+    return {
+        "adapter": rows,
+        "codebooks": codebooks,
+        "ladder": ladder,
+        "merged_gives_same_codes": same,
+    }
 
 
 def rehearsal(work: Path, clips: int, steps: int) -> dict:
@@ -160,22 +180,40 @@ def merged(results: dict, measured: dict) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     "The command line."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=SECTIONS, help="measure this section alone")
-    parser.add_argument("--clips", type=int, default=PROMPTS, help="prompts that are spoken; fewer for a trial")
+    parser.add_argument(
+        "--clips", type=int, default=PROMPTS, help="prompts that are spoken; fewer for a trial"
+    )
     parser.add_argument("--steps", type=int, default=300, help="of training; fewer for a trial")
-    parser.add_argument("--out", type=Path, default=Path("runs/scores"), help="folder of runs, clips and the new file")
-    parser.add_argument("--commit", action="store_true", help="write the committed file; only after a full run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/scores"),
+        help="folder of runs, clips and the new file",
+    )
+    parser.add_argument(
+        "--commit", action="store_true", help="write the committed file; only after a full run"
+    )
     given = parser.parse_args(arguments)
     if given.commit and (given.clips, given.steps) != (PROMPTS, 300):
         parser.error("--commit is for a full run, without --clips and --steps")
     results, new = load_json(RESULTS), given.out / "small_base.json"
-    results["from"] = {**results.get("from", {}), **{name: f"kept; needs {what}" for name, what in NEEDS.items()}}
+    results["from"] = {
+        **results.get("from", {}),
+        **{name: f"kept; needs {what}" for name, what in NEEDS.items()},
+    }
     for name in [given.only] if given.only else SECTIONS:
         measured = SECTIONS[name](given.out, given.clips, given.steps)
         results = merged(results, measured)
-        note = f"benchmarks/small_base.py, section {name}, {given.clips} prompts, {given.steps} steps"
-        results["from"].update({f"{key}: {name}" if key == "controls" else key: note for key in measured})
+        note = (
+            f"benchmarks/small_base.py, section {name}, {given.clips} prompts, {given.steps} steps"
+        )
+        results["from"].update(
+            {f"{key}: {name}" if key == "controls" else key: note for key in measured}
+        )
         write_json(new, results)
         print(f"{name}: in {new}")
     if given.commit:

@@ -23,10 +23,11 @@ __all__ = ['SUBTYPES', 'TO_WAV', 'SILENT_DB', 'FULL_SCALE', 'Problem', 'CorpusEr
 @dataclass(frozen=True)
 class Problem:
     "One thing that is wrong with a corpus."
+
     what: str
-    remedy: str       # what to do about it
+    remedy: str  # what to do about it
     source: str = ""  # its place, "file:line"
-    id: str = ""      # of the conversation
+    id: str = ""  # of the conversation
 
     def __str__(self):
         where = shown(self.source)
@@ -36,14 +37,19 @@ class Problem:
 
     @property
     def kind(self) -> str:
-        "`what` and `remedy` without names, paths and numbers: equal for the same mistake elsewhere."
+        """`what` and `remedy` without names, paths and numbers: equal for the same mistake
+        elsewhere.
+        """
         text = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "#", f"{self.what[:300]}; {self.remedy[:300]}")
         return " ".join("#" if "/" in word or "\\" in word else word for word in text.split())
 
-def _message(problems: Sequence[Problem],
-             each: int = 10,  # problems of one kind that are written out
-             total: int = 60,  # lines that are written out
-             width: int = 600) -> str:  # characters of a line; many of these lines are cut shorter
+
+def _message(
+    problems: Sequence[Problem],
+    each: int = 10,  # problems of one kind that are written out
+    total: int = 60,  # lines that are written out
+    width: int = 600,
+) -> str:  # characters of a line; many of these lines are cut shorter
     "The problems, one per line; of many that are alike the first few, and how many more there are."
     shown_of, lines, more = Counter(), [], {}
     if len(problems) > total:
@@ -59,49 +65,82 @@ def _message(problems: Sequence[Problem],
             more[kind] = (first, count + 1)
     if len(problems) > 1:
         lines.insert(0, f"{len(problems):,} problems:")
-    rest = [f"... and {count:,} more like it: {shown(first.what[:100])}"
-            for first, count in more.values()]
+    rest = [
+        f"... and {count:,} more like it: {shown(first.what[:100])}"
+        for first, count in more.values()
+    ]
     return "\n".join([*lines, *cut_list(rest, 20)])
 
+
 class CorpusError(ValueError):
-    """What is wrong with a corpus. `problems` has everything; the message has one problem per line, and of many
-    that are alike only the first and a count."""
+    """What is wrong with a corpus. `problems` has everything; the message has one problem per
+    line, and of many that are alike only the first and a count.
+    """
+
     def __init__(self, *problems: Problem):
         self.problems = problems
         super().__init__(_message(problems))
 
-class AudioError(CorpusError): "A recording that cannot be used."
+
+class AudioError(CorpusError):
+    "A recording that cannot be used."
 
 # %% ../nbs/00_audio.ipynb #d995d9ae
-def complain(what: str,  # is wrong
-             remedy: str):  # what to do about it
+def complain(
+    what: str,  # is wrong
+    remedy: str,
+):  # what to do about it
     "Raise a `CorpusError` of one problem."
     raise CorpusError(Problem(what, remedy))
 
-@contextmanager
-def collect_problems(problems: list,  # they are added to it
-                     source: str = "",  # address of problems that have none, "file:line"
-                     id: str = ""):  # of the conversation, likewise
-    "What is wrong inside of the block goes into `problems`, with its address."
-    try: yield
-    except CorpusError as error: problems += [replace(p, source=p.source or source, id=p.id or id) for p in error.problems]
 
-def did_you_mean(word: str,  # as it was written
-                 options: Iterable[str]) -> str:  # what it could have been
-    "A question that names the closest of `options`, or nothing: most misspelt names are a letter away from the right one."
+@contextmanager
+def collect_problems(
+    problems: list,  # they are added to it
+    source: str = "",  # address of problems that have none, "file:line"
+    id: str = "",
+):  # of the conversation, likewise
+    "What is wrong inside of the block goes into `problems`, with its address."
+    try:
+        yield
+    except CorpusError as error:
+        problems += [replace(p, source=p.source or source, id=p.id or id) for p in error.problems]
+
+
+def did_you_mean(
+    word: str,  # as it was written
+    options: Iterable[str],
+) -> str:  # what it could have been
+    """A question that names the closest of `options`, or nothing: most misspelt names are a letter
+    away from the right one.
+    """
     close = difflib.get_close_matches(word, options, 1, cutoff=0.7)
     return f" (is {close[0]!r} meant?)" if close else ""
 
 # %% ../nbs/00_audio.ipynb #6ad29cf2
 @dataclass(frozen=True)
 class Audio:
-    "A part of a message that is heard. Raises an `AudioError` unless it is one file or the bytes of one."
+    """A part of a message that is heard. Raises an `AudioError` unless it is one file or the bytes
+    of one.
+    """
+
     path: str | None = None
-    raw: bytes | None = field(default=None, repr=False)  # an encoded recording: the content of a file
+    raw: bytes | None = field(
+        default=None, repr=False
+    )  # an encoded recording: the content of a file
 
     def __post_init__(self):
-        if bool(self.path) == bool(self.raw): raise AudioError(Problem("a recording is either a path or bytes", "give one of the two"))
-        if "://" in self.name: raise AudioError(Problem(f"{self.name} is an address in a network", "download it first, then name the file"))
+        if bool(self.path) == bool(self.raw):
+            raise AudioError(
+                Problem("a recording is either a path or bytes", "give one of the two")
+            )
+        if "://" in self.name:
+            raise AudioError(
+                Problem(
+                    f"{self.name} is an address in a network",
+                    "download it first, then name the file",
+                )
+            )
 
     @property
     def name(self) -> str:
@@ -110,15 +149,25 @@ class Audio:
 
     def to_dict(self) -> dict:
         "As a part of a ChatML message."
-        return {"type": "audio"} | ({"path": self.path} if self.path else {"raw_audio": base64.b64encode(self.raw).decode("ascii")})
+        return {"type": "audio"} | (
+            {"path": self.path}
+            if self.path
+            else {"raw_audio": base64.b64encode(self.raw).decode("ascii")}
+        )
 
 # %% ../nbs/00_audio.ipynb #95904dbc
-SUBTYPES = {"wav": ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"),
-            "flac": ("PCM_S8", "PCM_16", "PCM_24"), "ogg": ("VORBIS", "OPUS"), "mp3": ("MPEG_LAYER_III",)}
+SUBTYPES = {
+    "wav": ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"),
+    "flac": ("PCM_S8", "PCM_16", "PCM_24"),
+    "ogg": ("VORBIS", "OPUS"),
+    "mp3": ("MPEG_LAYER_III",),
+}
 TO_WAV = "ffmpeg -i IN OUT.wav makes one of an m4a"
+
 
 def _refuse(audio: Audio, what: str, remedy: str):
     raise AudioError(Problem(f"{audio.name} {what}", remedy))
+
 
 def _content(audio: Audio, max_duration_s: float | None) -> bytes:
     "The bytes of a recording that is a regular file; a pipe or a device is not opened."
@@ -132,8 +181,11 @@ def _content(audio: Audio, max_duration_s: float | None) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             _refuse(audio, "cannot be opened: it is not a regular file", "make it a readable file")
         if status.st_size > limit:
-            _refuse(audio, f"has {status.st_size / 1e6:,.0f} MB, more than {limit / 1e6:,.0f}",
-                    "cut it into sentences or raise max_duration_s")
+            _refuse(
+                audio,
+                f"has {status.st_size / 1e6:,.0f} MB, more than {limit / 1e6:,.0f}",
+                "cut it into sentences or raise max_duration_s",
+            )
         return Path(audio.path).read_bytes()
     except FileNotFoundError:
         _refuse(audio, "does not exist", "correct the path or bring the file back")
@@ -142,10 +194,13 @@ def _content(audio: Audio, max_duration_s: float | None) -> bytes:
     except ValueError as error:  # a NUL character in the path
         _refuse(audio, f"cannot be opened: {error}", "correct the path")
 
+
 class _Stream(sf.SoundFile):
     "A file that is read from its start to its end, because some cannot be searched."
+
     def seekable(self) -> bool:
         return False
+
 
 def _blocks(sound: sf.SoundFile, limit: int | None) -> np.ndarray:
     "The samples (samples, channels) float32 of an open file, one more than `limit` at most."
@@ -160,10 +215,14 @@ def _blocks(sound: sf.SoundFile, limit: int | None) -> np.ndarray:
             break
     return np.concatenate(blocks)
 
+
 def _decode(audio: Audio, max_duration_s: float | None) -> tuple[np.ndarray, int, str]:
     "Samples (samples, channels), their rate in Hz and libsndfile's name of their coding."
     data = _content(audio, max_duration_s)
-    too_long = f"the limit is {max_duration_s or 0:g} s", "cut it into sentences or raise max_duration_s"
+    too_long = (
+        f"the limit is {max_duration_s or 0:g} s",
+        "cut it into sentences or raise max_duration_s",
+    )
     try:
         container = read_container(data)
         with _Stream(io.BytesIO(container.data or data)) as sound:
@@ -171,7 +230,11 @@ def _decode(audio: Audio, max_duration_s: float | None) -> tuple[np.ndarray, int
             if coding not in SUBTYPES[container.kind]:
                 _refuse(audio, f"is of the coding {coding}; read are {FORMATS}", TO_WAV)
             if channels > 2:
-                _refuse(audio, f"has {channels} channels", "mix it down to one or two, e.g. ffmpeg -i IN -ac 1 OUT.wav")
+                _refuse(
+                    audio,
+                    f"has {channels} channels",
+                    "mix it down to one or two, e.g. ffmpeg -i IN -ac 1 OUT.wav",
+                )
             limit = None if max_duration_s is None else math.floor(max_duration_s * rate)
             stated = container.frames
             if limit is not None and stated and stated - container.slack > limit:
@@ -179,38 +242,61 @@ def _decode(audio: Audio, max_duration_s: float | None) -> tuple[np.ndarray, int
             samples = _blocks(sound, limit)
             if limit is not None and len(samples) > limit:
                 known = sound.frames if container.kind == "ogg" else limit
-                _refuse(audio, f"lasts {'' if known > limit else 'more than '}{known / rate:.1f} s, {too_long[0]}", too_long[1])
+                _refuse(
+                    audio,
+                    f"lasts {'' if known > limit else 'more than '}{known / rate:.1f} "
+                    f"s, {too_long[0]}",
+                    too_long[1],
+                )
     except DamagedError as error:
         _refuse(audio, error.what, error.remedy)
     except (sf.SoundFileError, TypeError, ValueError) as error:
         if isinstance(error, AudioError):
             raise
         reason = str(error).rpartition(": ")[2].rstrip(".")
-        _refuse(audio, f"is not a recording that can be decoded ({reason})", f"give a wav, flac, ogg, opus or mp3 file; {TO_WAV}")
-    if stated is not None and not stated - container.slack <= len(samples) <= stated + container.slack:
-        _refuse(audio, f"stops after {len(samples) / rate:.2f} of {stated / rate:.2f} s", "copy or encode the file again")
+        _refuse(
+            audio,
+            f"is not a recording that can be decoded ({reason})",
+            f"give a wav, flac, ogg, opus or mp3 file; {TO_WAV}",
+        )
+    if (
+        stated is not None
+        and not stated - container.slack <= len(samples) <= stated + container.slack
+    ):
+        _refuse(
+            audio,
+            f"stops after {len(samples) / rate:.2f} of {stated / rate:.2f} s",
+            "copy or encode the file again",
+        )
     if not len(samples):
         _refuse(audio, "holds no samples", "record it again or take it out of the corpus")
     if not np.isfinite(samples).all():
         _refuse(audio, "holds samples that are NaN or infinite", "export it again from its source")
     return samples, rate, coding
 
+
 def _audio(audio: Audio | str | Path) -> Audio:
     return audio if isinstance(audio, Audio) else Audio(str(audio))
 
-def read_audio(audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
-               max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
-               ) -> tuple[np.ndarray, int]:
-    "The samples of a recording as it is stored, (samples, channels) float32 with 1 or 2 channels, and their rate in Hz. Raises an `AudioError`."
+
+def read_audio(
+    audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
+    max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
+) -> tuple[np.ndarray, int]:
+    """The samples of a recording as it is stored, (samples, channels) float32 with 1 or 2
+    channels, and their rate in Hz. Raises an `AudioError`.
+    """
     return _decode(_audio(audio), max_duration_s)[:2]
 
 # %% ../nbs/00_audio.ipynb #bfefa339
 SILENT_DB = -120.0  # level that stands for no sound at all
 
+
 def level_db(waveform: np.ndarray) -> float:  # (samples,) or (samples, channels)
     "Root mean square in dB of full scale without the mean of each channel; at least -120."
     centred = waveform.astype(np.float64) - waveform.mean(axis=0, dtype=np.float64)
     return 20 * math.log10(max(math.sqrt(np.mean(np.square(centred))), 10 ** (SILENT_DB / 20)))
+
 
 def _mono(audio: Audio, samples: np.ndarray) -> np.ndarray:
     "The mean (samples,) of the channels. Raises an `AudioError` if they cancel each other."
@@ -218,15 +304,22 @@ def _mono(audio: Audio, samples: np.ndarray) -> np.ndarray:
     if samples.shape[1] > 1:
         loss = level_db(samples) - level_db(mono)
         if loss > 12:
-            _refuse(audio, f"has two channels of opposite phase: mixed to one it is {loss:.0f} dB quieter",
-                    "keep one of them, e.g. ffmpeg -i IN -af 'pan=mono|c0=c0' OUT.wav")
+            _refuse(
+                audio,
+                f"has two channels of opposite phase: mixed to one it is {loss:.0f} dB quieter",
+                "keep one of them, e.g. ffmpeg -i IN -af 'pan=mono|c0=c0' OUT.wav",
+            )
     return mono
 
-def load_audio(audio: Audio | str | Path,            # a recording: wav, flac, ogg, opus, mp3
-               sampling_rate: int = 24000,           # Hz of the result
-               max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
-               ) -> np.ndarray:                      # (samples,) float32
-    "Read a recording as a mono waveform. Raises an `AudioError` that names the recording and what to do."
+
+def load_audio(
+    audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
+    sampling_rate: int = 24000,  # Hz of the result
+    max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
+) -> np.ndarray:  # (samples,) float32
+    """Read a recording as a mono waveform. Raises an `AudioError` that names the recording and
+    what to do.
+    """
     audio = _audio(audio)
     samples, rate = read_audio(audio, max_duration_s)
     wave = soxr.resample(_mono(audio, samples), rate, sampling_rate)
@@ -235,51 +328,67 @@ def load_audio(audio: Audio | str | Path,            # a recording: wav, flac, o
     return np.ascontiguousarray(wave, dtype=np.float32)
 
 # %% ../nbs/00_audio.ipynb #1caa2167
-def loud_frames(waveform: np.ndarray,  # (samples,)
-                sampling_rate: int,    # Hz
-                below_db: float = 40.0,  # what is so far below the loudest frame is silence
-                hop_s: float = 0.01,   # seconds of a frame; an incomplete last one is left out
-                ) -> np.ndarray:       # (frames,) bool
+def loud_frames(
+    waveform: np.ndarray,  # (samples,)
+    sampling_rate: int,  # Hz
+    below_db: float = 40.0,  # what is so far below the loudest frame is silence
+    hop_s: float = 0.01,  # seconds of a frame; an incomplete last one is left out
+) -> np.ndarray:  # (frames,) bool
     "Which frames of a waveform are sound. None are in a silent one."
     hop = round(sampling_rate * hop_s)
-    frames = waveform[:len(waveform) // hop * hop].reshape(-1, hop).astype(np.float64)
+    frames = waveform[: len(waveform) // hop * hop].reshape(-1, hop).astype(np.float64)
     if not len(frames):
         return np.zeros(0, bool)
     power = np.square(frames - frames.mean()).mean(axis=1)
     return power > max(power.max() * 10 ** (-below_db / 10), 10 ** (SILENT_DB / 10))
 
-def trim_end(waveform: np.ndarray,  # (samples,)
-             sampling_rate: int,    # Hz
-             keep_s: float,         # seconds that stay after the end of the sound
-             below_db: float = 40.0,  # what is so far below the loudest 10 ms is silence
-             ) -> np.ndarray:
+
+def trim_end(
+    waveform: np.ndarray,  # (samples,)
+    sampling_rate: int,  # Hz
+    keep_s: float,  # seconds that stay after the end of the sound
+    below_db: float = 40.0,  # what is so far below the loudest 10 ms is silence
+) -> np.ndarray:
     "The waveform without the silence at its end, all but `keep_s` of it; a silent one as it is."
     loud = np.flatnonzero(loud_frames(waveform, sampling_rate, below_db))
     if not len(loud):
         return waveform
-    return waveform[:(loud[-1] + 1) * (sampling_rate // 100) + round(keep_s * sampling_rate)]
+    return waveform[: (loud[-1] + 1) * (sampling_rate // 100) + round(keep_s * sampling_rate)]
 
 # %% ../nbs/00_audio.ipynb #73512a53
 @dataclass(frozen=True)
 class AudioStats:
     "What is measured on a recording: on the mean of its channels, at its own rate."
+
     duration_s: float
     sampling_rate: int  # Hz
     channels: int
-    peak: float         # largest magnitude; 1 is full scale
-    rms_db: float       # level in dB of full scale, without the offset
-    clipped: float      # share of stored samples at the full scale of their coding
-    digest: str         # sha256 of the samples: the same for a copy in another lossless format
+    peak: float  # largest magnitude; 1 is full scale
+    rms_db: float  # level in dB of full scale, without the offset
+    clipped: float  # share of stored samples at the full scale of their coding
+    digest: str  # sha256 of the samples: the same for a copy in another lossless format
     offset: float = 0.0  # mean of the samples; 0 in a good recording
-    mix_loss_db: float = 0.0  # how much quieter the mean of the channels is than they are; 3 if they are unrelated
-    one_sided: float = 0.0  # share of the sound on the less used channel alone, where the other is quiet
+    mix_loss_db: float = (
+        0.0  # how much quieter the mean of the channels is than they are; 3 if they are unrelated
+    )
+    one_sided: float = (
+        0.0  # share of the sound on the less used channel alone, where the other is quiet
+    )
 
-FULL_SCALE = {"PCM_U8": 127 / 128, "ULAW": 32124 / 32768, "ALAW": 32256 / 32768}  # largest sample; others: near 1
+
+FULL_SCALE = {
+    "PCM_U8": 127 / 128,
+    "ULAW": 32124 / 32768,
+    "ALAW": 32256 / 32768,
+}  # largest sample; others: near 1
+
 
 def _one_sided(samples: np.ndarray, rate: int) -> float:
-    "Share of the loud frames in which one channel alone sounds, for the channel that does so less often."
+    """Share of the loud frames in which one channel alone sounds, for the channel that does so
+    less often.
+    """
     hop = max(rate // 50, 1)
-    frames = samples[:len(samples) // hop * hop].astype(np.float64)
+    frames = samples[: len(samples) // hop * hop].astype(np.float64)
     if samples.shape[1] < 2 or not len(frames):
         return 0.0
     power = np.square(frames - frames.mean(axis=0)).reshape(-1, hop, 2).mean(axis=1)
@@ -287,8 +396,11 @@ def _one_sided(samples: np.ndarray, rate: int) -> float:
     alone = [(loud[:, i] & (power[:, i] > 30 * power[:, 1 - i])).sum() for i in (0, 1)]
     return float(min(alone) / max(loud.any(axis=1).sum(), 1))
 
-def measure_audio(audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
-                  max_duration_s: float | None = 30.0) -> AudioStats:  # a longer one is refused; None: no limit
+
+def measure_audio(
+    audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
+    max_duration_s: float | None = 30.0,
+) -> AudioStats:  # a longer one is refused; None: no limit
     "Read a recording and measure it. Raises an `AudioError`, also if it is silent."
     audio = _audio(audio)
     samples, rate, coding = _decode(audio, max_duration_s)
@@ -299,26 +411,38 @@ def measure_audio(audio: Audio | str | Path,  # a recording: wav, flac, ogg, opu
     size = np.abs(samples)
     full = FULL_SCALE.get(coding, 1 - 2**-15)
     clipped = size >= full if size.max() <= 1 else np.zeros(1)  # floating point goes on above 1
-    return AudioStats(duration_s=len(samples) / rate, sampling_rate=rate, channels=samples.shape[1],
-                      peak=float(np.abs(mono).max()), rms_db=level_db(mono), clipped=float(clipped.mean()),
-                      digest=hashlib.sha256(samples.tobytes()).hexdigest(), offset=offset,
-                      mix_loss_db=level_db(samples) - level_db(mono), one_sided=_one_sided(samples, rate))
+    return AudioStats(
+        duration_s=len(samples) / rate,
+        sampling_rate=rate,
+        channels=samples.shape[1],
+        peak=float(np.abs(mono).max()),
+        rms_db=level_db(mono),
+        clipped=float(clipped.mean()),
+        digest=hashlib.sha256(samples.tobytes()).hexdigest(),
+        offset=offset,
+        mix_loss_db=level_db(samples) - level_db(mono),
+        one_sided=_one_sided(samples, rate),
+    )
 
 # %% ../nbs/00_audio.ipynb #dc02a67c
 @dataclass(frozen=True, kw_only=True)
 class AudioRow(AudioStats):
     "A recording where a conversation uses it, and what was measured on it."
-    id: str            # of the conversation
-    source: str        # of the conversation, "file:line"
+
+    id: str  # of the conversation
+    source: str  # of the conversation, "file:line"
     split: str | None  # of the conversation
     path: str
-    trained: bool      # spoken by the assistant at or after start_index; else it is only heard
-    text_chars: int    # length of the last text before it
+    trained: bool  # spoken by the assistant at or after start_index; else it is only heard
+    text_chars: int  # length of the last text before it
 
 # %% ../nbs/00_audio.ipynb #98622e75
 @dataclass(repr=False)
 class CorpusReport:
-    "A corpus that was found to be right: `rows`, one for each use of a recording in `conversations`."
+    """A corpus that was found to be right: `rows`, one for each use of a recording in
+    `conversations`.
+    """
+
     conversations: int
     rows: list[AudioRow]
     sampling_rate: int  # Hz, to which the recordings are resampled
@@ -331,22 +455,38 @@ class CorpusReport:
 
     def stands_out(self) -> dict[str, list[AudioRow]]:
         "Recordings that were accepted and whose sound is doubtful, by what is doubtful about them."
-        kinds = {"one voice on each channel, mixed into one": lambda r: r.one_sided > 0.1,
-                 "much quieter when mixed to one channel": lambda r: r.mix_loss_db > 6,
-                 "offset (mean above 0.01)": lambda r: abs(r.offset) > 0.01,
-                 "beyond full scale": lambda r: r.peak > 1}
+        kinds = {
+            "one voice on each channel, mixed into one": lambda r: r.one_sided > 0.1,
+            "much quieter when mixed to one channel": lambda r: r.mix_loss_db > 6,
+            "offset (mean above 0.01)": lambda r: abs(r.offset) > 0.01,
+            "beyond full scale": lambda r: r.peak > 1,
+        }
         return {what: [r for r in self.recordings if is_one(r)] for what, is_one in kinds.items()}
 
     def __repr__(self):
         rows = self.recordings
-        if not rows: return f"{self.conversations} conversations, no recordings"
-        seconds, rates, levels = ([getattr(r, name) for r in rows] for name in ("duration_s", "sampling_rate", "rms_db"))
-        text = (f"{self.conversations} conversations, {len(rows)} recordings, {sum(seconds) / 60:.1f} min, "
-                f"{sum(r.duration_s for r in rows if r.trained) / 60:.1f} min of it trained\n"
-                f"{min(seconds):.1f} to {max(seconds):.1f} s each, {sum(r.text_chars for r in rows) / sum(seconds):.1f} characters a second\n"
-                f"{' and '.join(map(str, sorted(set(rates))))} Hz, {sum(rate != self.sampling_rate for rate in rates)} to be resampled\n"
-                f"{min(levels):.0f} to {max(levels):.0f} dB, largest peak {max(r.peak for r in rows):.2f}, {sum(r.clipped > 0 for r in rows)} clipped")
-        doubtful = [f"{what}: {len(found)}, e.g. {shown(found[0].path)}" for what, found in self.stands_out().items() if found]
+        if not rows:
+            return f"{self.conversations} conversations, no recordings"
+        seconds, rates, levels = (
+            [getattr(r, name) for r in rows] for name in ("duration_s", "sampling_rate", "rms_db")
+        )
+        text = (
+            f"{self.conversations} conversations, {len(rows)} recordings, "
+            f"{sum(seconds) / 60:.1f} min, "
+            f"{sum(r.duration_s for r in rows if r.trained) / 60:.1f} min of it trained\n"
+            f"{min(seconds):.1f} to {max(seconds):.1f} s each, "
+            f"{sum(r.text_chars for r in rows) / sum(seconds):.1f} characters a second\n"
+            f"{' and '.join(map(str, sorted(set(rates))))} Hz, "
+            f"{sum(rate != self.sampling_rate for rate in rates)} to be resampled\n"
+            f"{min(levels):.0f} to {max(levels):.0f} dB, largest peak "
+            f"{max(r.peak for r in rows):.2f}, {sum(r.clipped > 0 for r in rows)} "
+            "clipped"
+        )
+        doubtful = [
+            f"{what}: {len(found)}, e.g. {shown(found[0].path)}"
+            for what, found in self.stands_out().items()
+            if found
+        ]
         return "\n".join(filter(None, (text, *doubtful, self.speakers_note)))
 
     @property
@@ -356,17 +496,24 @@ class CorpusReport:
         if not names:
             return ""
         some = ", ".join(shown(name)[:40] for name in names[:5])
-        return (f"{len(names)} speakers share one prompt ({some}{', ...' * (len(names) > 5)}): nothing tells "
-                "the model them apart; use ref_speakers, a reference recording or a tag in the text")
+        return (
+            f"{len(names)} speakers share one prompt "
+            f"({some}{', ...' * (len(names) > 5)}): nothing tells "
+            "the model them apart; use ref_speakers, a reference recording or a tag in the text"
+        )
 
-    def _repr_html_(self): return f"<pre>{html.escape(str(self))}</pre>"
+    def _repr_html_(self):
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def plot(self, ax=None):
         "The histogram of durations, by split."
         import matplotlib.pyplot as plt  # here, because a machine that only trains draws nothing
-        if ax is None: _, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
+
+        if ax is None:
+            _, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
         seconds = defaultdict(list)
-        for r in self.recordings: seconds[r.split or "no split"].append(r.duration_s)
+        for r in self.recordings:
+            seconds[r.split or "no split"].append(r.duration_s)
         ax.hist(list(seconds.values()), bins=20, stacked=True, label=list(seconds))
         ax.set(xlabel="duration (s)", ylabel="recordings")
         ax.legend()

@@ -22,9 +22,11 @@ __all__ = ['REASONS', 'KINDS', 'LabelError', 'FlatBatch', 'Clips', 'check_cells'
 class LabelError(ValueError):
     "A batch whose labels cannot be right; the message names the sample and the clip."
 
+
 @dataclass
 class FlatBatch:
     "A padded or packed batch as one line of positions and one line of frames."
+
     ids: Tensor  # (positions,)
     labels: Tensor  # (positions,) of the text
     pad: Tensor  # (positions,) bool
@@ -37,18 +39,39 @@ class FlatBatch:
 
     @classmethod
     def of(cls, batch: dict[str, Tensor], tokens: AudioTokens) -> FlatBatch:
-        "`batch` of `PaddedCollator` or `PackedCollator`; `LabelError` if placeholders and frames do not match."
+        """`batch` of `PaddedCollator` or `PackedCollator`; `LabelError` if placeholders and frames
+        do not match.
+        """
         batch = {k: v.cpu() for k, v in batch.items() if isinstance(v, Tensor)}
         ids, mask = batch["input_ids"], batch["audio_input_ids_mask"]
         real = batch.get("attention_mask", torch.ones_like(ids)).bool()
-        if packed := "cu_seqlens" in batch: starts, lengths = batch["cu_seqlens"][:-1].long(), batch["cu_seqlens"].long().diff()
-        else: starts, lengths = torch.arange(len(ids)) * ids.shape[1] + real.int().argmax(1), torch.full((len(ids),), ids.shape[1])
+        if packed := "cu_seqlens" in batch:
+            starts, lengths = batch["cu_seqlens"][:-1].long(), batch["cu_seqlens"].long().diff()
+        else:
+            starts, lengths = (
+                torch.arange(len(ids)) * ids.shape[1] + real.int().argmax(1),
+                torch.full((len(ids),), ids.shape[1]),
+            )
         frame = is_frame(ids, tokens) & real
         for row, (places, frames) in enumerate(zip(frame.sum(1).tolist(), mask.sum(1).tolist())):
-            if places != frames: raise LabelError(f"{'the row' if packed else f'sample {row}'} has {places} placeholders and {frames} frames of codes")
-        if (batch["audio_labels"][~mask] != IGNORE).any(): raise LabelError("audio labels on padding frames, which stand nowhere in the sequence")
-        return cls(ids.flatten(), batch["labels"].flatten(), ~real.flatten(), torch.arange(len(starts)).repeat_interleave(lengths), starts,
-                   frame.flatten().nonzero().flatten(), batch["audio_input_ids"][mask], batch["audio_labels"][mask], int((~mask).sum()))
+            if places != frames:
+                raise LabelError(
+                    f"{'the row' if packed else f'sample {row}'} has {places} "
+                    f"placeholders and {frames} frames of codes"
+                )
+        if (batch["audio_labels"][~mask] != IGNORE).any():
+            raise LabelError("audio labels on padding frames, which stand nowhere in the sequence")
+        return cls(
+            ids.flatten(),
+            batch["labels"].flatten(),
+            ~real.flatten(),
+            torch.arange(len(starts)).repeat_interleave(lengths),
+            starts,
+            frame.flatten().nonzero().flatten(),
+            batch["audio_input_ids"][mask],
+            batch["audio_labels"][mask],
+            int((~mask).sum()),
+        )
 
     @property
     def position(self) -> Tensor:
@@ -59,6 +82,7 @@ class FlatBatch:
 @dataclass
 class Clips:
     "The recordings of a flat batch."
+
     of: Tensor  # (frames,) which clip
     first: Tensor  # (clips,) first position
     sample: Tensor  # (clips,) which sample of the batch
@@ -68,84 +92,167 @@ class Clips:
 
     @classmethod
     def find(cls, flat: FlatBatch, tokenizer, tokens: AudioTokens) -> Clips:
-        "`LabelError` if a run of frames stands behind neither `<|audio_bos|>` nor `<|audio_out_bos|>`."
+        """`LabelError` if a run of frames stands behind neither `<|audio_bos|>` nor
+        `<|audio_out_bos|>`.
+        """
         begins = torch.ones(len(flat.frames), dtype=torch.bool)
         begins[1:] = (flat.frames.diff() != 1) | (flat.sample[flat.frames].diff() != 0)
         of, first = begins.cumsum(0) - 1, flat.frames[begins]
-        mark = torch.where(flat.ids != tokens.audio_in, torch.arange(len(flat.ids)), 0).cummax(0).values  # the last position that is no Whisper feature
+        mark = (
+            torch.where(flat.ids != tokens.audio_in, torch.arange(len(flat.ids)), 0)
+            .cummax(0)
+            .values
+        )  # the last position that is no Whisper feature
         before = torch.where(flat.position[first] > 0, flat.ids[mark[first - 1]], -1)
-        heard, spoken = (before == tokenizer.convert_tokens_to_ids(t) for t in ("<|audio_bos|>", "<|audio_out_bos|>"))
-        bos, eos, same = flat.codes == tokens.stream_bos, flat.codes == tokens.stream_eos, (of.diff() == 0)[:, None]
-        opens = bos & ~F.pad(bos[1:] & same, (0, 0, 0, 1))[:len(bos)]
-        closes = eos & ~F.pad(eos[:-1] & same, (0, 0, 1, 0))[:len(eos)]
+        heard, spoken = (
+            before == tokenizer.convert_tokens_to_ids(t)
+            for t in ("<|audio_bos|>", "<|audio_out_bos|>")
+        )
+        bos, eos, same = (
+            flat.codes == tokens.stream_bos,
+            flat.codes == tokens.stream_eos,
+            (of.diff() == 0)[:, None],
+        )
+        opens = bos & ~F.pad(bos[1:] & same, (0, 0, 0, 1))[: len(bos)]
+        closes = eos & ~F.pad(eos[:-1] & same, (0, 0, 1, 0))[: len(eos)]
         clips = cls(of, first, flat.sample[first], heard, opens, (bos & ~opens) | (eos & ~closes))
         lost = (~heard & ~spoken).nonzero().flatten().tolist()
-        if lost: raise LabelError(f"{clips.name(lost[0])}: its frames stand behind neither <|audio_bos|> nor <|audio_out_bos|>")
+        if lost:
+            raise LabelError(
+                f"{clips.name(lost[0])}: its frames stand behind neither <|audio_bos|> "
+                "nor <|audio_out_bos|>"
+            )
         return clips
 
     def name(self, clip: int) -> str:
         "For errors: sample and clip, both counted from 0."
-        return f"sample {int(self.sample[clip])}, clip {clip - int((self.sample < self.sample[clip]).sum())}"
+        return (
+            f"sample {int(self.sample[clip])}, clip "
+            f"{clip - int((self.sample < self.sample[clip]).sum())}"
+        )
 
     def count(self, cells: Tensor) -> Tensor:
-        "(clips, codebooks): how many of the bool `cells` (frames, codebooks) each clip has in each codebook."
-        return torch.zeros(len(self.first), cells.shape[1], dtype=torch.long).index_add(0, self.of, cells.long())
+        """(clips, codebooks): how many of the bool `cells` (frames, codebooks) each clip has in
+        each codebook.
+        """
+        return torch.zeros(len(self.first), cells.shape[1], dtype=torch.long).index_add(
+            0, self.of, cells.long()
+        )
 
 # %% ../nbs/04b_audit.ipynb #bb7f9b34
 def check_cells(flat: FlatBatch, clips: Clips, tokens: AudioTokens) -> None:
-    "Refuse single labels that cannot be; `LabelError` names sample, clip, frame and codebook of the first."
+    """Refuse single labels that cannot be; `LabelError` names sample, clip, frame and codebook of
+    the first.
+    """
     labels, size = flat.audio_labels, max(tokens.stream_bos, tokens.stream_eos) + 1
     supervised = labels != IGNORE
-    for wrong, what in ((supervised & ((labels < 0) | (labels >= size)), f"is outside the codebook of {size} entries"),
-                        (supervised & clips.heard[clips.of, None], "supervises a recording that is heard: a reference is context, not a target"),
-                        (labels == tokens.stream_bos, "is BOS, which opens a codebook and is never predicted"),
-                        (supervised & (labels != flat.codes), "is not the code it stands on: labels are not shifted here, the index of targets does that once")):
-        if not wrong.any(): continue
+    for wrong, what in (
+        (
+            supervised & ((labels < 0) | (labels >= size)),
+            f"is outside the codebook of {size} entries",
+        ),
+        (
+            supervised & clips.heard[clips.of, None],
+            "supervises a recording that is heard: a reference is context, not a target",
+        ),
+        (labels == tokens.stream_bos, "is BOS, which opens a codebook and is never predicted"),
+        (
+            supervised & (labels != flat.codes),
+            "is not the code it stands on: labels are not shifted here, the index of "
+            "targets does that once",
+        ),
+    ):
+        if not wrong.any():
+            continue
         f, k = wrong.nonzero()[0].tolist()
-        raise LabelError(f"{clips.name(int(clips.of[f]))}, frame {int(flat.frames[f] - clips.first[clips.of[f]])}, codebook {k}: label {int(labels[f, k])} {what} "
-                         f"({int(wrong.sum())} such labels in the batch)")
+        raise LabelError(
+            f"{clips.name(int(clips.of[f]))}, frame "
+            f"{int(flat.frames[f] - clips.first[clips.of[f]])}, codebook {k}: label "
+            f"{int(labels[f, k])} {what} "
+            f"({int(wrong.sum())} such labels in the batch)"
+        )
+
 
 def check_text(flat: FlatBatch) -> None:
     "Refuse text labels that cannot be; `LabelError` names sample and position of the first."
-    supervised, frame = flat.labels != IGNORE, torch.zeros_like(flat.pad).index_fill(0, flat.frames, True)
-    for wrong, what in ((supervised & flat.pad, "stands on padding"), (supervised & frame, "stands on the placeholder of a frame"),
-                        (supervised & (flat.labels != flat.ids), "is not the token it stands on")):
-        if not wrong.any(): continue
+    supervised, frame = (
+        flat.labels != IGNORE,
+        torch.zeros_like(flat.pad).index_fill(0, flat.frames, True),
+    )
+    for wrong, what in (
+        (supervised & flat.pad, "stands on padding"),
+        (supervised & frame, "stands on the placeholder of a frame"),
+        (supervised & (flat.labels != flat.ids), "is not the token it stands on"),
+    ):
+        if not wrong.any():
+            continue
         i = int(wrong.nonzero()[0])
-        raise LabelError(f"sample {int(flat.sample[i])}, position {int(flat.position[i])}: text label {int(flat.labels[i])} {what} ({int(wrong.sum())} in the batch)")
+        raise LabelError(
+            f"sample {int(flat.sample[i])}, position {int(flat.position[i])}: text "
+            f"label {int(flat.labels[i])} {what} ({int(wrong.sum())} in the batch)"
+        )
 
 # %% ../nbs/04b_audit.ipynb #a0b657a2
 def check_clips(flat: FlatBatch, clips: Clips, tokens: AudioTokens) -> None:
-    "Refuse clips that are trained by halves; `LabelError` names sample, clip and codebook of the first."
-    cells, eos = clips.count(flat.audio_labels != IGNORE), clips.count(flat.audio_labels == tokens.stream_eos)
+    """Refuse clips that are trained by halves; `LabelError` names sample, clip and codebook of the
+    first.
+    """
+    cells, eos = (
+        clips.count(flat.audio_labels != IGNORE),
+        clips.count(flat.audio_labels == tokens.stream_eos),
+    )
     trained, announced = cells.any(1), flat.labels[clips.first - 1] != IGNORE
     for c in (announced & ~clips.heard & ~trained).nonzero().flatten().tolist():
-        raise LabelError(f"{clips.name(c)}: its <|audio_out_bos|> is supervised and none of its cells: the clip has lost its audio labels")
+        raise LabelError(
+            f"{clips.name(c)}: its <|audio_out_bos|> is supervised and none of its "
+            "cells: the clip has lost its audio labels"
+        )
     for c, k in ((eos != 1) & trained[:, None]).nonzero().tolist():
-        raise LabelError(f"{clips.name(c)}, codebook {k}: {int(eos[c, k])} EOS labels, must be one: it is what teaches the model to stop")
+        raise LabelError(
+            f"{clips.name(c)}, codebook {k}: {int(eos[c, k])} EOS labels, must be one: "
+            "it is what teaches the model to stop"
+        )
     wanted = clips.count(~clips.opens & ~clips.fills)
     for c, k in ((cells != wanted) & trained[:, None]).nonzero().tolist():
-        raise LabelError(f"{clips.name(c)}, codebook {k}: {int(cells[c, k])} labels, must be {int(wanted[c, k])}: every code and one EOS")
+        raise LabelError(
+            f"{clips.name(c)}, codebook {k}: {int(cells[c, k])} labels, must be "
+            f"{int(wanted[c, k])}: every code and one EOS"
+        )
 
 # %% ../nbs/04b_audit.ipynb #2cafc670
 def check_index(batch: dict[str, Tensor], flat: FlatBatch) -> None:
-    "Refuse an index of targets that does not follow from the labels; `LabelError` names the first that differs."
+    """Refuse an index of targets that does not follow from the labels; `LabelError` names the
+    first that differs.
+    """
     labels = flat.labels.index_fill(0, flat.starts, IGNORE)
     text, frames = (labels != IGNORE).nonzero().flatten(), (flat.audio_labels != IGNORE).any(1)
-    wanted = dict(audio_positions=flat.frames, text_rows=text - 1, text_targets=labels[text],
-                  audio_rows=flat.frames[frames] - 1, audio_targets=flat.audio_labels[frames])
+    wanted = dict(
+        audio_positions=flat.frames,
+        text_rows=text - 1,
+        text_targets=labels[text],
+        audio_rows=flat.frames[frames] - 1,
+        audio_targets=flat.audio_labels[frames],
+    )
     for name, value in wanted.items():
         if not torch.equal(batch[name].cpu(), value):
-            raise LabelError(f"{name} does not follow from the labels: what stands at t is predicted by row t - 1, or a model learns to copy its input")
+            raise LabelError(
+                f"{name} does not follow from the labels: what stands at t is predicted "
+                "by row t - 1, or a model learns to copy its input"
+            )
+
 
 def check_masked(flat: FlatBatch, clips: Clips, max_masked: float) -> None:
     "Refuse a batch that supervises nothing, or too little of what is spoken."
     could = (~clips.opens & ~clips.fills)[~clips.heard[clips.of]].sum().item()
     cells = (flat.audio_labels != IGNORE).sum().item()
-    if not cells and not (flat.labels != IGNORE).any(): raise LabelError("nothing in this batch is supervised: the loss would be exactly 0")
+    if not cells and not (flat.labels != IGNORE).any():
+        raise LabelError("nothing in this batch is supervised: the loss would be exactly 0")
     if could and 1 - cells / could > max_masked:
-        raise LabelError(f"{1 - cells / could:.0%} of what is spoken is masked ({cells} of {could} cells are supervised), allowed are {max_masked:.0%}: "
-                         "are the clips before start_index, or have they lost their labels?")
+        raise LabelError(
+            f"{1 - cells / could:.0%} of what is spoken is masked ({cells} of {could} "
+            f"cells are supervised), allowed are {max_masked:.0%}: "
+            "are the clips before start_index, or have they lost their labels?"
+        )
 
 # %% ../nbs/04b_audit.ipynb #ae1f5305
 REASONS = {  # reason: its colour, and what it says
@@ -156,23 +263,36 @@ REASONS = {  # reason: its colour, and what it says
     "BOS": ("#e76f51", "opens a codebook; given, never predicted"),
     "delay padding": ("#d9d9d9", "left open by the delay pattern"),
     "placeholder": ("#f4ecd8", "the text side of a frame"),
-    "pad": ("#ffffff", "fills up the batch")}
+    "pad": ("#ffffff", "fills up the batch"),
+}
 KINDS = ("text", "heard", "spoken", "pad")
 
+
 def reasons(flat: FlatBatch, clips: Clips) -> tuple[Tensor, Tensor]:
-    "Why each position and each cell is (not) supervised, as an index into `REASONS`: (positions,) and (frames, codebooks)."
+    """Why each position and each cell is (not) supervised, as an index into `REASONS`:
+    (positions,) and (frames, codebooks).
+    """
     why = {name: i for i, name in enumerate(REASONS)}
-    text = torch.where(flat.labels != IGNORE, why["supervised"], why["prompt"]).masked_fill(flat.pad, why["pad"])
+    text = torch.where(flat.labels != IGNORE, why["supervised"], why["prompt"]).masked_fill(
+        flat.pad, why["pad"]
+    )
     cells = torch.full_like(flat.codes, why["delay padding"]).masked_fill(clips.opens, why["BOS"])
     supervised = flat.audio_labels != IGNORE
     gate = ~clips.heard & ~clips.count(supervised).any(1)
-    cells = cells.masked_fill(supervised, why["supervised"]).masked_fill(gate[clips.of, None], why["gate"])
-    return text.index_fill(0, flat.frames, why["placeholder"]), cells.masked_fill(clips.heard[clips.of, None], why["reference"])
+    cells = cells.masked_fill(supervised, why["supervised"]).masked_fill(
+        gate[clips.of, None], why["gate"]
+    )
+    return text.index_fill(0, flat.frames, why["placeholder"]), cells.masked_fill(
+        clips.heard[clips.of, None], why["reference"]
+    )
 
 # %% ../nbs/04b_audit.ipynb #3a951860
 @dataclass(repr=False)
 class LabelAudit:
-    "What a batch asks a model to predict, and why not the rest. Print it, `plot` it, or go through its `table`."
+    """What a batch asks a model to predict, and why not the rest. Print it, `plot` it, or go
+    through its `table`.
+    """
+
     flat: FlatBatch
     clips: Clips
     names: list[str]  # (positions,) the token at each
@@ -194,70 +314,150 @@ class LabelAudit:
     def kind(self) -> Tensor:
         "(positions,) index into `KINDS`: text, a frame that is heard, a frame that is spoken, pad."
         kind = torch.where(self.flat.pad, KINDS.index("pad"), KINDS.index("text"))
-        kind[self.flat.frames] = torch.where(self.clips.heard[self.clips.of], KINDS.index("heard"), KINDS.index("spoken"))
+        kind[self.flat.frames] = torch.where(
+            self.clips.heard[self.clips.of], KINDS.index("heard"), KINDS.index("spoken")
+        )
         return kind
 
     @property
     def table(self) -> list[dict]:
-        "A row a position: sample, position, token, kind, supervised, reason, and of a frame its codes and the reason of each of their cells."
-        why, rows = list(REASONS), zip(self.flat.sample.tolist(), self.flat.position.tolist(), self.names, self.kind.tolist(), self.text.tolist())
-        table = [dict(sample=s, position=p, token=t, kind=KINDS[k], supervised=r == 0, reason=why[r], codes=None, cells=None) for s, p, t, k, r in rows]
-        for i, codes, cells in zip(self.flat.frames.tolist(), self.flat.codes.tolist(), self.cells.tolist()):
+        """A row a position: sample, position, token, kind, supervised, reason, and of a frame its
+        codes and the reason of each of their cells.
+        """
+        why, rows = (
+            list(REASONS),
+            zip(
+                self.flat.sample.tolist(),
+                self.flat.position.tolist(),
+                self.names,
+                self.kind.tolist(),
+                self.text.tolist(),
+            ),
+        )
+        table = [
+            dict(
+                sample=s,
+                position=p,
+                token=t,
+                kind=KINDS[k],
+                supervised=r == 0,
+                reason=why[r],
+                codes=None,
+                cells=None,
+            )
+            for s, p, t, k, r in rows
+        ]
+        for i, codes, cells in zip(
+            self.flat.frames.tolist(), self.flat.codes.tolist(), self.cells.tolist()
+        ):
             table[i] |= dict(codes=codes, cells=[why[c] for c in cells])
         return table
 
     def rows(self) -> list[tuple]:
         "The totals: reason, positions, cells, what the reason says."
-        return [(name, self.text_totals[name], self.cell_totals[name], says) for name, (_, says) in REASONS.items()]
+        return [
+            (name, self.text_totals[name], self.cell_totals[name], says)
+            for name, (_, says) in REASONS.items()
+        ]
 
     def __str__(self):
-        return "\n".join([f"{'reason':<14}{'positions':>10}{'cells':>8}", *(f"{name:<14}{text:>10}{cells:>8}  {says}" for name, text, cells, says in self.rows())])
+        return "\n".join(
+            [
+                f"{'reason':<14}{'positions':>10}{'cells':>8}",
+                *(
+                    f"{name:<14}{text:>10}{cells:>8}  {says}"
+                    for name, text, cells, says in self.rows()
+                ),
+            ]
+        )
 
-    def __repr__(self): return str(self)
+    def __repr__(self):
+        return str(self)
 
     def _repr_html_(self):
-        body = "".join(f"<tr><td><span style='background:{REASONS[name][0]};border:1px solid #999'>&emsp;</span> {name}</td><td>{text}</td><td>{cells}</td><td>{says}</td></tr>"
-                       for name, text, cells, says in self.rows())
+        body = "".join(
+            f"<tr><td><span style='background:{REASONS[name][0]};border:1px solid "
+            "#999'>&emsp;</span> "
+            f"{name}</td><td>{text}</td><td>{cells}</td><td>{says}</td></tr>"
+            for name, text, cells, says in self.rows()
+        )
         return f"<table><tr><th>reason</th><th>positions</th><th>cells</th><th></th></tr>{body}</table>"
 
-    def plot(self, sample: int = 0,  # of the batch
-             figsize: tuple[float, float] = (9, 2.8)) -> plt.Figure:
+    def plot(
+        self,
+        sample: int = 0,  # of the batch
+        figsize: tuple[float, float] = (9, 2.8),
+    ) -> plt.Figure:
         "The text as a strip and the codebooks as a grid, every cell in the colour of its reason."
         return plot_audit(self, sample, figsize)
 
 # %% ../nbs/04b_audit.ipynb #012f9fa6
-def plot_audit(audit: LabelAudit,  # what `audit` returns
-               sample: int,  # number of the sample in the batch
-               figsize: tuple[float, float]) -> plt.Figure:  # inches
+def plot_audit(
+    audit: LabelAudit,  # what `audit` returns
+    sample: int,  # number of the sample in the batch
+    figsize: tuple[float, float],
+) -> plt.Figure:  # inches
     "See `LabelAudit.plot`."
     chosen = (audit.flat.sample == sample).nonzero().flatten()
-    if not len(chosen): raise IndexError(f"there is no sample {sample} in a batch of {len(audit.flat.starts)}")
+    if not len(chosen):
+        raise IndexError(f"there is no sample {sample} in a batch of {len(audit.flat.starts)}")
     grid = torch.full((len(audit.flat.ids), audit.cells.shape[1]), float("nan"))
     grid[audit.flat.frames] = audit.cells.float()
     position = audit.flat.position[chosen]
-    fig, (top, bottom) = plt.subplots(2, 1, figsize=figsize, sharex=True, layout="constrained", gridspec_kw=dict(height_ratios=[1, audit.cells.shape[1]]))
+    fig, (top, bottom) = plt.subplots(
+        2,
+        1,
+        figsize=figsize,
+        sharex=True,
+        layout="constrained",
+        gridspec_kw=dict(height_ratios=[1, audit.cells.shape[1]]),
+    )
     extent = lambda height: (position[0] - 0.5, position[-1] + 0.5, height - 0.5, -0.5)
-    style = dict(cmap=ListedColormap([colour for colour, _ in REASONS.values()]), vmin=-0.5, vmax=len(REASONS) - 0.5, aspect="auto", interpolation="nearest")
+    style = dict(
+        cmap=ListedColormap([colour for colour, _ in REASONS.values()]),
+        vmin=-0.5,
+        vmax=len(REASONS) - 0.5,
+        aspect="auto",
+        interpolation="nearest",
+    )
     top.imshow(audit.text[chosen][None], extent=extent(1), **style)
     bottom.imshow(grid[chosen].t(), extent=extent(grid.shape[1]), **style)
-    top.set(yticks=[0], yticklabels=["text"]); top.tick_params(axis="x", bottom=False)
+    top.set(yticks=[0], yticklabels=["text"])
+    top.tick_params(axis="x", bottom=False)
     bottom.set(xlabel="position in the sample", ylabel="codebook")
     for first in audit.clips.first[audit.clips.sample == sample].tolist():
-        top.annotate(audit.names[first - 1], (int(audit.flat.position[first]) - 1, -0.5), (0, 3), textcoords="offset points", fontsize=8)
+        top.annotate(
+            audit.names[first - 1],
+            (int(audit.flat.position[first]) - 1, -0.5),
+            (0, 3),
+            textcoords="offset points",
+            fontsize=8,
+        )
     seen = [*audit.text[chosen].tolist(), *grid[chosen][~grid[chosen].isnan()].long().tolist()]
-    handles = [Patch(facecolor=colour, edgecolor="#999", label=name) for i, (name, (colour, _)) in enumerate(REASONS.items()) if i in seen]
-    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    handles = [
+        Patch(facecolor=colour, edgecolor="#999", label=name)
+        for i, (name, (colour, _)) in enumerate(REASONS.items())
+        if i in seen
+    ]
+    fig.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
+    )
     return fig
 
 # %% ../nbs/04b_audit.ipynb #d89e9bb8
-def audit(batch: dict[str, Tensor],  # of `PaddedCollator` or `PackedCollator`
-          tokenizer,  # names the tokens, and knows the marks of recordings
-          tokens: AudioTokens,  # placeholders, BOS and EOS of the model
-          max_masked: float = 1.0,  # share of what is spoken (codes and EOS) that may be masked
-          ) -> LabelAudit:
-    """Say of every position and every codebook cell whether it is supervised, and why not; `LabelError` if the batch cannot be right: text labels on
-    frames or padding, audio labels that are BOS, outside the codebook, in a recording that is heard or not the code they stand on, a trained clip that lacks labels or
-    has another number of EOS than one a codebook, an index of targets that is not the labels, nothing supervised or more than `max_masked` masked."""
+def audit(
+    batch: dict[str, Tensor],  # of `PaddedCollator` or `PackedCollator`
+    tokenizer,  # names the tokens, and knows the marks of recordings
+    tokens: AudioTokens,  # placeholders, BOS and EOS of the model
+    max_masked: float = 1.0,  # share of what is spoken (codes and EOS) that may be masked
+) -> LabelAudit:
+    """Say of every position and every codebook cell whether it is supervised, and why not;
+    `LabelError` if the batch cannot be right: text labels on frames or padding, audio labels
+    that are BOS, outside the codebook, in a recording that is heard or not the code they stand
+    on, a trained clip that lacks labels or has another number of EOS than one a codebook, an
+    index of targets that is not the labels, nothing supervised or more than `max_masked`
+    masked.
+    """
     flat = FlatBatch.of(batch, tokens)
     clips = Clips.find(flat, tokenizer, tokens)
     check_text(flat)
@@ -265,4 +465,6 @@ def audit(batch: dict[str, Tensor],  # of `PaddedCollator` or `PackedCollator`
     check_clips(flat, clips, tokens)
     check_index(batch, flat)
     check_masked(flat, clips, max_masked)
-    return LabelAudit(flat, clips, tokenizer.convert_ids_to_tokens(flat.ids.tolist()), *reasons(flat, clips))
+    return LabelAudit(
+        flat, clips, tokenizer.convert_ids_to_tokens(flat.ids.tolist()), *reasons(flat, clips)
+    )

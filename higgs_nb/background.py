@@ -18,31 +18,44 @@ __all__ = ['logger', 'BackgroundSaver']
 
 # %% ../nbs/07b_background.ipynb #712f10f0
 class BackgroundSaver:
-    """Saves snapshots in a thread, one at a time. What a save raises is logged with its traceback when it happens, and raised by the next
-    `submit` or `wait`, by the end of a `with` block, or, if none of these comes, printed when the program ends."""
+    """Saves snapshots in a thread, one at a time. What a save raises is logged with its traceback
+    when it happens, and raised by the next `submit` or `wait`, by the end of a `with` block,
+    or, if none of these comes, printed when the program ends.
+    """
+
     def __init__(self):
         self.pool, self.pending = ThreadPoolExecutor(1, "checkpoint"), None
         atexit.register(self.wait)
 
-    def submit(self, snapshot: Snapshot, path: Path | str, # where to: see `save_checkpoint`
-               then: Callable[[], object] | None = None, # what follows a verified save, in the same thread: pruning
-               ) -> None:
-        "Begin to save, after the save before has ended. Raises what that one raised; then nothing was begun."
+    def submit(
+        self,
+        snapshot: Snapshot,
+        path: Path | str,  # where to: see `save_checkpoint`
+        # what follows a verified save, in the same thread: pruning
+        then: Callable[[], object] | None = None,
+    ) -> None:
+        """Begin to save, after the save before has ended. Raises what that one raised; then
+        nothing was begun.
+        """
         self.wait()
         self.pending = self.pool.submit(self._save, snapshot, path, then)
 
     def _save(self, snapshot, path, then) -> Manifest:
         try:
             manifest = snapshot.save(path)
-            if then: then()
+            if then:
+                then()
         except CheckpointError as error:
             logger.error(error, exc_info=True)
             raise
         return manifest
 
     def wait(self) -> Manifest | None:
-        "Wait until nothing is being saved: the manifest of the last save, or None if there was none since. Raises what that save raised, once."
-        if self.pending is None: return None
+        """Wait until nothing is being saved: the manifest of the last save, or None if there was
+        none since. Raises what that save raised, once.
+        """
+        if self.pending is None:
+            return None
         wait([self.pending])
         pending, self.pending = self.pending, None
         return pending.result()
@@ -50,13 +63,18 @@ class BackgroundSaver:
     def close(self) -> None:
         "Wait for the last save and end the thread."
         atexit.unregister(self.wait)
-        try: self.wait()
-        finally: self.pool.shutdown()
+        try:
+            self.wait()
+        finally:
+            self.pool.shutdown()
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
     def __exit__(self, kind, error, traceback):
-        try: self.close()
+        try:
+            self.close()
         except CheckpointError as second:
-            if error is None: raise
+            if error is None:
+                raise
             error.add_note(f"and meanwhile: {second}")  # the first error is the one to be raised

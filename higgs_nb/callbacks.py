@@ -31,18 +31,27 @@ __all__ = ['logger', 'STOP_FILE', 'TRY_AGAIN', 'SPOKEN', 'Preempted', 'StopCallb
 STOP_FILE = "STOP"
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
+
 class Preempted(SystemExit):
-    "The run was asked to stop, and can be resumed. A script that does not catch this ends with exit code 75."
+    """The run was asked to stop, and can be resumed. A script that does not catch this ends with
+    exit code 75.
+    """
+
     def __init__(self, message: str):
         super().__init__(message)
         self.code = TRY_AGAIN
 
+
 class StopCallback(TrainerCallback):
-    """Within `with`, the first SIGTERM or SIGUSR1, or a file `STOP` in the output directory, makes the trainer save and stop at the end of the step, in all processes;
-    `reason` says which it was. A second signal ends this process at once."""
+    """Within `with`, the first SIGTERM or SIGUSR1, or a file `STOP` in the output directory, makes
+    the trainer save and stop at the end of the step, in all processes; `reason` says which it
+    was. A second signal ends this process at once.
+    """
+
     signals = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, output_dir: str | Path): self.file, self.reason, self.signalled = Path(output_dir) / STOP_FILE, None, None
+    def __init__(self, output_dir: str | Path):
+        self.file, self.reason, self.signalled = Path(output_dir) / STOP_FILE, None, None
 
     def __enter__(self):
         self.reason = self.signalled = None
@@ -51,7 +60,8 @@ class StopCallback(TrainerCallback):
         return self
 
     def __exit__(self, *error):
-        for s, handler in self.before.items(): signal.signal(s, handler)
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
     def notice(self, number, frame):
         "Handle a signal."
@@ -59,42 +69,78 @@ class StopCallback(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signalled = signal.Signals(number).name
-        os.write(sys.__stderr__.fileno(), f"{self.signalled}: saving and stopping after this step; a second signal ends at once\n".encode())
+        os.write(
+            sys.__stderr__.fileno(),
+            (
+                f"{self.signalled}: saving and stopping after this step; a second signal "
+                "ends at once\n"
+            ).encode(),
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and self.file.exists(): self.reason = f"found {self.file}"
+        if state.is_world_process_zero and self.file.exists():
+            self.reason = f"found {self.file}"
         self.reason = self.signalled or self.reason
-        if not any_process(self.reason is not None): return
+        if not any_process(self.reason is not None):
+            return
         self.reason = self.reason or "another process was asked to"
         logger.warning(f"step {state.global_step}: {self.reason}: saving a checkpoint and stopping")
         control.should_save = control.should_training_stop = True
 
 # %% ../nbs/07d_callbacks.ipynb #8c81f3e7
-SPOKEN = ("eval_wer", "eval_similarity", "eval_stops")  # of speech that is judged, see `ScoreCallback`
+SPOKEN = (
+    "eval_wer",
+    "eval_similarity",
+    "eval_stops",
+)  # of speech that is judged, see `ScoreCallback`
+
 
 def log_columns(codebooks: int) -> list[str]:
     "The columns of `log.csv`, the same for every run of models with as many codebooks."
     losses = ["loss", "text_loss", "audio_loss", *(f"codebook_{k}" for k in range(codebooks))]
-    return ["step", "epoch", *losses, *(f"eval_{name}" for name in losses), *(f"eval_probe_{o:+d}" for o in OFFSETS), *SPOKEN, "learning_rate", "grad_norm", "tokens_per_second", "memory_mb"]
+    return [
+        "step",
+        "epoch",
+        *losses,
+        *(f"eval_{name}" for name in losses),
+        *(f"eval_probe_{o:+d}" for o in OFFSETS),
+        *SPOKEN,
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "memory_mb",
+    ]
+
 
 class LogFileCallback(TrainerCallback):
-    """Writes every log entry as a line of `log.jsonl` in the output directory, and what training and held-out data say as a row of `log.csv`, as it happens. Both hold this
-    run alone: a resumed one goes on behind its checkpoint's last entry, another one begins them anew. What is logged without training,
-    such as an evaluation of a finished run, is not written."""
+    """Writes every log entry as a line of `log.jsonl` in the output directory, and what training
+    and held-out data say as a row of `log.csv`, as it happens. Both hold this run alone: a
+    resumed one goes on behind its checkpoint's last entry, another one begins them anew. What
+    is logged without training, such as an evaluation of a finished run, is not written.
+    """
+
     columns = None  # set when training begins
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero: return
+        if not state.is_world_process_zero:
+            return
         self.columns = log_columns(model.config.num_codebooks)
-        for suffix, form, head in (("jsonl", self.line, ""), ("csv", self.row, ",".join(self.columns) + "\n")):
+        for suffix, form, head in (
+            ("jsonl", self.line, ""),
+            ("csv", self.row, ",".join(self.columns) + "\n"),
+        ):
             log = Path(args.output_dir) / f"log.{suffix}"
-            log.with_suffix(".new").write_text(head + "".join(map(form, state.log_history)), encoding="utf-8")
+            log.with_suffix(".new").write_text(
+                head + "".join(map(form, state.log_history)), encoding="utf-8"
+            )
             log.with_suffix(".new").replace(log)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.columns is None or not state.is_world_process_zero: return
+        if self.columns is None or not state.is_world_process_zero:
+            return
         for suffix, form in (("jsonl", self.line), ("csv", self.row)):
-            with open(Path(args.output_dir) / f"log.{suffix}", "a", encoding="utf-8") as f: f.write(form({"step": state.global_step, **(logs or {})}))
+            with open(Path(args.output_dir) / f"log.{suffix}", "a", encoding="utf-8") as f:
+                f.write(form({"step": state.global_step, **(logs or {})}))
 
     @staticmethod
     def line(entry: dict) -> str:
@@ -104,66 +150,125 @@ class LogFileCallback(TrainerCallback):
     def row(self, entry: dict) -> str:
         "The columns of `log_columns`; nothing of an entry without losses or scores."
         text = io.StringIO()
-        if entry.keys() & {"loss", "eval_loss", *SPOKEN}: csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n").writerow(entry)
+        if entry.keys() & {"loss", "eval_loss", *SPOKEN}:
+            csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n").writerow(
+                entry
+            )
         return text.getvalue()
+
 
 class EndCallback(TrainerCallback):
     "Logs and evaluates at the last step, whatever the intervals."
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps: control.should_log, control.should_evaluate = True, args.eval_strategy != "no"
+        if state.global_step >= state.max_steps:
+            control.should_log, control.should_evaluate = True, args.eval_strategy != "no"
 
 # %% ../nbs/07d_callbacks.ipynb #c401b6cf
-def useful_flops(config: HiggsAudioV2Config,  # of the model
-                 batch: dict,  # of `PackedCollator`
-                 frozen: bool = True,  # the matrices are frozen, as under an adapter: they need no gradient of their own
-                 ) -> float:
+def useful_flops(
+    config: HiggsAudioV2Config,  # of the model
+    batch: dict,  # of `PackedCollator`
+    # the matrices are frozen, as under an adapter: they need no gradient of their own
+    frozen: bool = True,
+) -> float:
     "Operations, forward and backward, that a batch needs of the base."
-    attention = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
+    attention = (
+        config.hidden_size
+        * config.head_dim
+        * 2
+        * (config.num_attention_heads + config.num_key_value_heads)
+    )
     layer = attention + 3 * config.hidden_size * config.intermediate_size
-    heads = config.vocab_size * len(batch["text_rows"]) + config.num_codebooks * config.codebook_size * len(batch["audio_rows"])
-    return (4.0 if frozen else 6.0) * (config.num_hidden_layers * layer * batch["input_ids"].numel() + config.hidden_size * heads)
+    heads = config.vocab_size * len(
+        batch["text_rows"]
+    ) + config.num_codebooks * config.codebook_size * len(batch["audio_rows"])
+    return (4.0 if frozen else 6.0) * (
+        config.num_hidden_layers * layer * batch["input_ids"].numel() + config.hidden_size * heads
+    )
 
-def matmul_rate(device: torch.device | str,  # "cpu", "cuda", ...
-                dtype: torch.dtype,  # of both matrices
-                size: int | None = None,  # rows and columns; None: 8192, 1024 on a CPU
-                seconds: float = 0.3) -> float:  # how long to measure, about
+
+def matmul_rate(
+    device: torch.device | str,  # "cpu", "cuda", ...
+    dtype: torch.dtype,  # of both matrices
+    size: int | None = None,  # rows and columns; None: 8192, 1024 on a CPU
+    seconds: float = 0.3,
+) -> float:  # how long to measure, about
     "Operations a second of a large matrix product, measured."
     size = size or (1024 if torch.device(device).type == "cpu" else 8192)
-    a, b, wait = *torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype), (device_module() or torch.cpu).synchronize
+    a, b, wait = (
+        *torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype),
+        (device_module() or torch.cpu).synchronize,
+    )
+
     def timed(n):
-        wait(); start = time.perf_counter()
-        for _ in range(n): a @ b
+        wait()
+        start = time.perf_counter()
+        for _ in range(n):
+            a @ b
         wait()
         return time.perf_counter() - start
+
     n = max(1, int(seconds / max(timed(3) / 3, 1e-6)))
-    return 2.0 * size ** 3 * n / timed(n)
+    return 2.0 * size**3 * n / timed(n)
 
 # %% ../nbs/07d_callbacks.ipynb #ff7754d6
 class SpeedCallback(TrainerCallback):
-    """Measures optimizer steps, evaluation and saving left out: `tokens_per_second` on all devices, `budget_filled` (share of the token budget that holds tokens; the rest would be
-    padding), `memory_mb` at most so far and, where `peak` is given, `share_of_peak`."""
-    def __init__(self, config: HiggsAudioV2Config, token_budget: int, processes: int = 1,
-                 peak: float | None = None,  # operations a second of this device, see `matmul_rate`
-                 frozen: bool = True):  # see `useful_flops`
-        self.config, self.token_budget, self.processes, self.peak, self.frozen = config, token_budget, processes, peak, frozen
+    """Measures optimizer steps, evaluation and saving left out: `tokens_per_second` on all
+    devices, `budget_filled` (share of the token budget that holds tokens; the rest would be
+    padding), `memory_mb` at most so far and, where `peak` is given, `share_of_peak`.
+    """
+
+    def __init__(
+        self,
+        config: HiggsAudioV2Config,
+        token_budget: int,
+        processes: int = 1,
+        peak: float | None = None,  # operations a second of this device, see `matmul_rate`
+        frozen: bool = True,
+    ):  # see `useful_flops`
+        self.config, self.token_budget, self.processes, self.peak, self.frozen = (
+            config,
+            token_budget,
+            processes,
+            peak,
+            frozen,
+        )
         self.reset()
 
     def reset(self):
         "Count from zero."
         self.tokens = self.batches = self.flops = self.seconds = 0
-    def on_step_begin(self, args, state, control, **kwargs): self.start = time.perf_counter()
-    def on_step_end(self, args, state, control, **kwargs): self.seconds += time.perf_counter() - self.start
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.start
 
     def add(self, batches: list[dict]):
         "Count the micro-batches of a step, in this process."
         self.batches += len(batches)
-        for b in batches: self.tokens, self.flops = self.tokens + b["input_ids"].numel(), self.flops + useful_flops(self.config, b, self.frozen)
+        for b in batches:
+            self.tokens, self.flops = (
+                self.tokens + b["input_ids"].numel(),
+                self.flops + useful_flops(self.config, b, self.frozen),
+            )
 
     def report(self) -> dict[str, float]:
         "What was measured since the last call."
         device, seconds = device_module(), self.seconds or math.inf
-        memory = device.max_memory_allocated() / 1e6 if hasattr(device, "max_memory_allocated") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-        said = dict(tokens_per_second=self.tokens * self.processes / seconds, budget_filled=self.tokens / max(self.batches * self.token_budget, 1), memory_mb=memory)
-        if self.peak: said["share_of_peak"] = self.flops / seconds / self.peak
+        memory = (
+            device.max_memory_allocated() / 1e6
+            if hasattr(device, "max_memory_allocated")
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            / (1e6 if sys.platform == "darwin" else 1e3)
+        )
+        said = dict(
+            tokens_per_second=self.tokens * self.processes / seconds,
+            budget_filled=self.tokens / max(self.batches * self.token_budget, 1),
+            memory_mb=memory,
+        )
+        if self.peak:
+            said["share_of_peak"] = self.flops / seconds / self.peak
         self.reset()
         return said

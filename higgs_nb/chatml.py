@@ -12,11 +12,29 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from tqdm.auto import tqdm
-from .audio import (Audio, AudioError, AudioRow, CorpusError, CorpusReport, Problem, collect_problems, complain, did_you_mean,
-                            load_audio, measure_audio)
+from higgs_nb.audio import (
+    Audio,
+    AudioError,
+    AudioRow,
+    CorpusError,
+    CorpusReport,
+    Problem,
+    collect_problems,
+    complain,
+    did_you_mean,
+    load_audio,
+    measure_audio,
+)
 from .files import check_plain, shown
 
-_all_ = ["Audio", "AudioError", "CorpusError", "CorpusReport", "Problem", "load_audio"]  # needed wherever conversations are
+_all_ = [
+    "Audio",
+    "AudioError",
+    "CorpusError",
+    "CorpusReport",
+    "Problem",
+    "load_audio",
+]  # needed wherever conversations are
 
 # %% auto #0
 __all__ = ['ROLES', 'SPLITS', 'ROW_KEYS', 'MAX_TRANSCRIPT', 'AUDIO_SUFFIXES', 'Text', 'Message', 'Conversation',
@@ -28,20 +46,25 @@ __all__ = ['ROLES', 'SPLITS', 'ROW_KEYS', 'MAX_TRANSCRIPT', 'AUDIO_SUFFIXES', 'T
 ROLES = ("system", "scene", "user", "assistant")
 SPLITS = ("train", "held_out")
 
+
 @dataclass(frozen=True)
 class Text:
     "A part of a message that is read: any language, any writing, kept as it is."
+
     text: str
+
     def to_dict(self) -> dict:
         "As a part of a ChatML message."
         return {"type": "text", "text": self.text}
 
+
 @dataclass(frozen=True)
 class Message:
     "One turn of a conversation."
-    role: str                          # one of `ROLES`
+
+    role: str  # one of `ROLES`
     content: tuple[Text | Audio, ...]  # in order
-    recipient: str | None = None       # whom the turn speaks to, where that is not everyone
+    recipient: str | None = None  # whom the turn speaks to, where that is not everyone
 
     def to_dict(self) -> dict:
         "As a ChatML message."
@@ -49,32 +72,45 @@ class Message:
         return out if self.recipient is None else out | {"recipient": self.recipient}
 
 # %% ../nbs/01_chatml.ipynb #529aca3d
-ROW_KEYS = ("id", "audio_file", "text", "transcript_file", "speaker_id", "scene", "ref_audio_file",
-            "ref_transcript", "ref_speakers")
+ROW_KEYS = (
+    "id",
+    "audio_file",
+    "text",
+    "transcript_file",
+    "speaker_id",
+    "scene",
+    "ref_audio_file",
+    "ref_transcript",
+    "ref_speakers",
+)
 _VOICE_KEYS = ("speaker_id", "speaker_tag", "ref_audio_file", "ref_transcript")
 _TALK_KEYS = ("id", "messages", "start_index", "speaker", "split", "extra")
-_SECTION = re.compile(r"(audio|clip|seg|segment|cut)?"
-                      r"(offset|onset|start|begin|end|stop)(time|offset|pos|position|point)?"
-                      r"(in)?(s|sec|secs|seconds|ms|msec|sample|samples|frame|frames|at)?|segment")
+_SECTION = re.compile(
+    r"(audio|clip|seg|segment|cut)?"
+    r"(offset|onset|start|begin|end|stop)(time|offset|pos|position|point)?"
+    r"(in)?(s|sec|secs|seconds|ms|msec|sample|samples|frame|frames|at)?|segment"
+)
 _OTHER_NAMES = {
     "audio_file": "audio audiopath audiofilepath audiofilename audiourl filename filepath file path "
-                  "wav wavfile wavpath wavfilename",
+    "wav wavfile wavpath wavfilename",
     "text": "transcript transcription sentence caption words normalizedtext",
     "transcript_file": "textfile textpath transcriptpath txt",
     "speaker_id": "speaker speakername spk spkid spkname",
     "scene": "scenedescription scenedesc sceneprompt",
     "ref_audio_file": "refaudio refaudiopath refaudiourl reffile refwav refwavpath refpath speakerwav "
-                      "referenceaudio referenceaudiofile referenceaudiopath referencewav promptaudio "
-                      "promptaudiopath promptwav promptwavpath promptspeech",
+    "referenceaudio referenceaudiofile referenceaudiopath referencewav promptaudio "
+    "promptaudiopath promptwav promptwavpath promptspeech",
     "ref_transcript": "reftext referencetext referencetranscript prompttext prompttranscript refwords",
     "ref_speakers": "references refs refspeaker referencespeakers",
     "samples": "data rows items entries",
     "speaker": "speakerid spk spkid",
 }
 
+
 def _plain(key: str) -> str:
     "A key without case, spaces and signs between its words."
     return re.sub(r"[\W_]+", "", key.casefold())
+
 
 def _meant(key: str, options: Iterable[str]) -> str | None:
     "The one of `options` that `key` is another spelling of."
@@ -87,34 +123,46 @@ def _meant(key: str, options: Iterable[str]) -> str | None:
     close = difflib.get_close_matches(plain, near, 1, cutoff=0.85)
     return near[close[0]] if close else None
 
+
 def _asked(option: str, keys: Iterable[str]) -> str:
     "A question that names the one of `keys` that may stand for `option`, or nothing."
     meant = next((k for k in keys if _meant(k, [option])), None)
     return f" (is {meant[:80]!r} meant?)" if meant else did_you_mean(option, keys)
 
+
 def _brief(value) -> str:
     "The beginning of any value from a file, in quotes."
     return repr((value if isinstance(value, str) else reprlib.repr(value))[:40])
+
 
 def _check_keys(d: dict, known: tuple[str, ...], name: str) -> None:
     "Raise if `d` names a section of a recording or misspells a key of `known` that it lacks."
     for key in (k for k in d if k not in known):
         if _SECTION.fullmatch(_plain(key)):
-            complain(f"a {name} has the key {key[:80]!r}, and sections of a recording are not read: the "
-                     "whole recording would be trained", "cut the recording into one file per row, e.g. "
-                     "ffmpeg -ss START -to END -i IN.wav OUT.wav, and leave the key out")
+            complain(
+                f"a {name} has the key {key[:80]!r}, and sections of a recording are not read: the "
+                "whole recording would be trained",
+                "cut the recording into one file per row, e.g. "
+                "ffmpeg -ss START -to END -i IN.wav OUT.wav, and leave the key out",
+            )
         meant = _meant(key, [k for k in known if k not in d])
         if meant:
-            complain(f"a {name} has the key {key[:80]!r}, which is not read (is {meant!r} meant?)",
-                     "correct the key, or give your own notes another name")
+            complain(
+                f"a {name} has the key {key[:80]!r}, which is not read (is {meant!r} meant?)",
+                "correct the key, or give your own notes another name",
+            )
+
 
 def _string(d: dict, key: str) -> str:
     "The string that `d` has under `key`."
     if key not in d:
-        complain(f"has no {key!r}{_asked(key, [k for k in d if k not in ROW_KEYS])}", f"add {key!r}")
+        complain(
+            f"has no {key!r}{_asked(key, [k for k in d if k not in ROW_KEYS])}", f"add {key!r}"
+        )
     if not isinstance(d[key], str):
         complain(f"{key!r} is {_brief(d[key])}", "write a string")
     return d[key]
+
 
 def _name(d: dict, key: str, default: str | None = None) -> str | None:
     "The string or number that `d` has under `key`, as a string."
@@ -124,6 +172,7 @@ def _name(d: dict, key: str, default: str | None = None) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         complain(f"{key!r} is {_brief(value)}", "write a string")
     return str(value)
+
 
 def _object(d, keys: tuple[str, ...], name: str, only: bool = True) -> dict:
     "The entries of `d` that are not null, if it is an object and, with `only`, has no other keys."
@@ -135,6 +184,7 @@ def _object(d, keys: tuple[str, ...], name: str, only: bool = True) -> dict:
         asked = f" (is {meant!r} meant?)" if meant else ""
         complain(f"a {name} has the key {k[:80]!r}{asked}", f"use {', '.join(keys)}")
     return d
+
 
 def _at(root: Path, path: str) -> Audio:
     "The recording at `path`, which is relative to `root`."
@@ -152,11 +202,16 @@ def _part(d, root: Path) -> Text | Audio:
     if kind != "audio":
         asked = did_you_mean(kind, ("text", "audio"))
         complain(f"the type of a part is {kind[:80]!r}{asked}", "write 'text' or 'audio'")
-    given = [k for k in ("audio_url", "path", "raw_audio")
-             if d.get(k) and (k, d[k]) != ("audio_url", "placeholder")]
+    given = [
+        k
+        for k in ("audio_url", "path", "raw_audio")
+        if d.get(k) and (k, d[k]) != ("audio_url", "placeholder")
+    ]
     if len(given) != 1:
-        complain(f"an audio part has {' and '.join(given) or 'no recording'}",
-                 "give one of audio_url, path, raw_audio")
+        complain(
+            f"an audio part has {' and '.join(given) or 'no recording'}",
+            "give one of audio_url, path, raw_audio",
+        )
     value = _string(d, given[0])
     if given[0] != "raw_audio":
         return _at(root, value)
@@ -165,10 +220,15 @@ def _part(d, root: Path) -> Text | Audio:
     except CorpusError:
         raise
     except ValueError as error:
-        complain(f"raw_audio is not base64: {error}", "encode the bytes of the audio file as base64")
+        complain(
+            f"raw_audio is not base64: {error}", "encode the bytes of the audio file as base64"
+        )
+
 
 def _message(d, root: Path) -> Message:
-    "A message from `{'role', 'content', 'recipient'}`; content is a string, a part, or a list of them."
+    """A message from `{'role', 'content', 'recipient'}`; content is a string, a part, or a list of
+    them.
+    """
     d = _object(d, ("role", "content", "recipient"), "message")
     if "content" not in d:
         complain(f"a message has no 'content'{did_you_mean('content', d)}", "add 'content'")
@@ -180,11 +240,12 @@ def _message(d, root: Path) -> Message:
 @dataclass(frozen=True)
 class Conversation:
     "What is said, in order; the assistant's turns from `start_index` on are what is learned."
+
     id: str
     messages: tuple[Message, ...]
-    start_index: int | None = None                         # of the first message that may be trained; None: 0
+    start_index: int | None = None  # of the first message that may be trained; None: 0
     speaker: str | None = None
-    source: str = field(default="", compare=False)         # where it was read, "file:line"
+    source: str = field(default="", compare=False)  # where it was read, "file:line"
     extra: dict = field(default_factory=dict, hash=False)  # what else its file says, e.g. split
 
     @property
@@ -194,26 +255,50 @@ class Conversation:
 
     @property
     def targets(self) -> tuple[Audio, ...]:
-        "The recordings that are trained: those of the assistant's turns from `start_index` on; empty for a talk in text alone."
-        turns = self.messages[max(self.start_index or 0, 0):]
-        return tuple(part for m in turns if m.role == "assistant" for part in m.content if isinstance(part, Audio))
+        """The recordings that are trained: those of the assistant's turns from `start_index` on;
+        empty for a talk in text alone.
+        """
+        turns = self.messages[max(self.start_index or 0, 0) :]
+        return tuple(
+            part
+            for m in turns
+            if m.role == "assistant"
+            for part in m.content
+            if isinstance(part, Audio)
+        )
 
     @property
     def transcript(self) -> str:
         "What the trained turns, and the one before them, say in words."
-        turns = self.messages[max((self.start_index or 0) - 1, 0):]
-        return "\n".join(p.text for m in turns if m.role in ("user", "assistant") for p in m.content if isinstance(p, Text))
+        turns = self.messages[max((self.start_index or 0) - 1, 0) :]
+        return "\n".join(
+            p.text
+            for m in turns
+            if m.role in ("user", "assistant")
+            for p in m.content
+            if isinstance(p, Text)
+        )
 
     def to_dict(self) -> dict:
         "ChatML that JSON can hold; `from_dict` makes an equal conversation of it."
-        out = dict(id=self.id, messages=[m.to_dict() for m in self.messages], start_index=self.start_index, speaker=self.speaker,
-                   extra=self.extra or None)
+        out = dict(
+            id=self.id,
+            messages=[m.to_dict() for m in self.messages],
+            start_index=self.start_index,
+            speaker=self.speaker,
+            extra=self.extra or None,
+        )
         return {k: v for k, v in out.items() if v is not None}
 
     @classmethod
-    def from_dict(cls, d: dict, id: str = "", source: str = "", root: str | Path = "") -> Conversation:
-        "Read ChatML; `id` is for a `d` that has none, audio paths are relative to `root`. Raises a `CorpusError` with all that is wrong."
+    def from_dict(
+        cls, d: dict, id: str = "", source: str = "", root: str | Path = ""
+    ) -> Conversation:
+        """Read ChatML; `id` is for a `d` that has none, audio paths are relative to `root`. Raises
+        a `CorpusError` with all that is wrong.
+        """
         return _conversation(d, id, source, Path(root))
+
 
 def _conversation(d, id: str, source: str, root: Path) -> Conversation:
     problems, messages = [], []
@@ -221,7 +306,9 @@ def _conversation(d, id: str, source: str, root: Path) -> Conversation:
         d = _object(d, ("messages",), "conversation", only=False)
         id = _name(d, "id", id)
         if not isinstance(d.get("messages"), list):
-            complain(f"has no list of 'messages'{did_you_mean('messages', d)}", "write the turns there")
+            complain(
+                f"has no list of 'messages'{did_you_mean('messages', d)}", "write the turns there"
+            )
         for message in d["messages"]:
             with collect_problems(problems):
                 messages.append(_message(message, root))
@@ -229,14 +316,19 @@ def _conversation(d, id: str, source: str, root: Path) -> Conversation:
             _check_keys(d, _TALK_KEYS, "conversation")
             lists = [k for k in ("audios", "audio") if k in d]
             if lists:
-                complain(f"a conversation has the key {lists[0]!r}, which is not read",
-                         'write each recording as a part where "<audio>" is: '
-                         '{"type": "audio", "path": "a.wav"}')
+                complain(
+                    f"a conversation has the key {lists[0]!r}, which is not read",
+                    'write each recording as a part where "<audio>" is: '
+                    '{"type": "audio", "path": "a.wav"}',
+                )
         start, speaker, extra = _talk_entries(d)
     if problems:
-        raise CorpusError(*(replace(p, source=source, id=id if isinstance(id, str) else "") for p in problems))
+        raise CorpusError(
+            *(replace(p, source=source, id=id if isinstance(id, str) else "") for p in problems)
+        )
     notes = {k: v for k, v in d.items() if k not in _TALK_KEYS or k == "split"}
     return Conversation(id, tuple(messages), start, speaker, source, notes | extra)
+
 
 def _talk_entries(d: dict) -> tuple[int | None, str | None, dict]:
     "`start_index`, `speaker` and `extra` of a conversation."
@@ -247,44 +339,68 @@ def _talk_entries(d: dict) -> tuple[int | None, str | None, dict]:
         complain(f"extra is {_brief(extra)}", "write an object")
     return start, _name(d, "speaker"), extra
 
-
 # %% ../nbs/01_chatml.ipynb #dd149a85
-def tts_conversation(text: str,                   # what is spoken
-                     audio: Audio | None = None,  # the recording of it; None: it is to be generated
-                     *, id: str,                  # names the conversation in reports and samples
-                     scene: str | None = None,    # where it is spoken, e.g. "A quiet room."
-                     speaker: str | None = None,  # who speaks, for reports
-                     system: str = "Generate audio following instruction.",  # the system turn; this one is what the released model was trained on
-                     reference: tuple[str, Audio] | list[tuple[str, Audio]] | None = None,  # a voice to follow: its words and recording; or several
-                     source: str = "",            # where it was read, "file:line", for errors
-                     **extra) -> Conversation:    # kept as it is, e.g. split="held_out"
+def tts_conversation(
+    text: str,  # what is spoken
+    audio: Audio | None = None,  # the recording of it; None: it is to be generated
+    *,
+    id: str,  # names the conversation in reports and samples
+    scene: str | None = None,  # where it is spoken, e.g. "A quiet room."
+    speaker: str | None = None,  # who speaks, for reports
+    # the system turn; this one is what the released model was trained on
+    system: str = "Generate audio following instruction.",
+    # a voice to follow: its words and recording; or several
+    reference: tuple[str, Audio] | list[tuple[str, Audio]] | None = None,
+    source: str = "",  # where it was read, "file:line", for errors
+    **extra,
+) -> Conversation:  # kept as it is, e.g. split="held_out"
     "Text to speech as a conversation; only its last turn is trained."
     pairs = [reference] if isinstance(reference, tuple) else reference or []
     turns = [("system", Text(system)), *([("scene", Text(scene))] if scene else [])]
-    for words, voice in pairs: turns += [("user", Text(words)), ("assistant", voice)]
+    for words, voice in pairs:
+        turns += [("user", Text(words)), ("assistant", voice)]
     turns += [("user", Text(text)), *([("assistant", audio)] if audio else [])]
-    return Conversation(id, tuple(Message(role, (part,)) for role, part in turns), len(turns) - 1 if audio else None, speaker, source, extra)
+    return Conversation(
+        id,
+        tuple(Message(role, (part,)) for role, part in turns),
+        len(turns) - 1 if audio else None,
+        speaker,
+        source,
+        extra,
+    )
 
 # %% ../nbs/01_chatml.ipynb #6c097d9a
 _MARK = re.compile(r"<\|\w{1,64}\|>")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
+
 def _string_faults(text: str, where: str) -> Iterator[tuple[str, str]]:
-    "What makes a string unfit for a prompt: marks of the model, control characters, broken characters."
+    """What makes a string unfit for a prompt: marks of the model, control characters, broken
+    characters.
+    """
     mark = _MARK.search(text)
     if mark:
-        yield (f"{where} holds {mark[0]!r}, which has the form of the model's own marks and could end or "
-               "forge a turn", "leave it out or write it in other signs, e.g. [laughter]")
+        yield (
+            f"{where} holds {mark[0]!r}, which has the form of the model's own marks "
+            "and could end or "
+            "forge a turn",
+            "leave it out or write it in other signs, e.g. [laughter]",
+        )
     control = _CONTROL.search(text)
     if control:
         utf16 = " (is the file UTF-16?)" if text.count("\0") > 1 else ""
-        yield (f"{where} holds the control character {control[0]!r}{utf16}",
-               "remove it, and save the file as UTF-8")
+        yield (
+            f"{where} holds the control character {control[0]!r}{utf16}",
+            "remove it, and save the file as UTF-8",
+        )
     if "\ufffd" in text:
-        yield (f"{where} holds U+FFFD, which stands for a character that was lost",
-               "write the character, and save the file as UTF-8")
+        yield (
+            f"{where} holds U+FFFD, which stands for a character that was lost",
+            "write the character, and save the file as UTF-8",
+        )
     if any("\ud800" <= x <= "\udfff" for x in text):
         yield f"{where} holds half a surrogate pair", "write the whole character"
+
 
 def _name_faults(c: Conversation) -> Iterator[tuple[str, str]]:
     "What is wrong with the id and the speaker's name."
@@ -294,6 +410,7 @@ def _name_faults(c: Conversation) -> Iterator[tuple[str, str]]:
         if "\n" in name or "\r" in name or "\t" in name:
             yield f"{where} holds a line break or a tab", "write it on one line"
         yield from _string_faults(name, where)
+
 
 def _message_faults(i: int, m: Message) -> Iterator[tuple[str, str]]:
     "What is wrong with message `i` of a conversation."
@@ -308,19 +425,24 @@ def _message_faults(i: int, m: Message) -> Iterator[tuple[str, str]]:
         yield from _string_faults(text, f"message {i} ({m.role[:80]})")
     yield from _string_faults(m.recipient or "", f"the recipient of message {i}")
 
+
 def _faults(c: Conversation) -> Iterator[tuple[str, str]]:
     "What is wrong with a conversation, and the remedy, without a look at its recordings."
     yield from _name_faults(c)
     for i, m in enumerate(c.messages):
         yield from _message_faults(i, m)
     if c.start_index is not None and not 0 <= c.start_index < len(c.messages):
-        yield (f"start_index {_brief(c.start_index)[1:-1]} is outside of the {len(c.messages)} messages",
-               "count from 0 to the first turn that is trained")
-    elif not any(m.role == "assistant" for m in c.messages[c.start_index or 0:]):
+        yield (
+            f"start_index {_brief(c.start_index)[1:-1]} is outside of the "
+            f"{len(c.messages)} messages",
+            "count from 0 to the first turn that is trained",
+        )
+    elif not any(m.role == "assistant" for m in c.messages[c.start_index or 0 :]):
         yield "no assistant turn is left to train", "add one, or lower start_index"
     split = c.extra.get("split", "train")
     if split not in SPLITS:
         yield f"split is {_brief(split)}", f"write one of {', '.join(SPLITS)}"
+
 
 def _structure(conversations: list[Conversation]) -> list[Problem]:
     "The faults of all conversations, and the ids that are used twice."
@@ -328,21 +450,32 @@ def _structure(conversations: list[Conversation]) -> list[Problem]:
     for c in conversations:
         problems += [Problem(*fault, c.source, c.id) for fault in _faults(c)]
         if first.setdefault(c.id, c) is not c:
-            problems.append(Problem(f"the id is already used at {first[c.id].source}",
-                                    "give each its own", c.source, c.id))
+            problems.append(
+                Problem(
+                    f"the id is already used at {first[c.id].source}",
+                    "give each its own",
+                    c.source,
+                    c.id,
+                )
+            )
     return problems
 
 # %% ../nbs/01_chatml.ipynb #5b9bbbdf
 def _json_rows(text: str, whole) -> Iterator[tuple[int, object]]:
-    "The elements `(line, value)` of the list that `whole`, the value of the JSON in `text`, is or has under 'samples'; else `whole` itself."
+    """The elements `(line, value)` of the list that `whole`, the value of the JSON in `text`, is
+    or has under 'samples'; else `whole` itself.
+    """
     decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
     skip = lambda at: between.match(text, at).end()
     at = skip(0)
     if isinstance(whole, dict) and isinstance(whole.get("samples"), list):
         key, at = decode(text, skip(at + 1))
-        while key != "samples": key, at = decode(text, skip(decode(text, skip(at))[1]))
+        while key != "samples":
+            key, at = decode(text, skip(decode(text, skip(at))[1]))
         at = skip(at)
-    elif not isinstance(whole, list): yield 1, whole; return
+    elif not isinstance(whole, list):
+        yield 1, whole
+        return
     line, seen, at = 1, 0, skip(at + 1)
     while text[at] != "]":
         line, seen = line + text.count("\n", seen, at), at
@@ -353,9 +486,11 @@ def _json_rows(text: str, whole) -> Iterator[tuple[int, object]]:
 # %% ../nbs/01_chatml.ipynb #10e6a523
 MAX_TRANSCRIPT = 10**6  # bytes of a file with the words of one recording
 
+
 def _folded(name: str) -> str:
     "A file name without case, accents' form and spaces at its ends."
     return unicodedata.normalize("NFC", name).casefold().strip()
+
 
 def _neighbour(folder: Path, name: str) -> Path | None:
     "The entry of `folder` that is called `name` but for case, accents' form, spaces or suffix."
@@ -372,6 +507,7 @@ def _neighbour(folder: Path, name: str) -> Path | None:
             return folder / entry
     return None
 
+
 def _file_meant(path: str | Path) -> str:
     "A question that names the file that is there for a `path` that is not, or nothing."
     parts, folder = [], Path(str(path).replace("\\", "/"))
@@ -386,21 +522,29 @@ def _file_meant(path: str | Path) -> str:
             return f" (is {str(found.relative_to(folder))!r} in {folder} meant?)"
     return ""
 
+
 def _must_be_file(path: Path, max_bytes: int | None = None) -> None:
     "Raise unless `path` is a regular file, of `max_bytes` at most; it is not opened."
     try:
         state = path.stat()
     except FileNotFoundError:
-        complain(f"{path} cannot be opened: it does not exist{_file_meant(path)}",
-                 "correct the path or bring the file back")
+        complain(
+            f"{path} cannot be opened: it does not exist{_file_meant(path)}",
+            "correct the path or bring the file back",
+        )
     except (OSError, ValueError) as error:
-        complain(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}",
-                 "correct the path or bring the file back")
+        complain(
+            f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}",
+            "correct the path or bring the file back",
+        )
     if not stat.S_ISREG(state.st_mode):
         complain(f"{path} cannot be opened: it is not a regular file", "name a file")
     if max_bytes is not None and state.st_size > max_bytes:
-        complain(f"{path} is larger than {max_bytes:,} bytes: no transcript of one recording",
-                 "name the file with its words")
+        complain(
+            f"{path} is larger than {max_bytes:,} bytes: no transcript of one recording",
+            "name the file with its words",
+        )
+
 
 def _text_of(path: Path, max_bytes: int | None = None) -> str:
     "The text in a file: UTF-8, with or without a byte order mark."
@@ -408,14 +552,18 @@ def _text_of(path: Path, max_bytes: int | None = None) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        complain(f"{path} cannot be opened: {error.strerror}", "correct the path or bring the file back")
+        complain(
+            f"{path} cannot be opened: {error.strerror}", "correct the path or bring the file back"
+        )
     except UnicodeDecodeError as error:
         complain(f"{path} is not UTF-8 at byte {error.start}", "save it as UTF-8")
+
 
 def _rows(path: Path, problems: list) -> list[tuple[int, object]]:
     "The rows `(line, value)` of a JSON or JSONL file; what is not JSON goes into `problems`."
     text, rows, jsonl = _text_of(path), [], path.suffix.lower() == ".jsonl"
-    # "\n" alone ends a line of JSONL: str.splitlines would also cut at U+2028, which a JSON string may hold
+    # "\n" alone ends a line of JSONL: str.splitlines would also cut at U+2028, which a JSON
+    # string may hold
     for first, chunk in enumerate(text.split("\n") if jsonl else [text], 1):
         if jsonl and not chunk.strip():
             continue
@@ -432,22 +580,39 @@ def _rows(path: Path, problems: list) -> list[tuple[int, object]]:
             what = f"is not JSON: {error.msg} at column {error.colno}"
             problems.append(Problem(what, remedy, f"{path}:{line}"))
         except (RecursionError, ValueError) as error:
-            problems.append(Problem(f"is not JSON that can be read: {str(error)[:100]}",
-                                    f"correct line {first}", f"{path}:{first}"))
+            problems.append(
+                Problem(
+                    f"is not JSON that can be read: {str(error)[:100]}",
+                    f"correct line {first}",
+                    f"{path}:{first}",
+                )
+            )
     return rows
 
+
 def _check_top(table, jsonl: bool) -> None:
-    "Raise if the object around the rows has keys that belong into the rows, which are not read there."
+    """Raise if the object around the rows has keys that belong into the rows, which are not read
+    there.
+    """
     if jsonl or not isinstance(table, dict) or "messages" in table or "audio_file" in table:
         return
     if not isinstance(table.get("samples"), list):
-        meant = next((k for k, v in table.items() if isinstance(v, list) and _meant(k, ["samples"])), 0)
+        meant = next(
+            (k for k, v in table.items() if isinstance(v, list) and _meant(k, ["samples"])), 0
+        )
         if meant:
-            complain(f"has no list of 'samples' (is {meant!r} meant?)", "call the list of rows 'samples'")
+            complain(
+                f"has no list of 'samples' (is {meant!r} meant?)", "call the list of rows 'samples'"
+            )
         return
-    for key in (k for k in (*ROW_KEYS, "split") if table.get(k) is not None and k not in ("id", "text")):
-        complain(f"has the key {key!r} beside 'samples', where it is not read", "write it into each row")
+    for key in (
+        k for k in (*ROW_KEYS, "split") if table.get(k) is not None and k not in ("id", "text")
+    ):
+        complain(
+            f"has the key {key!r} beside 'samples', where it is not read", "write it into each row"
+        )
     _check_keys({k: v for k, v in table.items() if _SECTION.fullmatch(_plain(k))}, (), "table")
+
 
 def _read(path: Path, parse, allow_outside: bool) -> list[Conversation]:
     "What `parse(row, id, source, root)` makes of every row of a file."
@@ -462,6 +627,7 @@ def _read(path: Path, parse, allow_outside: bool) -> list[Conversation]:
             conversations.append(c)
     return _complete(conversations, problems, path)
 
+
 def _check_depth(row) -> None:
     "Raise if a row is nested so deeply that it could not be written again."
     try:
@@ -469,13 +635,18 @@ def _check_depth(row) -> None:
     except ValueError as error:
         complain(shown(str(error)[:200]), "write it flat")
 
+
 def _check_path(root: Path, path: str | Path | None, allow_outside: bool) -> None:
-    "Raise if a path in a table cannot be one, or leads out of `root` without `allow_outside`; None is no path."
+    """Raise if a path in a table cannot be one, or leads out of `root` without `allow_outside`;
+    None is no path.
+    """
     if path is None:
         return
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in os.path.relpath(path, root)):
-        complain(f"the path {str(path)!r} holds a control character or half a surrogate pair",
-                 "correct the path")
+        complain(
+            f"the path {str(path)!r} holds a control character or half a surrogate pair",
+            "correct the path",
+        )
     if allow_outside:
         return
     try:
@@ -483,34 +654,53 @@ def _check_path(root: Path, path: str | Path | None, allow_outside: bool) -> Non
     except (OSError, RuntimeError, ValueError) as error:
         complain(f"{path} cannot be opened: {error}", "correct the path")
     if not inside:
-        complain(f"{path} lies outside of the folder {root}, or is a link that leads out of it",
-                 "move the file into the folder, or read the corpus with allow_outside=True "
-                 "if you trust its tables")
+        complain(
+            f"{path} lies outside of the folder {root}, or is a link that leads out of it",
+            "move the file into the folder, or read the corpus with allow_outside=True "
+            "if you trust its tables",
+        )
+
 
 def _complete(conversations: list, problems: list, path: Path) -> list[Conversation]:
-    "The conversations read from `path` if all could be read; else everything that is wrong, at once."
+    """The conversations read from `path` if all could be read; else everything that is wrong, at
+    once.
+    """
     if problems:
         raise CorpusError(*problems, *_structure(conversations))
     if not conversations:
-        complain(f"{path} holds no conversation",
-                 "give a metadata.json, ChatML as .json or .jsonl, or recordings with a .txt beside each")
+        complain(
+            f"{path} holds no conversation",
+            "give a metadata.json, ChatML as .json or .jsonl, or recordings with a "
+            ".txt beside each",
+        )
     return conversations
 
 # %% ../nbs/01_chatml.ipynb #51e6773a
-def read_chatml(path: str | Path,  # of a .json or .jsonl file
-                allow_outside: bool = False,  # read files outside of the file's folder, too
-                ) -> list[Conversation]:
-    "Read ChatML: a JSON list of conversations, a single one, or JSONL with one a line. Audio paths are relative to the file."
+def read_chatml(
+    path: str | Path,  # of a .json or .jsonl file
+    allow_outside: bool = False,  # read files outside of the file's folder, too
+) -> list[Conversation]:
+    """Read ChatML: a JSON list of conversations, a single one, or JSONL with one a line. Audio
+    paths are relative to the file.
+    """
     return _read(Path(path), _conversation, allow_outside)
 
-def read_metadata(path: str | Path,  # of a .json or .jsonl file
-                  allow_outside: bool = False,  # read files outside of the file's folder, too
-                  ) -> list[Conversation]:
-    """Read `{"samples": [...]}` or a list of rows with `audio_file` and `text` or `transcript_file`, and, as wanted, `id`, `speaker_id`, `scene`,
-    `ref_audio_file` with `ref_transcript`, `ref_speakers`; other keys are kept in `extra`. Paths are relative to the file."""
+
+def read_metadata(
+    path: str | Path,  # of a .json or .jsonl file
+    allow_outside: bool = False,  # read files outside of the file's folder, too
+) -> list[Conversation]:
+    """Read `{"samples": [...]}` or a list of rows with `audio_file` and `text` or
+    `transcript_file`, and, as wanted, `id`, `speaker_id`, `scene`, `ref_audio_file` with
+    `ref_transcript`, `ref_speakers`; other keys are kept in `extra`. Paths are relative to the
+    file.
+    """
     return _read(Path(path), partial(_metadata_row, allow_outside=allow_outside), allow_outside)
 
-def _metadata_row(row, id: str, source: str, root: Path, allow_outside: bool = False) -> Conversation:
+
+def _metadata_row(
+    row, id: str, source: str, root: Path, allow_outside: bool = False
+) -> Conversation:
     row = _object(row, ROW_KEYS, "row", only=False)
     id = _name(row, "id", id)
     problems, text = [], ""
@@ -532,6 +722,7 @@ def _metadata_row(row, id: str, source: str, root: Path, allow_outside: bool = F
     c = tts_conversation(text, audio, id=id, scene=scene, reference=reference, source=source)
     return replace(c, speaker=speaker, extra={k: v for k, v in row.items() if k not in ROW_KEYS})
 
+
 def _words(row: dict, root: Path, allow_outside: bool) -> str:
     "The transcript of a row; white space around the one in a file is not part of it."
     if "text" not in row and not row.get("transcript_file"):
@@ -547,14 +738,21 @@ def _words(row: dict, root: Path, allow_outside: bool) -> str:
         complain("'text' and 'transcript_file' say different things", "keep one of them")
     return said
 
+
 def _references(row: dict, text: str, root: Path) -> list[tuple[str, Audio]]:
-    "The words and the recording of each reference voice; the words carry the tag of the voice if `text` does."
+    """The words and the recording of each reference voice; the words carry the tag of the voice if
+    `text` does.
+    """
+
     def pair(d):
         return _string(d, "ref_transcript"), _at(root, _string(d, "ref_audio_file"))
+
     given = row.get("ref_speakers") or []
     if not isinstance(given, list) or not all(isinstance(s, dict) for s in given):
-        complain("'ref_speakers' is not a list of objects",
-                 "write speaker_id, ref_audio_file and ref_transcript for each")
+        complain(
+            "'ref_speakers' is not a list of objects",
+            "write speaker_id, ref_audio_file and ref_transcript for each",
+        )
     pairs = [pair(row)] if row.get("ref_audio_file") or row.get("ref_transcript") else []
     for entry in given:
         name = "entry of 'ref_speakers'"
@@ -568,33 +766,73 @@ def _references(row: dict, text: str, root: Path) -> list[tuple[str, Audio]]:
 
 # %% ../nbs/01_chatml.ipynb #e2695654
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-_OTHER_SOUND = (".m4a", ".aac", ".aif", ".aiff", ".aifc", ".amr", ".ape", ".au", ".caf", ".m4b", ".mka",
-                ".oga", ".spx", ".w64", ".webm", ".wma", ".wv", ".3gp", ".mp4")
-_TABLES = {".csv": "a table such as LJSpeech's", ".tsv": "a table such as Common Voice's",
-           ".list": "a list such as GPT-SoVITS's", ".parquet": "a Hugging Face data set",
-           ".arrow": "a Hugging Face data set", ".lab": "transcripts under another suffix",
-           ".textgrid": "an alignment", ".json": "a table under another name than metadata.json",
-           ".jsonl": "a table in a folder", ".srt": "subtitles", ".vtt": "subtitles"}
+_OTHER_SOUND = (
+    ".m4a",
+    ".aac",
+    ".aif",
+    ".aiff",
+    ".aifc",
+    ".amr",
+    ".ape",
+    ".au",
+    ".caf",
+    ".m4b",
+    ".mka",
+    ".oga",
+    ".spx",
+    ".w64",
+    ".webm",
+    ".wma",
+    ".wv",
+    ".3gp",
+    ".mp4",
+)
+_TABLES = {
+    ".csv": "a table such as LJSpeech's",
+    ".tsv": "a table such as Common Voice's",
+    ".list": "a list such as GPT-SoVITS's",
+    ".parquet": "a Hugging Face data set",
+    ".arrow": "a Hugging Face data set",
+    ".lab": "transcripts under another suffix",
+    ".textgrid": "an alignment",
+    ".json": "a table under another name than metadata.json",
+    ".jsonl": "a table in a folder",
+    ".srt": "subtitles",
+    ".vtt": "subtitles",
+}
 _RUN_FILES = ("parameters.json", "environment.jsonl")
+
 
 def _table_note(path: Path) -> str | None:
     "What a file is that may have transcripts in another form, or None."
     name = path.name.lower()
-    if name.endswith((".normalized.txt", ".original.txt")) or Path(path.stem).suffix.lower() in AUDIO_SUFFIXES:
+    if (
+        name.endswith((".normalized.txt", ".original.txt"))
+        or Path(path.stem).suffix.lower() in AUDIO_SUFFIXES
+    ):
         return "transcripts under another suffix" if path.suffix.lower() == ".txt" else None
-    if name in ("transcripts.txt", "transcript.txt", "text.txt", "metadata.txt") or name.endswith(".trans.txt"):
+    if name in ("transcripts.txt", "transcript.txt", "text.txt", "metadata.txt") or name.endswith(
+        ".trans.txt"
+    ):
         return "a list of transcripts"
     return _TABLES.get(path.suffix.lower())
 
+
 @dataclass
 class _Listing:
-    "The files that a folder and those in it hold, what is wrong with them, and the output directories that were left out."
+    """The files that a folder and those in it hold, what is wrong with them, and the output
+    directories that were left out.
+    """
+
     files: list[Path]
     problems: list[Problem]
     runs: list[Path]
 
+
 def _walk(root: Path, allow_outside: bool) -> _Listing:
-    "List the files in `root` and the folders in it, without hidden folders and output directories of runs."
+    """List the files in `root` and the folders in it, without hidden folders and output
+    directories of runs.
+    """
     found, seen, queue = _Listing([], [], []), set(), [root]
     while queue:
         folder = queue.pop()
@@ -604,17 +842,25 @@ def _walk(root: Path, allow_outside: bool) -> _Listing:
         try:
             entries = sorted(folder.iterdir())
         except OSError as error:
-            found.problems.append(Problem(f"the folder {folder} cannot be read: {error.strerror}",
-                                          "make it readable or take it out"))
+            found.problems.append(
+                Problem(
+                    f"the folder {folder} cannot be read: {error.strerror}",
+                    "make it readable or take it out",
+                )
+            )
             continue
         for path in entries:
             if path.name.startswith(".") or path.name == "__MACOSX":
                 continue
             if path.is_dir():
                 if path.is_symlink() and not allow_outside:
-                    found.problems.append(Problem(
-                        f"{path} is a link to a folder, which is not followed",
-                        "move the folder itself here, remove the link, or pass allow_outside=True"))
+                    found.problems.append(
+                        Problem(
+                            f"{path} is a link to a folder, which is not followed",
+                            "move the folder itself here, remove the link, or pass "
+                            "allow_outside=True",
+                        )
+                    )
                 elif any((path / name).is_file() for name in _RUN_FILES):
                     found.runs.append(path)
                 else:
@@ -623,9 +869,12 @@ def _walk(root: Path, allow_outside: bool) -> _Listing:
                 found.files.append(path)
             elif path.suffix.lower() in (".txt", *AUDIO_SUFFIXES):
                 kind = "a link to nothing" if path.is_symlink() else "not a regular file"
-                found.problems.append(Problem(f"{path} is {kind}", "remove it or bring the file back"))
+                found.problems.append(
+                    Problem(f"{path} is {kind}", "remove it or bring the file back")
+                )
     found.files.sort()
     return found
+
 
 def _pair(recording: Path, texts: dict[str, Path]) -> Path:
     "The transcript beside a recording; an error names a file that almost is it."
@@ -637,59 +886,93 @@ def _pair(recording: Path, texts: dict[str, Path]) -> Path:
         complain(f"has no transcript beside it: {path.name!r} does not exist{asked}", remedy)
     return path
 
+
 def _shared_text(recordings: list[Path]) -> list[Problem]:
     "Recordings that differ in their suffix alone, and so would share one transcript and one id."
     groups = defaultdict(list)
     for recording in recordings:
         groups[recording.with_suffix("")].append(recording)
-    return [Problem(f"{' and '.join(r.name for r in group)} share one name and one transcript",
-                    "keep one of them, or give each a name and a .txt of its own", f"{stem}.txt:1")
-            for stem, group in groups.items() if len(group) > 1]
+    return [
+        Problem(
+            f"{' and '.join(r.name for r in group)} share one name and one transcript",
+            "keep one of them, or give each a name and a .txt of its own",
+            f"{stem}.txt:1",
+        )
+        for stem, group in groups.items()
+        if len(group) > 1
+    ]
+
 
 def _untranscribed(root: Path, recordings: list[Path], files: list[Path]) -> Problem | None:
-    "One problem instead of many, where most recordings have no .txt and words lie there in another form."
+    """One problem instead of many, where most recordings have no .txt and words lie there in
+    another form.
+    """
     alone = [r for r in recordings if r.with_suffix(".txt") not in files]
     tables = {path: _table_note(path) for path in files if _table_note(path)}
     if not tables or len(alone) <= len(recordings) / 2:
         return None
     names = [f"{str(path.relative_to(root))!r} ({note})" for path, note in tables.items()]
     some = ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3)
-    return Problem(f"{root} holds {len(alone):,} recordings without a .txt of their own, and {some}, "
-                   "which is not read as transcripts here",
-                   "write a metadata.json with one row per recording: "
-                   '[{"audio_file": "wavs/a.wav", "text": "Its words."}, ...]; a table of this form '
-                   "in another folder or under another name is read when you name it")
+    return Problem(
+        f"{root} holds {len(alone):,} recordings without a .txt of their own, and {some}, "
+        "which is not read as transcripts here",
+        "write a metadata.json with one row per recording: "
+        '[{"audio_file": "wavs/a.wav", "text": "Its words."}, ...]; a table of this form '
+        "in another folder or under another name is read when you name it",
+    )
 
-def read_folder(path: str | Path,  # of the folder
-                allow_outside: bool = False,  # follow links that lead out of the folder, too
-                ) -> list[Conversation]:
-    """Read the pairs `NAME.wav` (or flac, ogg, opus, mp3) and `NAME.txt` in a folder and those in it; the name is the id.
-    Hidden folders are passed over, and output directories of runs with a warning."""
+
+def read_folder(
+    path: str | Path,  # of the folder
+    allow_outside: bool = False,  # follow links that lead out of the folder, too
+) -> list[Conversation]:
+    """Read the pairs `NAME.wav` (or flac, ogg, opus, mp3) and `NAME.txt` in a folder and those in
+    it; the name is the id. Hidden folders are passed over, and output directories of runs with
+    a warning.
+    """
     path = Path(path).expanduser()
     listing = _walk(path, allow_outside)
     for run in listing.runs:
-        warnings.warn(f"{run} is the output of a run and is not read as part of the corpus", stacklevel=2)
+        warnings.warn(
+            f"{run} is the output of a run and is not read as part of the corpus", stacklevel=2
+        )
     recordings = [p for p in listing.files if p.suffix.lower() in AUDIO_SUFFIXES]
     other = [p for p in listing.files if p.suffix.lower() in _OTHER_SOUND]
     problems = listing.problems + _shared_text(recordings)
     for p in other:
-        problems.append(Problem(f"{p} is a recording in a form that is not read",
-                                f"convert it: ffmpeg -i {p.name!r} {p.stem + '.wav'!r}"))
+        problems.append(
+            Problem(
+                f"{p} is a recording in a form that is not read",
+                f"convert it: ffmpeg -i {p.name!r} {p.stem + '.wav'!r}",
+            )
+        )
     summary = _untranscribed(path, recordings, listing.files)
     if summary:
         raise CorpusError(*problems, summary)
     conversations = _pairs(path, recordings, other, listing.files, problems, allow_outside)
     return _complete(conversations, problems, path)
 
-def _pairs(root: Path, recordings: list[Path], other: list[Path], files: list[Path], problems: list,
-           allow_outside: bool) -> list[Conversation]:
+
+def _pairs(
+    root: Path,
+    recordings: list[Path],
+    other: list[Path],
+    files: list[Path],
+    problems: list,
+    allow_outside: bool,
+) -> list[Conversation]:
     "A conversation for each recording and the text beside it; what is wrong goes into `problems`."
     texts = {_folded(str(p)): p for p in files if p.suffix.lower() == ".txt"}
     used = {_folded(str(p.with_suffix(".txt"))) for p in (*recordings, *other)}
     conversations = []
     suffixes = ", ".join(AUDIO_SUFFIXES)
-    problems += [Problem(f"has no recording beside it ({suffixes})", "add it or move the text away", f"{t}:1")
-                 for name, t in texts.items() if name not in used]
+    problems += [
+        Problem(
+            f"has no recording beside it ({suffixes})", "add it or move the text away", f"{t}:1"
+        )
+        for name, t in texts.items()
+        if name not in used
+    ]
     done = set()
     for recording in recordings:
         source = f"{recording.with_suffix('.txt')}:1"
@@ -708,13 +991,21 @@ def _pairs(root: Path, recordings: list[Path], other: list[Path], files: list[Pa
 
 # %% ../nbs/01_chatml.ipynb #8270deaa
 def _table_in(path: Path) -> Path | None:
-    "The table in a folder that is to be read; None: the folder is read as pairs of recordings and texts."
-    marks = [p for p in path.iterdir() if p.name in ("dataset_info.json", "dataset_dict.json")
-             or p.suffix.lower() in (".arrow", ".parquet")]
+    """The table in a folder that is to be read; None: the folder is read as pairs of recordings
+    and texts.
+    """
+    marks = [
+        p
+        for p in path.iterdir()
+        if p.name in ("dataset_info.json", "dataset_dict.json")
+        or p.suffix.lower() in (".arrow", ".parquet")
+    ]
     tables = sorted(path.glob("metadata.json")) or sorted(path.glob("*.jsonl"))
     if marks and not path.joinpath("metadata.json").exists():
-        complain(f"{path} is a Hugging Face data set ({marks[0].name}), which is not read",
-                 "save its audio as files and write a metadata.json with audio_file and text for each")
+        complain(
+            f"{path} is a Hugging Face data set ({marks[0].name}), which is not read",
+            "save its audio as files and write a metadata.json with audio_file and text for each",
+        )
     if not tables:
         listing = _walk(path, allow_outside=False)
         sounds = (".txt", *AUDIO_SUFFIXES, *_OTHER_SOUND)
@@ -724,24 +1015,36 @@ def _table_in(path: Path) -> Path | None:
         complain(f"{path} holds {', '.join(t.name for t in tables[:20])}", "name the one to read")
     return tables[0] if tables else None
 
+
 def _must_be_table(path: Path) -> None:
     "Raise unless `path` is a .json or .jsonl file."
     if path.suffix.lower() in (".json", ".jsonl"):
         return
     note = _table_note(path)
     if not path.exists():
-        complain(f"{path} does not exist and is no folder, .json or .jsonl{_file_meant(path)}",
-                 "correct the path")
+        complain(
+            f"{path} does not exist and is no folder, .json or .jsonl{_file_meant(path)}",
+            "correct the path",
+        )
     if note:
-        complain(f"{path} is {note}, which is not read; it is no folder, .json or .jsonl",
-                 "write a metadata.json with audio_file and text for each recording")
+        complain(
+            f"{path} is {note}, which is not read; it is no folder, .json or .jsonl",
+            "write a metadata.json with audio_file and text for each recording",
+        )
     complain(f"{path} is no folder, .json or .jsonl", "name one of these")
 
-def load_corpus(path: str | Path,  # a metadata.json, ChatML as .json or .jsonl, or a folder of one of these or of recordings with transcripts
-                allow_outside: bool = False,  # True: also read files outside of the corpus' folder, absolute paths and links
-                ) -> list[Conversation]:
-    """Read a corpus by what is there. Raises a `CorpusError` with everything that cannot be read, or with what was looked for.
-    Tables of strangers could name any file of yours, so paths stay inside of the folder unless `allow_outside` is given."""
+
+def load_corpus(
+    # a metadata.json, ChatML as .json or .jsonl, or a folder of one of these or of recordings
+    # with transcripts
+    path: str | Path,
+    # True: also read files outside of the corpus' folder, absolute paths and links
+    allow_outside: bool = False,
+) -> list[Conversation]:
+    """Read a corpus by what is there. Raises a `CorpusError` with everything that cannot be read,
+    or with what was looked for. Tables of strangers could name any file of yours, so paths stay
+    inside of the folder unless `allow_outside` is given.
+    """
     if not str(path).strip():
         complain("the path of the corpus is empty", "name a folder, a .json or a .jsonl file")
     if "\0" in str(path):
@@ -766,51 +1069,81 @@ def _check_file(audio: Audio) -> None:
         mode = os.stat(audio.path).st_mode
     except FileNotFoundError:
         link = " (it is a link to nothing)" if os.path.islink(audio.path) else ""
-        complain(f"{audio.name} does not exist{link or _file_meant(audio.path)}",
-                 "correct the path or bring the file back")
+        complain(
+            f"{audio.name} does not exist{link or _file_meant(audio.path)}",
+            "correct the path or bring the file back",
+        )
     except (OSError, ValueError) as error:
-        complain(f"{audio.name} cannot be opened: {getattr(error, 'strerror', None) or error}",
-                 "correct the path")
+        complain(
+            f"{audio.name} cannot be opened: {getattr(error, 'strerror', None) or error}",
+            "correct the path",
+        )
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         complain(f"{audio.name} cannot be opened: it is not a regular file", "name a recording")
 
+
 def _check_duration(c: Conversation, measured: dict) -> None:
-    "Raise if a conversation says another `duration` than that of the one recording that it trains on."
-    said = next((v for k, v in c.extra.items() if re.fullmatch(r"duration(s|sec|secs|seconds)?", _plain(k))), None)
+    """Raise if a conversation says another `duration` than that of the one recording that it
+    trains on.
+    """
+    said = next(
+        (
+            v
+            for k, v in c.extra.items()
+            if re.fullmatch(r"duration(s|sec|secs|seconds)?", _plain(k))
+        ),
+        None,
+    )
     targets = [measured[a] for a in c.targets if measured.get(a)]
     if len(targets) != 1 or isinstance(said, bool) or not isinstance(said, (int, float)):
         return
     real = targets[0].duration_s
     if not any(abs(value - real) <= 0.1 + 0.02 * real for value in (said, said / 1000)):
-        complain(f"says a duration of {said:g} s, and its recording lasts {real:.2f} s: is only a part meant?",
-                 "cut the recording to that part, or correct the duration")
+        complain(
+            f"says a duration of {said:g} s, and its recording lasts {real:.2f} s: is "
+            "only a part meant?",
+            "cut the recording to that part, or correct the duration",
+        )
 
-def speakers_without_mark(conversations: list[Conversation],  # as `load_corpus` gives them
-                          ) -> tuple[str, ...]:
-    "Speakers, in order of their names, whose prompts differ from another speaker's in the words alone: nothing tells the model them apart."
+
+def speakers_without_mark(
+    conversations: list[Conversation],  # as `load_corpus` gives them
+) -> tuple[str, ...]:
+    """Speakers, in order of their names, whose prompts differ from another speaker's in the words
+    alone: nothing tells the model them apart.
+    """
     groups = defaultdict(set)
     for c in (c for c in conversations if c.speaker and c.targets):
         first = max(c.start_index or 0, 0)
-        prompt = [(m.role, m.content) for m in c.messages[:max(first - 1, 0)]]
+        prompt = [(m.role, m.content) for m in c.messages[: max(first - 1, 0)]]
         words = [p.text for m in c.messages for p in m.content if isinstance(p, Text)]
         tags = re.findall(r"\[[^\]\[]{1,40}\]", c.transcript)
         named = c.speaker if any(c.speaker.casefold() in w.casefold() for w in words) else ""
         groups[repr(prompt), tuple(sorted(set(tags))), named].add(c.speaker)
     return tuple(sorted(set().union(*(names for names in groups.values() if len(names) > 1))))
 
-def check_corpus(conversations: list[Conversation],  # as `load_corpus` gives them
-                 sampling_rate: int = 24000,           # Hz that training will use
-                 max_duration_s: float | None = 30.0,  # longer recordings are refused; None: no limit
-                 progress: bool = True) -> CorpusReport:  # show a bar
-    "Check all conversations and read all recordings. Raises one `CorpusError` with every problem; changes nothing."
+
+def check_corpus(
+    conversations: list[Conversation],  # as `load_corpus` gives them
+    sampling_rate: int = 24000,  # Hz that training will use
+    max_duration_s: float | None = 30.0,  # longer recordings are refused; None: no limit
+    progress: bool = True,
+) -> CorpusReport:  # show a bar
+    """Check all conversations and read all recordings. Raises one `CorpusError` with every
+    problem; changes nothing.
+    """
     problems, rows, stats = _structure(conversations), [], {}
     for c in tqdm(conversations, desc="checking", unit=" conversations", disable=not progress):
         with collect_problems(problems, c.source, c.id):
             rows += _measured(c, stats, problems, max_duration_s)
             _check_duration(c, stats)
     if not any(c.targets for c in conversations):
-        problems.append(Problem(f"none of the {len(conversations)} conversations has a recording to train on",
-                                "add a recording to an assistant turn at or after start_index"))
+        problems.append(
+            Problem(
+                f"none of the {len(conversations)} conversations has a recording to train on",
+                "add a recording to an assistant turn at or after start_index",
+            )
+        )
     train = {r.digest: r.id for r in rows if r.split == "train"}
     for r in rows:
         if r.split == "held_out" and r.trained and r.digest in train:
@@ -818,10 +1151,17 @@ def check_corpus(conversations: list[Conversation],  # as `load_corpus` gives th
             problems.append(Problem(what, "take one of the two out", r.source, r.id))
     if problems:
         raise CorpusError(*problems)
-    return CorpusReport(len(conversations), rows, sampling_rate, speakers_without_mark(conversations))
+    return CorpusReport(
+        len(conversations), rows, sampling_rate, speakers_without_mark(conversations)
+    )
 
-def _measured(c: Conversation, stats: dict, problems: list, max_duration_s: float | None) -> list[AudioRow]:
-    "A row for each recording of a conversation; `stats` remembers what was measured, or None for what is wrong."
+
+def _measured(
+    c: Conversation, stats: dict, problems: list, max_duration_s: float | None
+) -> list[AudioRow]:
+    """A row for each recording of a conversation; `stats` remembers what was measured, or None for
+    what is wrong.
+    """
     chars, rows = 0, []
     for i, part in ((i, part) for i, m in enumerate(c.messages) for part in m.content):
         if isinstance(part, Text):
@@ -834,18 +1174,35 @@ def _measured(c: Conversation, stats: dict, problems: list, max_duration_s: floa
                 stats[part] = measure_audio(part, max_duration_s)
         trained = c.messages[i].role == "assistant" and i >= (c.start_index or 0)
         if stats[part]:
-            rows.append(AudioRow(**vars(stats[part]), id=c.id, source=c.source, split=c.extra.get("split"),
-                                 path=part.name, trained=trained, text_chars=chars))
+            rows.append(
+                AudioRow(
+                    **vars(stats[part]),
+                    id=c.id,
+                    source=c.source,
+                    split=c.extra.get("split"),
+                    path=part.name,
+                    trained=trained,
+                    text_chars=chars,
+                )
+            )
     return rows
 
 # %% ../nbs/01_chatml.ipynb #3b0fbabf
 def sentence_key(text: str) -> str:  # a transcript
-    "What makes a sentence the same: its letters, marks and digits, without case; a text of none of these is its own key."
-    letters = (x if unicodedata.category(x)[0] in "LMN" else " " for x in unicodedata.normalize("NFKC", text).casefold())
+    """What makes a sentence the same: its letters, marks and digits, without case; a text of none
+    of these is its own key.
+    """
+    letters = (
+        x if unicodedata.category(x)[0] in "LMN" else " "
+        for x in unicodedata.normalize("NFKC", text).casefold()
+    )
     return " ".join("".join(letters).split()) or text
 
+
 def _file_digests(recordings: Iterable[Audio]) -> dict[Audio, str]:
-    "What is the same for recordings with the same bytes; only files of equal size are read. A file that is not there has none."
+    """What is the same for recordings with the same bytes; only files of equal size are read. A
+    file that is not there has none.
+    """
     sizes, digests = defaultdict(list), {}
     for audio in dict.fromkeys(recordings):
         try:
@@ -859,6 +1216,7 @@ def _file_digests(recordings: Iterable[Audio]) -> dict[Audio, str]:
             digests[audio] = f"{size}" if len(group) == 1 else _bytes_digest(audio)
     return digests
 
+
 def _bytes_digest(audio: Audio) -> str:
     "The sha256 of a recording as it is stored."
     if audio.path is None:
@@ -866,14 +1224,21 @@ def _bytes_digest(audio: Audio) -> str:
     with open(audio.path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def _groups(conversations: list[Conversation], digests: dict[Audio, str]) -> list[list[Conversation]]:
-    "Conversations that share a sentence or a trained recording, directly or through others, in the order of their first."
+
+def _groups(
+    conversations: list[Conversation], digests: dict[Audio, str]
+) -> list[list[Conversation]]:
+    """Conversations that share a sentence or a trained recording, directly or through others, in
+    the order of their first.
+    """
     parent = list(range(len(conversations)))
+
     def top(i):
         while parent[i] != i:
             parent[i] = parent[parent[i]]
             i = parent[i]
         return i
+
     first = {}
     for i, c in enumerate(conversations):
         recordings = [("recording", digests[a]) for a in c.targets if a in digests]
@@ -885,44 +1250,77 @@ def _groups(conversations: list[Conversation], digests: dict[Audio, str]) -> lis
         groups[top(i)].append(c)
     return list(groups.values())
 
+
 def _said_split(group: list[Conversation]) -> set[str]:
     "The sides that the conversations of a group name themselves."
     return {str(c.extra["split"]) for c in group if c.extra.get("split") is not None}
 
+
 def _clashes(group: list[Conversation]) -> list[Problem]:
-    "What is wrong with the sides that a group's conversations name; each problem names a row of either side."
+    """What is wrong with the sides that a group's conversations name; each problem names a row of
+    either side.
+    """
     sides = {}
     for c in group:
         if c.extra.get("split") is not None:
             sides.setdefault(str(c.extra["split"]), c)
     if len(sides) < 2 and not sides.keys() - set(SPLITS):
         return []
-    rows = "; ".join(f"{side}: {c.id!r} at {c.source or 'no file'}" for side, c in sorted(sides.items()))
-    return [Problem(f"the split of {c.transcript[:40]!r} is {' and '.join(sorted(sides))}, but rows with the "
-                    f"same sentence or recording belong on one side ({rows})",
-                    f"choose one of {', '.join(SPLITS)}", c.source, c.id) for c in group]
+    rows = "; ".join(
+        f"{side}: {c.id!r} at {c.source or 'no file'}" for side, c in sorted(sides.items())
+    )
+    return [
+        Problem(
+            f"the split of {c.transcript[:40]!r} is {' and '.join(sorted(sides))}, but "
+            "rows with the "
+            f"same sentence or recording belong on one side ({rows})",
+            f"choose one of {', '.join(SPLITS)}",
+            c.source,
+            c.id,
+        )
+        for c in group
+    ]
+
 
 def _lends(groups: list[list[Conversation]], digests: dict[Audio, str]) -> list[bool]:
-    "For each group: is one of its trained recordings the reference voice of a conversation in another?"
+    """For each group: is one of its trained recordings the reference voice of a conversation in
+    another?
+    """
     users = defaultdict(set)
     for i, group in enumerate(groups):
         for c in group:
             for a in set(c.audio) - set(c.targets):
                 users[digests.get(a)].add(i)
-    return [any(users[digests[a]] - {i} for c in group for a in c.targets if a in digests)
-            for i, group in enumerate(groups)]
+    return [
+        any(users[digests[a]] - {i} for c in group for a in c.targets if a in digests)
+        for i, group in enumerate(groups)
+    ]
 
-def split_corpus(conversations: list[Conversation],  # the whole corpus
-                 held_out: float = 0.1,  # share of the conversations, 0 or more and less than 1; rounded up to whole groups
-                 seed: int = 0,  # of the order in which groups are drawn
-                 report: CorpusReport | None = None,  # of `check_corpus`: recordings are then the same by sound, in any lossless format; None: by their files' bytes
-                 ) -> tuple[list[Conversation], list[Conversation]]:  # train, held out
-    """Split so that no sentence and no trained recording is on both sides. Conversations that say a `split` in `extra` stay there, and the others
-    of their group join them; `CorpusError` if a group says both. Otherwise the last group is never held out, nor is one whose recording is the
-    reference of another, so that held out may be empty. `ValueError` if `held_out` is no share."""
-    if isinstance(held_out, bool) or not isinstance(held_out, (int, float)) or not 0 <= held_out < 1:
-        raise ValueError(f"held_out is {held_out}: it is a share of the corpus, 0 or more and less than 1, "
-                         "such as 0.1; 10 percent is 0.1")
+
+def split_corpus(
+    conversations: list[Conversation],  # the whole corpus
+    # share of the conversations, 0 or more and less than 1; rounded up to whole groups
+    held_out: float = 0.1,
+    seed: int = 0,  # of the order in which groups are drawn
+    # of `check_corpus`: recordings are then the same by sound, in any lossless format; None: by
+    # their files' bytes
+    report: CorpusReport | None = None,
+) -> tuple[list[Conversation], list[Conversation]]:  # train, held out
+    """Split so that no sentence and no trained recording is on both sides. Conversations that say
+    a `split` in `extra` stay there, and the others of their group join them; `CorpusError` if a
+    group says both. Otherwise the last group is never held out, nor is one whose recording is
+    the reference of another, so that held out may be empty. `ValueError` if `held_out` is no
+    share.
+    """
+    if (
+        isinstance(held_out, bool)
+        or not isinstance(held_out, (int, float))
+        or not 0 <= held_out < 1
+    ):
+        raise ValueError(
+            f"held_out is {held_out}: it is a share of the corpus, 0 or more and less than 1, "
+            "such as 0.1; 10 percent is 0.1"
+        )
     digests = _file_digests(a for c in conversations for a in c.audio)
     if report is not None:
         by_path = {r.path: r.digest for r in report.rows}
@@ -935,14 +1333,19 @@ def split_corpus(conversations: list[Conversation],  # the whole corpus
     held = {id(c) for i in out for c in groups[i]}
     return tuple([c for c in conversations if (id(c) in held) == side] for side in (False, True))
 
+
 def _draw(groups: list, lends: list[bool], held_out: float, seed: int, total: int) -> set[int]:
     "Indices of the groups that are held out."
+
     def order(i):
         key = min(sentence_key(c.transcript) for c in groups[i])
         return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest()
+
     out = {i for i, group in enumerate(groups) if _said_split(group) == {"held_out"}}
     missing = math.ceil(held_out * total) - sum(len(groups[i]) for i in out)
-    free = sorted((i for i, g in enumerate(groups) if not _said_split(g) and not lends[i]), key=order)
+    free = sorted(
+        (i for i, g in enumerate(groups) if not _said_split(g) and not lends[i]), key=order
+    )
     for i in free:
         if missing <= 0 or len(out) >= len(groups) - 1:
             break
@@ -951,7 +1354,8 @@ def _draw(groups: list, lends: list[bool], held_out: float, seed: int, total: in
     return out
 
 # %% ../nbs/01_chatml.ipynb #0f63dad4
-def embedded_corpus(speaker: str = "allison",  # "allison": English; "june": French
-                    ) -> Path:
+def embedded_corpus(
+    speaker: str = "allison",  # "allison": English; "june": French
+) -> Path:
     "The folder of a corpus inside the package; its licence and attribution stand in it."
     return Path(str(files("higgs_nb"))) / "data" / speaker

@@ -12,13 +12,49 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from huggingface_hub import split_torch_state_dict_into_shards
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from transformers import PretrainedConfig
 from .lora import keep_float32
-from .manifest import (ADAPTER_FILES, HIDDEN, MODEL_FILE, CheckpointReport, Manifest, Reports, hidden_name, latest_checkpoint, list_checkpoints, main,
-                               tensor_table, validate_checkpoint, writer_of)
-from .saving import (REMEDIES, CheckpointError, Content, Snapshot, check_finite, explained, free_bytes, load_files, on_cpu, prune_checkpoints,
-                             remove_directory, same_bits, save_checkpoint, staging_directory, verified)
+from higgs_nb.manifest import (
+    ADAPTER_FILES,
+    HIDDEN,
+    MODEL_FILE,
+    CheckpointReport,
+    Manifest,
+    Reports,
+    hidden_name,
+    latest_checkpoint,
+    list_checkpoints,
+    main,
+    tensor_table,
+    validate_checkpoint,
+    writer_of,
+)
+from higgs_nb.saving import (
+    REMEDIES,
+    CheckpointError,
+    Content,
+    Snapshot,
+    check_finite,
+    explained,
+    free_bytes,
+    load_files,
+    on_cpu,
+    prune_checkpoints,
+    remove_directory,
+    same_bits,
+    save_checkpoint,
+    staging_directory,
+    verified,
+)
 
 # %% auto #0
 __all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'NAME', 'TOWER_PATTERN', 'MAX_RANK', 'MAX_ALPHA', 'FORMS', 'DROPPED',
@@ -31,409 +67,824 @@ __all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'NAME', 'TOWER_PATTERN', 'MAX_
            'restore', 'empty_base', 'try_on_fresh_base', 'try_to_load', 'preflight']
 
 # %% ../nbs/07_checkpoint.ipynb #ba57356a
-BASE_KEYS = {"config", "config_fingerprint", "weights_fingerprint", "without", "tensors", "parameters"}
-VOLATILE = {"transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "output_attentions", "output_hidden_states"}
+BASE_KEYS = {
+    "config",
+    "config_fingerprint",
+    "weights_fingerprint",
+    "without",
+    "tensors",
+    "parameters",
+}
+VOLATILE = {
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+}
+
 
 def stable_config(model: nn.Module) -> dict:
-    "The configuration of a model or of the base of a PeftModel, without what says how it runs, not what it is."
+    """The configuration of a model or of the base of a PeftModel, without what says how it runs,
+    not what it is.
+    """
+
     def stable(value):
-        return {k: stable(v) for k, v in value.items() if k not in VOLATILE and k[:1] != "_"} if isinstance(value, dict) else value
+        return (
+            {k: stable(v) for k, v in value.items() if k not in VOLATILE and k[:1] != "_"}
+            if isinstance(value, dict)
+            else value
+        )
+
     return stable(json.loads(base_of(model).config.to_json_string()))
+
 
 def base_of(model: nn.Module) -> nn.Module:
     "The model without its adapter."
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
+
 def stock_class(model: nn.Module) -> type:
     "transformers' class that the model, or the base of a PeftModel, is or derives from."
-    return next(c for c in type(base_of(model)).__mro__ if c.__module__.split(".")[0] == "transformers")
+    return next(
+        c for c in type(base_of(model)).__mro__ if c.__module__.split(".")[0] == "transformers"
+    )
+
 
 def config_fingerprint(model: nn.Module) -> str:
     "sha256 of `stable_config`."
     return hashlib.sha256(json.dumps(stable_config(model), sort_keys=True).encode()).hexdigest()
 
+
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     "The state of the base model under its own names, whether or not adapters lie over it."
-    return {re.sub(r"(\.token_adapter)?\.(base_layer|original_module)(?=\.)", "", name): tensor for name, tensor in base_of(model).state_dict().items()
-            if not re.search(r"\.(lora_[A-Za-z_]+|modules_to_save|trainable_tokens_[a-z]+)\.", name)}
+    return {
+        re.sub(r"(\.token_adapter)?\.(base_layer|original_module)(?=\.)", "", name): tensor
+        for name, tensor in base_of(model).state_dict().items()
+        if not re.search(r"\.(lora_[A-Za-z_]+|modules_to_save|trainable_tokens_[a-z]+)\.", name)
+    }
+
 
 def replaced_tensors(model: nn.Module) -> list[str]:
     "Names of the base's tensors that lie idle under a module of `modules_to_save`."
-    return sorted(name.replace(".original_module", "") for name in base_of(model).state_dict() if ".original_module." in name)
+    return sorted(
+        name.replace(".original_module", "")
+        for name in base_of(model).state_dict()
+        if ".original_module." in name
+    )
+
 
 def weights_fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
-    "sha256 over name, shape and bfloat16 value of every tensor of the base model but those named. Adapters do not change it."
+    """sha256 over name, shape and bfloat16 value of every tensor of the base model but those
+    named. Adapters do not change it.
+    """
+
     def digest(item):
         name, tensor = item
-        data = tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype).contiguous()
-        return f"{name} {tuple(data.shape)} {hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy()).hexdigest()}"
+        data = (
+            tensor.detach()
+            .to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+            .contiguous()
+        )
+        return (
+            f"{name} {tuple(data.shape)} "
+            f"{hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy()).hexdigest()}"
+        )
+
     tensors = sorted(base_tensors(model).items(), key=lambda item: item[0])
-    with ThreadPoolExecutor() as pool: lines = list(pool.map(digest, (item for item in tensors if item[0] not in without)))
+    with ThreadPoolExecutor() as pool:
+        lines = list(pool.map(digest, (item for item in tensors if item[0] not in without)))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-def describe_base(model: nn.Module,  # the base, or a PeftModel around it
-                  id: str | None = None,  # directory or hub id it came from
-                  revision: str | None = None,  # commit of the hub repository, for whoever looks for it
-                  without: list[str] | None = None,  # tensors left out of the fingerprint; None: what the adapter replaces, if there is one
-                  ) -> dict:
-    "What a manifest says of a base model: where it comes from, configuration, fingerprints, number of tensors and parameters."
+
+def describe_base(
+    model: nn.Module,  # the base, or a PeftModel around it
+    id: str | None = None,  # directory or hub id it came from
+    revision: str | None = None,  # commit of the hub repository, for whoever looks for it
+    # tensors left out of the fingerprint; None: what the adapter replaces, if there is one
+    without: list[str] | None = None,
+) -> dict:
+    """What a manifest says of a base model: where it comes from, configuration, fingerprints,
+    number of tensors and parameters.
+    """
     tensors, without = base_tensors(model), replaced_tensors(model) if without is None else without
-    return dict(id=id, revision=revision, config=stable_config(model), config_fingerprint=config_fingerprint(model),
-                weights_fingerprint=weights_fingerprint(model, without), without=without,
-                tensors=len(tensors), parameters=sum(t.numel() for t in tensors.values()))
+    return dict(
+        id=id,
+        revision=revision,
+        config=stable_config(model),
+        config_fingerprint=config_fingerprint(model),
+        weights_fingerprint=weights_fingerprint(model, without),
+        without=without,
+        tensors=len(tensors),
+        parameters=sum(t.numel() for t in tensors.values()),
+    )
 
 # %% ../nbs/07_checkpoint.ipynb #eced2adf
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of `init_lora_weights` that change the base
+MOVES_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # values of `init_lora_weights` that change the base
+
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     "The adapter's tensors under the names of PEFT's format, as they are in `model`. Asks no hub."
-    if len(model.peft_config) != 1: raise CheckpointError(f"a checkpoint holds one adapter; the model has {sorted(model.peft_config)}")
-    return get_peft_model_state_dict(model, adapter_name=next(iter(model.peft_config)), save_embedding_layers=False)
+    if len(model.peft_config) != 1:
+        raise CheckpointError(
+            f"a checkpoint holds one adapter; the model has {sorted(model.peft_config)}"
+        )
+    return get_peft_model_state_dict(
+        model, adapter_name=next(iter(model.peft_config)), save_embedding_layers=False
+    )
+
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    "The tensors that a checkpoint of `model` holds, as they are in it: the adapter's, or all if it has none."
+    """The tensors that a checkpoint of `model` holds, as they are in it: the adapter's, or all if
+    it has none.
+    """
     return adapter_state(model) if isinstance(model, PeftModel) else model.state_dict()
 
+
 def check_tuner(model: PeftModel, what: str) -> None:  # what is not done, for the error
-    "`CheckpointError` if the adapter of `model` is not LoRA: another method keeps tensors that are not counted here."
-    kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()]
+    """`CheckpointError` if the adapter of `model` is not LoRA: another method keeps tensors that
+    are not counted here.
+    """
+    kinds = [
+        str(getattr(config.peft_type, "value", config.peft_type))
+        for config in model.peft_config.values()
+    ]
     if odd := [kind for kind in kinds if kind != "LORA"]:
-        raise CheckpointError(f"{what}: its method is {odd[0]}, and only LORA is supported", remedy="make it with LoraConfig or `create_lora_config`")
+        raise CheckpointError(
+            f"{what}: its method is {odd[0]}, and only LORA is supported",
+            remedy="make it with LoraConfig or `create_lora_config`",
+        )
+
 
 def adapter_tensors(model: PeftModel, copy: bool = True) -> dict[str, Tensor]:
-    "All that training changes, on the CPU; `copy`: apart from the model in any case. `CheckpointError` names trainable parameters that PEFT would leave out."
+    """All that training changes, on the CPU; `copy`: apart from the model in any case.
+    `CheckpointError` names trainable parameters that PEFT would leave out.
+    """
     check_tuner(model, "adapter not saved")
-    if (how := str(next(iter(model.peft_config.values())).init_lora_weights).lower()).startswith(MOVES_BASE):
-        raise CheckpointError(f"adapter not saved: init_lora_weights={how!r} moved a part of the base's weights into it, so it fits no base that can be loaded",
-                              remedy="make it with init_lora_weights=True, 'gaussian', 'orthogonal' or 'eva', which leave the base as it is")
+    if (how := str(next(iter(model.peft_config.values())).init_lora_weights).lower()).startswith(
+        MOVES_BASE
+    ):
+        raise CheckpointError(
+            f"adapter not saved: init_lora_weights={how!r} moved a part of the base's "
+            "weights into it, so it fits no base that can be loaded",
+            remedy=(
+                "make it with init_lora_weights=True, 'gaussian', 'orthogonal' or 'eva', "
+                "which leave the base as it is"
+            ),
+        )
     if any(getattr(module, "merged", False) for module in model.modules()):
-        raise CheckpointError("adapter not saved: it is merged into the base, so that neither is what it was", remedy="model.unmerge_adapter() first; `merge_lora` makes a merged copy")
+        raise CheckpointError(
+            "adapter not saved: it is merged into the base, so that neither is what it was",
+            remedy="model.unmerge_adapter() first; `merge_lora` makes a merged copy",
+        )
     state = adapter_state(model)
     saved = {tensor.data_ptr() for tensor in state.values()}
-    if left := [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]:
-        raise CheckpointError(f"adapter not saved: {len(left)} trained parameters belong to no adapter and would be lost: {left[:5]}",
-                              remedy="name their modules in `modules_to_save` of the LoraConfig, or freeze them")
+    if left := [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.data_ptr() not in saved
+    ]:
+        raise CheckpointError(
+            f"adapter not saved: {len(left)} trained parameters belong to no adapter "
+            f"and would be lost: {left[:5]}",
+            remedy="name their modules in `modules_to_save` of the LoraConfig, or freeze them",
+        )
     return on_cpu(state, copy)
 
 # %% ../nbs/07_checkpoint.ipynb #989e758d
-NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # of a module, or the end of one; holds nothing that a regular expression could repeat
+NAME = re.compile(
+    r"[\w-]+(\.[\w-]+)*"
+)  # of a module, or the end of one; holds nothing that a regular expression could repeat
 TOWER_PATTERN = re.compile(r"\(\.\*\\\.\)\?\w+\\\.\.\*")  # as `fit_config` excludes a tower
 MAX_RANK, MAX_ALPHA = 2**14, 1e5
+
 
 def is_name(value) -> bool:
     "Whether `value` is the plain name of a module."
     return isinstance(value, str) and len(value) <= 200 and NAME.fullmatch(value) is not None
 
+
 def is_names(value) -> bool:
     "Whether `value` is a list of plain names of modules, a single one, or None."
     return value is None or is_name(value) or isinstance(value, list) and all(map(is_name, value))
+
 
 def is_number(value, low: float, high: float) -> bool:
     "Whether `value` is an int or float from `low` to `high`; nan is not."
     return type(value) in (int, float) and low <= value <= high
 
+
 def is_rank(value) -> bool:
     "Whether `value` is an int that can be a rank."
     return type(value) is int and 1 <= value <= MAX_RANK
+
 
 def is_alpha(value) -> bool:
     "Whether `value` is a number that can be LoRA's alpha."
     return is_number(value, 0, MAX_ALPHA) and value > 0
 
+
 def is_patterns(value, form) -> bool:
     "Whether `value` is a dict from plain names to values of the form `form`, or None."
-    if value is None: return True
-    return isinstance(value, dict) and all(is_name(key.removeprefix("^")) and form(part) for key, part in value.items())
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(
+        is_name(key.removeprefix("^")) and form(part) for key, part in value.items()
+    )
+
 
 def is_indices(value) -> bool:
     "Whether `value` is a list of ints that are not negative, or None."
-    return value is None or isinstance(value, list) and all(type(i) is int and 0 <= i < 2**31 for i in value)
+    return (
+        value is None
+        or isinstance(value, list)
+        and all(type(i) is int and 0 <= i < 2**31 for i in value)
+    )
+
 
 def is_text(value) -> bool:
     "Whether `value` is a string or None."
     return value is None or isinstance(value, str)
 
+
 def is_mapping_of_base(value) -> bool:
     "Whether `value` names a class of transformers as PEFT does, or is None."
-    return value is None or isinstance(value, dict) and value.keys() == {"base_model_class", "parent_library"} and all(map(is_text, value.values()))
+    return (
+        value is None
+        or isinstance(value, dict)
+        and value.keys() == {"base_model_class", "parent_library"}
+        and all(map(is_text, value.values()))
+    )
+
 
 def is_flat(value) -> bool:
     "Whether `value` is a dict of plain scalars, or None."
-    return value is None or isinstance(value, dict) and all(type(part) in (bool, int, float, str) for part in value.values())
+    return (
+        value is None
+        or isinstance(value, dict)
+        and all(type(part) in (bool, int, float, str) for part in value.values())
+    )
+
 
 FORMS = {  # key of adapter_config.json -> what its value must be
     "r": is_rank,
     "lora_alpha": is_alpha,
     "lora_dropout": lambda value: is_number(value, 0, 1) and value < 1,
     "target_modules": is_names,
-    "exclude_modules": lambda value: is_names(value) or isinstance(value, str) and TOWER_PATTERN.fullmatch(value) is not None,
+    "exclude_modules": lambda value: (
+        is_names(value) or isinstance(value, str) and TOWER_PATTERN.fullmatch(value) is not None
+    ),
     "modules_to_save": is_names,
     "rank_pattern": lambda value: is_patterns(value, is_rank),
     "alpha_pattern": lambda value: is_patterns(value, is_alpha),
-    "trainable_token_indices": lambda value: is_indices(value) or is_patterns(value, lambda part: part is not None and is_indices(part)),
+    "trainable_token_indices": lambda value: (
+        is_indices(value) or is_patterns(value, lambda part: part is not None and is_indices(part))
+    ),
     "layers_to_transform": lambda value: is_indices(value) or is_indices([value]),
     "layers_pattern": is_names,
-    "init_lora_weights": lambda value: type(value) is bool or value in ("gaussian", "orthogonal", "eva"),
+    "init_lora_weights": lambda value: (
+        type(value) is bool or value in ("gaussian", "orthogonal", "eva")
+    ),
     "bias": lambda value: value in ("none", "all", "lora_only"),
-    "task_type": lambda value: value is None or isinstance(value, str) and value in {kind.value for kind in TaskType},
+    "task_type": lambda value: (
+        value is None or isinstance(value, str) and value in {kind.value for kind in TaskType}
+    ),
     "peft_type": lambda value: value == "LORA",
-    **{key: lambda value: type(value) is bool for key in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")},
+    **{
+        key: lambda value: type(value) is bool
+        for key in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
+    },
     # the rest is accepted in its form and not handed on: it says where the adapter comes from
     "inference_mode": lambda value: type(value) is bool,
     "auto_mapping": is_mapping_of_base,
     "eva_config": is_flat,
     **{key: is_text for key in ("base_model_name_or_path", "revision", "peft_version")},
 }
-DROPPED = {"inference_mode", "auto_mapping", "eva_config", "base_model_name_or_path", "revision", "peft_version", "peft_type"}
-DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # that are not empty, of keys that some versions of PEFT lack
+DROPPED = {
+    "inference_mode",
+    "auto_mapping",
+    "eva_config",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "peft_type",
+}
+DEFAULTS = {
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+}  # that are not empty, of keys that some versions of PEFT lack
 
-def read_adapter_config(data: bytes,  # content of adapter_config.json
-                        path: Path | None = None,  # of the checkpoint, for the error
-                        what: str = "adapter not loaded") -> LoraConfig:
-    "PEFT's configuration from the bytes of its file. `CheckpointError` names the first key that has another form than those that are saved here."
+
+def read_adapter_config(
+    data: bytes,  # content of adapter_config.json
+    path: Path | None = None,  # of the checkpoint, for the error
+    what: str = "adapter not loaded",
+) -> LoraConfig:
+    """PEFT's configuration from the bytes of its file. `CheckpointError` names the first key that
+    has another form than those that are saved here.
+    """
     try:
         given = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what}: adapter_config.json is not JSON", path, error) from error
-    if not isinstance(given, dict): raise CheckpointError(f"{what}: adapter_config.json holds no settings", path)
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{what}: adapter_config.json holds no settings", path)
     defaults = DEFAULTS | LoraConfig().to_dict()
     for key, value in {"peft_type": None, **given}.items():
-        fits = FORMS[key](value) if key in FORMS else value == defaults.get(key) or value in (None, False, [], {}, "")
+        fits = (
+            FORMS[key](value)
+            if key in FORMS
+            else value == defaults.get(key) or value in (None, False, [], {}, "")
+        )
         if not fits:
-            raise CheckpointError(f"{what}: {key!r} of adapter_config.json is {json.dumps(value)[:80]}", path, remedy=remedy_of_key(key))
-    known = {key: value for key, value in given.items() if key in FORMS and key in defaults and key not in DROPPED}
+            raise CheckpointError(
+                f"{what}: {key!r} of adapter_config.json is {json.dumps(value)[:80]}",
+                path,
+                remedy=remedy_of_key(key),
+            )
+    known = {
+        key: value
+        for key, value in given.items()
+        if key in FORMS and key in defaults and key not in DROPPED
+    }
     try:
         return LoraConfig(**known)
     except (TypeError, ValueError) as error:
         unusual = sorted(repr(key) for key, value in known.items() if value != defaults[key])
-        message = f"{what}: these settings of adapter_config.json do not go together: {', '.join(unusual)}"
-        raise CheckpointError(message, path, error, "make the adapter with `create_lora_config`") from error
+        message = (
+            f"{what}: these settings of adapter_config.json do not go together: "
+            f"{', '.join(unusual)}"
+        )
+        raise CheckpointError(
+            message, path, error, "make the adapter with `create_lora_config`"
+        ) from error
+
 
 def remedy_of_key(key: str) -> str:
     "What can be done about a setting that is refused."
-    if key == "peft_type": return "only LORA is supported; `PeftModel.from_pretrained` of peft loads other methods, and verifies nothing"
-    if key in ("target_modules", "exclude_modules", "modules_to_save"): return "name the modules in a list, without regular expressions"
-    return "make the adapter with `create_lora_config`, and leave this setting as it is by default or in its range"
+    if key == "peft_type":
+        return (
+            "only LORA is supported; `PeftModel.from_pretrained` of peft loads other "
+            "methods, and verifies nothing"
+        )
+    if key in ("target_modules", "exclude_modules", "modules_to_save"):
+        return "name the modules in a list, without regular expressions"
+    return (
+        "make the adapter with `create_lora_config`, and leave this setting as it is by "
+        "default or in its range"
+    )
 
 # %% ../nbs/07_checkpoint.ipynb #ec5151e8
 def adapter_config(model: PeftModel, base: dict) -> PeftConfig:
     "PEFT's configuration of the adapter, as it goes to disk."
     config = copy.copy(next(iter(model.peft_config.values())))
-    config.inference_mode, config.base_model_name_or_path, config.revision = True, base.get("id"), base.get("revision")
-    if isinstance(config.target_modules, set): config.target_modules = sorted(config.target_modules)
+    config.inference_mode, config.base_model_name_or_path, config.revision = (
+        True,
+        base.get("id"),
+        base.get("revision"),
+    )
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
     stock = stock_class(model)
     config.auto_mapping = dict(base_model_class=stock.__name__, parent_library=stock.__module__)
     return config
 
+
 def adapter_files(model: PeftModel, base: dict, copy: bool) -> dict[str, Content]:
     "The files of an adapter."
     tensors = adapter_tensors(model, copy)
-    config = json.dumps(adapter_config(model, base).to_dict(), indent=2, sort_keys=True, default=sorted).encode()
+    config = json.dumps(
+        adapter_config(model, base).to_dict(), indent=2, sort_keys=True, default=sorted
+    ).encode()
     read_adapter_config(config, what="adapter not saved")
     return dict(zip(ADAPTER_FILES, (config, tensors)))
 
+
 def is_stock(model: nn.Module) -> bool:  # ours or transformers'
     "Whether transformers' own class holds all of the model."
-    return not any(getattr(base_of(model).config, key, False) for key in ("use_audio_out_self_attention", "encode_whisper_embed"))
+    return not any(
+        getattr(base_of(model).config, key, False)
+        for key in ("use_audio_out_self_attention", "encode_whisper_embed")
+    )
+
 
 def check_vocabulary(model: nn.Module) -> None:  # without adapter
-    "`CheckpointError` if the text embedding or head has another number of rows than `vocab_size`: such a model could be saved, and not loaded."
-    rows = {"text embedding": model.get_input_embeddings(), "text head": getattr(model, "text_lm_head", None)}
+    """`CheckpointError` if the text embedding or head has another number of rows than
+    `vocab_size`: such a model could be saved, and not loaded.
+    """
+    rows = {
+        "text embedding": model.get_input_embeddings(),
+        "text head": getattr(model, "text_lm_head", None),
+    }
     for name, module in rows.items():
         size = None if module is None else len(module.weight)
         if size not in (None, model.config.vocab_size):
-            raise CheckpointError(f"model not saved: its {name} has {size} rows and its vocabulary {model.config.vocab_size}",
-                                  remedy="resize the text head too when tokens are added, or add none")
+            raise CheckpointError(
+                f"model not saved: its {name} has {size} rows and its vocabulary "
+                f"{model.config.vocab_size}",
+                remedy="resize the text head too when tokens are added, or add none",
+            )
+
 
 def model_config(model: nn.Module) -> PretrainedConfig:
     "The configuration of a whole model, as it goes to disk."
     config = copy.deepcopy(model.config)
     check_vocabulary(model)
-    config.architectures, config.dtype = [(stock_class(model) if is_stock(model) else type(model)).__name__], model.dtype
+    config.architectures, config.dtype = (
+        [(stock_class(model) if is_stock(model) else type(model)).__name__],
+        model.dtype,
+    )
     return config
+
 
 SHARD = 5 * 10**9  # bytes that a file of a model holds at most
 
+
 def model_files(model: nn.Module, copy: bool) -> dict[str, Content]:
     "The files of a whole model, as `load_model` and `from_pretrained` read them."
-    texts, state = {"config.json": model_config(model).to_json_string(), "generation_config.json": model.generation_config.to_json_string()}, on_cpu(model.state_dict(), copy)
+    texts, state = (
+        {
+            "config.json": model_config(model).to_json_string(),
+            "generation_config.json": model.generation_config.to_json_string(),
+        },
+        on_cpu(model.state_dict(), copy),
+    )
     split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD)
-    if split.is_sharded: texts["model.safetensors.index.json"] = json.dumps(dict(metadata=split.metadata, weight_map=split.tensor_to_filename), indent=2, sort_keys=True)
-    return {**{name: text.encode() for name, text in texts.items()}, **{file: {name: state[name] for name in names} for file, names in split.filename_to_tensors.items()}}
+    if split.is_sharded:
+        texts["model.safetensors.index.json"] = json.dumps(
+            dict(metadata=split.metadata, weight_map=split.tensor_to_filename),
+            indent=2,
+            sort_keys=True,
+        )
+    return {
+        **{name: text.encode() for name, text in texts.items()},
+        **{
+            file: {name: state[name] for name in names}
+            for file, names in split.filename_to_tensors.items()
+        },
+    }
 
-def take_snapshot(model: PeftModel | nn.Module, # with an adapter: the adapter is saved; without: the model, see `model_files`
-                  *, base: dict, # of `describe_base`; what it lacks is computed for an adapter, which reads the whole base
-                  meta: dict | None = None, # more for the manifest: step, losses, parameters of the run
-                  files: Mapping[str, Content] | None = None, # more files, by relative path: bytes, or tensors if it ends in .safetensors
-                  copy: bool = True, # False: tensors that are on the CPU are only looked at, and must not change before they are saved
-                  ) -> Snapshot:
-    "Copy all that a checkpoint of `model` holds to the CPU. `CheckpointError` if something trained would be left out, or a tensor is not finite."
+
+def take_snapshot(
+    # with an adapter: the adapter is saved; without: the model, see `model_files`
+    model: PeftModel | nn.Module,
+    *,
+    # of `describe_base`; what it lacks is computed for an adapter, which reads the whole base
+    base: dict,
+    meta: dict | None = None,  # more for the manifest: step, losses, parameters of the run
+    # more files, by relative path: bytes, or tensors if it ends in .safetensors
+    files: Mapping[str, Content] | None = None,
+    # False: tensors that are on the CPU are only looked at, and must not change before they are
+    # saved
+    copy: bool = True,
+) -> Snapshot:
+    """Copy all that a checkpoint of `model` holds to the CPU. `CheckpointError` if something
+    trained would be left out, or a tensor is not finite.
+    """
     adapted, files = isinstance(model, PeftModel), files or {}
-    if adapted and not BASE_KEYS <= base.keys(): base = describe_base(model) | base
+    if adapted and not BASE_KEYS <= base.keys():
+        base = describe_base(model) | base
     own = adapter_files(model, base, copy) if adapted else model_files(model, copy)
-    if bad := sorted(files.keys() & own.keys()): raise CheckpointError(f"not saved: {bad} cannot be the names of further files in it")
-    copies = {name: content if isinstance(content, bytes) else on_cpu(content, copy) for name, content in files.items()}
+    if bad := sorted(files.keys() & own.keys()):
+        raise CheckpointError(f"not saved: {bad} cannot be the names of further files in it")
+    copies = {
+        name: content if isinstance(content, bytes) else on_cpu(content, copy)
+        for name, content in files.items()
+    }
     step = "" if (meta or {}).get("step") is None else f" of step {meta['step']}"
     for content in (*own.values(), *copies.values()):
-        if isinstance(content, Mapping): check_finite(content, f"checkpoint{step} not saved")
+        if isinstance(content, Mapping):
+            check_finite(content, f"checkpoint{step} not saved")
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
-    return Snapshot({**copies, **own}, {"versions": versions, **(meta or {}), "finite": True, "kind": "adapter" if adapted else "model", "base": base})
+    return Snapshot(
+        {**copies, **own},
+        {
+            "versions": versions,
+            **(meta or {}),
+            "finite": True,
+            "kind": "adapter" if adapted else "model",
+            "base": base,
+        },
+    )
 
-def save_lora_adapters(model: PeftModel,  # of `apply_lora`, trained
-                       output_dir: Path | str,  # made, and whole once it is there
-                       *, base: dict,  # of `describe_base`; what it lacks is computed, which reads the whole base
-                       meta: dict | None = None,  # more for the manifest: step, losses, parameters of the run
-                       files: Mapping[str, Content] | None = None,  # more files, by relative path: bytes, or tensors if it ends in .safetensors
-                       ) -> Manifest:
-    "Save a LoRA adapter and the modules trained with it, in PEFT's format with a manifest. `CheckpointError` if it is not saved."
+
+def save_lora_adapters(
+    model: PeftModel,  # of `apply_lora`, trained
+    output_dir: Path | str,  # made, and whole once it is there
+    *,
+    base: dict,  # of `describe_base`; what it lacks is computed, which reads the whole base
+    meta: dict | None = None,  # more for the manifest: step, losses, parameters of the run
+    # more files, by relative path: bytes, or tensors if it ends in .safetensors
+    files: Mapping[str, Content] | None = None,
+) -> Manifest:
+    """Save a LoRA adapter and the modules trained with it, in PEFT's format with a manifest.
+    `CheckpointError` if it is not saved.
+    """
     return take_snapshot(model, base=base, meta=meta, files=files, copy=False).save(output_dir)
 
 # %% ../nbs/07_checkpoint.ipynb #10ac605a
 def check_base(model: nn.Module, base: dict, path: Path, known: dict | None = None) -> None:
-    """`CheckpointError` if `model` is not the base that a manifest describes; names the settings that differ. `known` is what `describe_base`
-    said of `model`, if somebody has asked before."""
+    """`CheckpointError` if `model` is not the base that a manifest describes; names the settings
+    that differ. `known` is what `describe_base` said of `model`, if somebody has asked before.
+    """
     if not isinstance(base, dict) or not BASE_KEYS <= base.keys():
         raise CheckpointError("adapter not loaded: its manifest does not describe its base", path)
-    remedy = f"load the base {base.get('id')!r}, revision {base.get('revision')!r}, as it was for training"
+    remedy = (
+        f"load the base {base.get('id')!r}, revision {base.get('revision')!r}, as it was "
+        "for training"
+    )
     then, here = base["config"], stable_config(model)
     if odd := [k for k in sorted(then | here) if then.get(k) != here.get(k)]:
-        named = "; ".join(f"{k}: {then.get(k, 'default')} then, {here.get(k, 'default')} here" for k in odd)
-        raise CheckpointError(f"adapter not loaded: this base has another configuration: {named}", path, remedy=remedy)
-    found = known if known and known.get("without") == base["without"] else describe_base(model, without=base["without"])
+        named = "; ".join(
+            f"{k}: {then.get(k, 'default')} then, {here.get(k, 'default')} here" for k in odd
+        )
+        raise CheckpointError(
+            f"adapter not loaded: this base has another configuration: {named}", path, remedy=remedy
+        )
+    found = (
+        known
+        if known and known.get("without") == base["without"]
+        else describe_base(model, without=base["without"])
+    )
     if found["weights_fingerprint"] != base["weights_fingerprint"]:
-        then, here = (f"{d['tensors']} tensors of {d['parameters']:,} parameters" for d in (base, found))
+        then, here = (
+            f"{d['tensors']} tensors of {d['parameters']:,} parameters" for d in (base, found)
+        )
         sizes = f"{then} then, {here} here" if then != here else f"other values in as many, {here}"
-        raise CheckpointError(f"adapter not loaded: this base has other weights: {sizes}", path, remedy=remedy)
+        raise CheckpointError(
+            f"adapter not loaded: this base has other weights: {sizes}", path, remedy=remedy
+        )
 
-def load_lora_adapters(base_model: nn.Module,  # the base, without adapter; PEFT puts its layers into it
-                       path: Path | str | CheckpointReport,  # directory of the adapter
-                       *, trainable: bool = False) -> PeftModel:  # go on training it
-    """Load an adapter that `save_lora_adapters` saved onto the base that it was trained on, in the precision of that base; says so if
-    that rounds a tensor. `CheckpointError` if the checkpoint is not whole, the base is another, or a tensor did not arrive."""
-    if isinstance(base_model, PeftModel): raise CheckpointError("adapter not loaded: the model has one", remedy="load the base anew, or see `restore`")
+
+def load_lora_adapters(
+    base_model: nn.Module,  # the base, without adapter; PEFT puts its layers into it
+    path: Path | str | CheckpointReport,  # directory of the adapter
+    *,
+    trainable: bool = False,
+) -> PeftModel:  # go on training it
+    """Load an adapter that `save_lora_adapters` saved onto the base that it was trained on, in the
+    precision of that base; says so if that rounds a tensor. `CheckpointError` if the checkpoint
+    is not whole, the base is another, or a tensor did not arrive.
+    """
+    if isinstance(base_model, PeftModel):
+        raise CheckpointError(
+            "adapter not loaded: the model has one", remedy="load the base anew, or see `restore`"
+        )
     report = path if isinstance(path, CheckpointReport) else validate_checkpoint(path)
-    if report.status == "unverified": check_names(base_model, report.path)
+    if report.status == "unverified":
+        check_names(base_model, report.path)
     report, saved = load_adapter(base_model, report)
-    config = read_adapter_config(load_files(report, ADAPTER_FILES[0])[ADAPTER_FILES[0]], report.path)
+    config = read_adapter_config(
+        load_files(report, ADAPTER_FILES[0])[ADAPTER_FILES[0]], report.path
+    )
     config.inference_mode = not trainable
     float32 = all(t.dtype == torch.float32 for name, t in saved.items() if ".lora_" in name)
     try:
         model = get_peft_model(base_model, config, autocast_adapter_dtype=float32)
-        if trainable or any(t.dtype == torch.float32 for name, t in saved.items() if ".lora_" not in name): keep_float32(model)
-        _check_keys(adapter_state(model), saved, report.path)  # a tensor of another name would be written into the base
+        if trainable or any(
+            t.dtype == torch.float32 for name, t in saved.items() if ".lora_" not in name
+        ):
+            keep_float32(model)
+        _check_keys(
+            adapter_state(model), saved, report.path
+        )  # a tensor of another name would be written into the base
         set_peft_model_state_dict(model, saved)
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError("adapter not loaded: its settings do not fit its tensors or this base", report.path, error,
-                              "load the base anew before another adapter is tried: it may hold layers of this one") from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(
+            "adapter not loaded: its settings do not fit its tensors or this base",
+            report.path,
+            error,
+            "load the base anew before another adapter is tried: it may hold layers of this one",
+        ) from error
     base = report.manifest.meta["base"]
     config.base_model_name_or_path, config.revision = base.get("id"), base.get("revision")
     _check_arrival(adapter_state(model), saved, report.path)
     return model if trainable else model.eval()
 
+
 def check_names(base_model: nn.Module, path: Path) -> None:
-    "`CheckpointError` if an adapter of other tools, without a manifest, names modules that `base_model` lacks: PEFT would leave its tensors out."
-    with explained("adapter not loaded", path): names = list(tensor_table(path/ADAPTER_FILES[1]))
+    """`CheckpointError` if an adapter of other tools, without a manifest, names modules that
+    `base_model` lacks: PEFT would leave its tensors out.
+    """
+    with explained("adapter not loaded", path):
+        names = list(tensor_table(path / ADAPTER_FILES[1]))
     modules = {name for name, _ in base_model.named_modules()}
-    module_of = lambda name: re.split(r"\.(?:lora_\w+|base_layer|weight$|bias$)", name.removeprefix("base_model.model."))[0]
+    module_of = lambda name: re.split(
+        r"\.(?:lora_\w+|base_layer|weight$|bias$)", name.removeprefix("base_model.model.")
+    )[0]
     lacking = [name for name in names if module_of(name) not in modules]
-    if not lacking: return
+    if not lacking:
+        return
     like = sorted(name for name in modules if name.endswith(f".{module_of(lacking[0])}"))
     hint = f": where it says {module_of(lacking[0])!r}, this base has {like[0]!r}" if like else ""
-    raise CheckpointError(f"adapter not loaded: {len(lacking)} of its {len(names)} tensors belong to modules that this base lacks, such as {lacking[0]!r}",
-                          path, remedy=f"rename the tensors{hint}")
+    raise CheckpointError(
+        f"adapter not loaded: {len(lacking)} of its {len(names)} tensors belong to "
+        f"modules that this base lacks, such as {lacking[0]!r}",
+        path,
+        remedy=f"rename the tensors{hint}",
+    )
 
-def load_adapter(model: nn.Module, path: Path | str | CheckpointReport, known: dict | None = None) -> tuple[CheckpointReport, dict[str, Tensor]]:
+
+def load_adapter(
+    model: nn.Module, path: Path | str | CheckpointReport, known: dict | None = None
+) -> tuple[CheckpointReport, dict[str, Tensor]]:
     "The tensors of a whole checkpoint with an adapter for the base of `model`."
     report = verified(path)
-    if report.manifest.meta.get("kind") != "adapter": raise CheckpointError("adapter not loaded: this checkpoint holds none", report.path)
+    if report.manifest.meta.get("kind") != "adapter":
+        raise CheckpointError("adapter not loaded: this checkpoint holds none", report.path)
     check_base(model, report.manifest.meta.get("base"), report.path, known)
     saved = load_files(report, ADAPTER_FILES[1])[ADAPTER_FILES[1]]
     check_finite(saved, "adapter not loaded", report.path)
     return report, saved
 
+
 def load_weights(path: Path | str | CheckpointReport) -> tuple[CheckpointReport, dict[str, Tensor]]:
     "The tensors of a whole checkpoint with a model."
     report = verified(path)
-    if report.manifest.meta.get("kind") != "model": raise CheckpointError("model not loaded: this checkpoint holds none", report.path)
+    if report.manifest.meta.get("kind") != "model":
+        raise CheckpointError("model not loaded: this checkpoint holds none", report.path)
     files = load_files(report, *filter(MODEL_FILE.fullmatch, report.manifest.files))
-    for tensors in files.values(): check_finite(tensors, "model not loaded", report.path)
+    for tensors in files.values():
+        check_finite(tensors, "model not loaded", report.path)
     return report, {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
 
-def restore(model: PeftModel | nn.Module, path: Path | str | CheckpointReport,
-            base: dict | None = None, # what `describe_base` said of `model`; None: it is asked, which reads the whole base
-            ) -> CheckpointReport:
-    """Put the values of a checkpoint into an adapter (or a model without one) that is there, in place, so that an optimizer that holds its parameters goes
-    on with them. `CheckpointError` if the checkpoint is not whole, the base is another, or its tensors are not those that are there: nothing is changed then."""
-    report, saved = load_adapter(model, path, base) if isinstance(model, PeftModel) else load_weights(path)
+
+def restore(
+    model: PeftModel | nn.Module,
+    path: Path | str | CheckpointReport,
+    # what `describe_base` said of `model`; None: it is asked, which reads the whole base
+    base: dict | None = None,
+) -> CheckpointReport:
+    """Put the values of a checkpoint into an adapter (or a model without one) that is there, in
+    place, so that an optimizer that holds its parameters goes on with them. `CheckpointError`
+    if the checkpoint is not whole, the base is another, or its tensors are not those that are
+    there: nothing is changed then.
+    """
+    report, saved = (
+        load_adapter(model, path, base) if isinstance(model, PeftModel) else load_weights(path)
+    )
     state, kind = trained_state(model), lambda t: (t.dtype, tuple(t.shape))
-    if odd := [f"{n}: {kind(saved[n]) if n in saved else 'absent'} in the checkpoint, {kind(state[n]) if n in state else 'absent'} here"
-               for n in sorted(saved.keys() | state.keys()) if n not in saved or n not in state or kind(saved[n]) != kind(state[n])]:
-        raise CheckpointError(f"not restored: {len(odd)} tensors differ: {'; '.join(odd[:3])}", report.path, remedy="make the adapter, or the model, as it was made for training")
-    for name, tensor in saved.items(): state[name].copy_(tensor)
+    if odd := [
+        f"{n}: {kind(saved[n]) if n in saved else 'absent'} in the checkpoint, "
+        f"{kind(state[n]) if n in state else 'absent'} here"
+        for n in sorted(saved.keys() | state.keys())
+        if n not in saved or n not in state or kind(saved[n]) != kind(state[n])
+    ]:
+        raise CheckpointError(
+            f"not restored: {len(odd)} tensors differ: {'; '.join(odd[:3])}",
+            report.path,
+            remedy="make the adapter, or the model, as it was made for training",
+        )
+    for name, tensor in saved.items():
+        state[name].copy_(tensor)
     _check_arrival(trained_state(model), saved, report.path)
     return report
+
 
 def _check_keys(loaded: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
     "Every saved tensor has a place in the adapter, and every place a tensor."
     if odd := sorted(loaded.keys() ^ saved.keys()):
         raise CheckpointError(f"not loaded: these were left out or added: {odd[:5]}", path)
 
+
 def _check_arrival(loaded: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
-    "Every saved tensor is in the model, and nothing else is; a warning if the model's precision rounds some."
+    """Every saved tensor is in the model, and nothing else is; a warning if the model's precision
+    rounds some.
+    """
     _check_keys(loaded, saved, path)
-    rounded = [name for name, t in saved.items() if loaded[name].dtype != t.dtype and not same_bits(loaded[name].to(t.dtype), t)]
-    wrong = [name for name, t in saved.items() if not same_bits(loaded[name], t.to(loaded[name].dtype))]
-    if wrong: raise CheckpointError(f"not loaded: {len(wrong)} tensors differ from the file: {wrong[:5]}", path)
-    if rounded: warnings.warn(f"{len(rounded)} tensors of {path} were rounded to {loaded[rounded[0]].dtype}, the base's: {rounded[:3]}")
+    rounded = [
+        name
+        for name, t in saved.items()
+        if loaded[name].dtype != t.dtype and not same_bits(loaded[name].to(t.dtype), t)
+    ]
+    wrong = [
+        name for name, t in saved.items() if not same_bits(loaded[name], t.to(loaded[name].dtype))
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"not loaded: {len(wrong)} tensors differ from the file: {wrong[:5]}", path
+        )
+    if rounded:
+        warnings.warn(
+            f"{len(rounded)} tensors of {path} were rounded to "
+            f"{loaded[rounded[0]].dtype}, the base's: {rounded[:3]}"
+        )
 
 # %% ../nbs/07_checkpoint.ipynb #27df50b2
 def empty_base(model: PeftModel) -> nn.Module:
-    "The base of `model` without an adapter, its tensors on the meta device; those that are quantised, which PEFT has to look at, are the model's own."
+    """The base of `model` without an adapter, its tensors on the meta device; those that are
+    quantised, which PEFT has to look at, are the model's own.
+    """
     empty = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
-    empty |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) if type(p) is nn.Parameter else p for p in model.parameters()}
+    empty |= {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        if type(p) is nn.Parameter
+        else p
+        for p in model.parameters()
+    }
     return copy.deepcopy(model, empty).unload()
 
+
 def try_on_fresh_base(model: PeftModel, path: Path, fresh: nn.Module | None = None) -> None:
-    "Load the adapter of `model` with the configuration in `path` onto a `fresh` base of `empty_base`; `CheckpointError` if it does not fit."
-    state, fresh = adapter_state(model), PeftModel(empty_base(model) if fresh is None else copy.deepcopy(fresh), read_adapter_config((path/ADAPTER_FILES[0]).read_bytes(), path), low_cpu_mem_usage=True)
+    """Load the adapter of `model` with the configuration in `path` onto a `fresh` base of
+    `empty_base`; `CheckpointError` if it does not fit.
+    """
+    state, fresh = (
+        adapter_state(model),
+        PeftModel(
+            empty_base(model) if fresh is None else copy.deepcopy(fresh),
+            read_adapter_config((path / ADAPTER_FILES[0]).read_bytes(), path),
+            low_cpu_mem_usage=True,
+        ),
+    )
     try:
-        if odd := set_peft_model_state_dict(fresh, state, low_cpu_mem_usage=True).unexpected_keys: raise KeyError(odd[0])
+        if odd := set_peft_model_state_dict(fresh, state, low_cpu_mem_usage=True).unexpected_keys:
+            raise KeyError(odd[0])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError("the adapter would be saved, and could not be loaded on a fresh base", path, error,
-                              "give full names in `modules_to_save`, such as 'model.embed_audio_tokens'; `apply_lora` checks them") from error
+        raise CheckpointError(
+            "the adapter would be saved, and could not be loaded on a fresh base",
+            path,
+            error,
+            "give full names in `modules_to_save`, such as 'model.embed_audio_tokens'; "
+            "`apply_lora` checks them",
+        ) from error
+
 
 def try_to_load(model: PeftModel | nn.Module, path: Path, fresh: nn.Module | None = None) -> None:
-    "Load what was saved of `model` beside it; `CheckpointError` if it does not fit, or is not the same."
-    if isinstance(model, PeftModel): return try_on_fresh_base(model, path, fresh)
+    """Load what was saved of `model` beside it; `CheckpointError` if it does not fit, or is not
+    the same.
+    """
+    if isinstance(model, PeftModel):
+        return try_on_fresh_base(model, path, fresh)
     options = {"use_text_head": True} if type(model) is stock_class(model) else {}
     with explained("the model would be saved, and could not be loaded", path):
         try:
-            fresh = type(model).from_pretrained(str(path), dtype="auto", use_safetensors=True, **options)
+            fresh = type(model).from_pretrained(
+                str(path), dtype="auto", use_safetensors=True, **options
+            )
         except RuntimeError as error:
             raise ValueError(str(error)) from error
     _check_arrival(fresh.state_dict(), trained_state(model), path)
 
-def preflight(output_dir: Path | str, # where checkpoints will be; made if it is not there
-              bytes_needed: int, # for all that will lie there at one time, `save_total_limit + 2` checkpoints, optimizer state included
-              model: PeftModel | nn.Module | None = None, # rehearse with this: saved, and loaded back into it; None: with a tensor of no importance
-              base: dict | None = None, # of `describe_base`, as for `save_lora_adapters`
-              fresh: nn.Module | None = None, # of `empty_base`, to try the adapter on; None: made of `model`, which must be whole
-              ) -> int:
-    "Save, read back, rename, load and remove a checkpoint in `output_dir`; returns the free bytes. `CheckpointError` says what failed."
+
+def preflight(
+    output_dir: Path | str,  # where checkpoints will be; made if it is not there
+    # for all that will lie there at one time, `save_total_limit + 2` checkpoints, optimizer
+    # state included
+    bytes_needed: int,
+    # rehearse with this: saved, and loaded back into it; None: with a tensor of no importance
+    model: PeftModel | nn.Module | None = None,
+    base: dict | None = None,  # of `describe_base`, as for `save_lora_adapters`
+    # of `empty_base`, to try the adapter on; None: made of `model`, which must be whole
+    fresh: nn.Module | None = None,
+) -> int:
+    """Save, read back, rename, load and remove a checkpoint in `output_dir`; returns the free
+    bytes. `CheckpointError` says what failed.
+    """
     output_dir = Path(output_dir)
     if (free := free_bytes(output_dir)) is not None and free < bytes_needed:
-        raise CheckpointError(f"the run needs {bytes_needed / 1e6:,.1f} MB for its checkpoints", output_dir, remedy=REMEDIES[errno.ENOSPC])
-    snapshot = Snapshot({"probe.safetensors": {"probe": torch.arange(256)}}, {}) if model is None else take_snapshot(model, base=base or {})
+        raise CheckpointError(
+            f"the run needs {bytes_needed / 1e6:,.1f} MB for its checkpoints",
+            output_dir,
+            remedy=REMEDIES[errno.ENOSPC],
+        )
+    snapshot = (
+        Snapshot({"probe.safetensors": {"probe": torch.arange(256)}}, {})
+        if model is None
+        else take_snapshot(model, base=base or {})
+    )
     try:
-        with staging_directory(output_dir/"preflight") as box:
-            snapshot.save(box/"checkpoint-0")
-            if model is None: load_files(box/"checkpoint-0")
+        with staging_directory(output_dir / "preflight") as box:
+            snapshot.save(box / "checkpoint-0")
+            if model is None:
+                load_files(box / "checkpoint-0")
             else:
-                restore(model, box/"checkpoint-0", base)
-                try_to_load(model, box/"checkpoint-0", fresh)
+                restore(model, box / "checkpoint-0", base)
+                try_to_load(model, box / "checkpoint-0", fresh)
             with explained("its place could not be cleared", output_dir):
                 for left in output_dir.glob(".preflight.*"):
-                    if left == box or HIDDEN.fullmatch(left.name) and writer_of(left) == "gone": remove_directory(left.rename(hidden_name(output_dir/"preflight", "removing")))
+                    if left == box or HIDDEN.fullmatch(left.name) and writer_of(left) == "gone":
+                        remove_directory(
+                            left.rename(hidden_name(output_dir / "preflight", "removing"))
+                        )
     except CheckpointError as error:
-        raise CheckpointError(f"this run could not save: {error.what}", output_dir, error.__cause__, error.remedy) from error
+        raise CheckpointError(
+            f"this run could not save: {error.what}", output_dir, error.__cause__, error.remedy
+        ) from error
     return free

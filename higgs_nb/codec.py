@@ -21,27 +21,43 @@ from safetensors.torch import save as to_safetensors
 from tqdm.auto import tqdm
 from .audio import trim_end
 from .chatml import Audio, load_audio
-from .world import WorldConfig, WorldVQ, fit_bandwidth_extension, fit_world_vq, is_band_limited, world_features, world_synthesis
+from higgs_nb.world import (
+    WorldConfig,
+    WorldVQ,
+    fit_bandwidth_extension,
+    fit_world_vq,
+    is_band_limited,
+    world_features,
+    world_synthesis,
+)
 
 # %% auto #0
 __all__ = ['Codec', 'WorldCodec', 'HiggsCodec', 'load_codec', 'CodeStore']
 
 # %% ../nbs/02_codec.ipynb #9a7888b1
 class Codec(ABC):
-    "A waveform becomes `num_codebooks` codes a frame, `frame_rate` times a second, and codes become a waveform."
+    """A waveform becomes `num_codebooks` codes a frame, `frame_rate` times a second, and codes
+    become a waveform.
+    """
+
     sampling_rate: int = 24000  # Hz
-    frame_rate: int = 25        # frames a second
+    frame_rate: int = 25  # frames a second
     num_codebooks: int = 8
-    codebook_size: int = 1024   # codes lie in [0, codebook_size)
-    at_once: int = 1            # recordings that are encoded at one time, each in a thread, by `CodeStore.encode_all`
+    codebook_size: int = 1024  # codes lie in [0, codebook_size)
+    at_once: int = (
+        1  # recordings that are encoded at one time, each in a thread, by `CodeStore.encode_all`
+    )
 
     @property
     @abstractmethod
-    def fingerprint(self) -> str: "Digest of everything that decides what `encode` returns."
+    def fingerprint(self) -> str:
+        "Digest of everything that decides what `encode` returns."
 
     @abstractmethod
     def encode(self, waveform) -> torch.Tensor:
-        "Codes (codebooks, frames) int64 of a mono waveform (samples,) in [-1, 1]; a last part of a frame is a frame."
+        """Codes (codebooks, frames) int64 of a mono waveform (samples,) in [-1, 1]; a last part of
+        a frame is a frame.
+        """
 
     @abstractmethod
     def decode(self, codes) -> torch.Tensor:
@@ -58,20 +74,37 @@ class Codec(ABC):
 
 # %% ../nbs/02_codec.ipynb #25f63ecd
 def _whole_frames(waveform, codec: Codec) -> np.ndarray:
-    "The waveform (frames * samples_per_frame,) float32, silence at its end. Raises a ValueError if it is no mono waveform."
+    """The waveform (frames * samples_per_frame,) float32, silence at its end. Raises a ValueError
+    if it is no mono waveform.
+    """
     waveform = np.asarray(waveform, dtype=np.float32)
-    if waveform.ndim != 1: raise ValueError(f"a waveform has the shape (samples,), this one has {waveform.shape}: mix it down to mono")
-    if not len(waveform): raise ValueError("the waveform holds 0 samples: there is nothing to encode")
-    if not np.isfinite(waveform).all(): raise ValueError("the waveform holds NaN or infinite samples: repair the recording")
-    return np.pad(waveform, (0, codec.frames(len(waveform)) * codec.samples_per_frame - len(waveform)))
+    if waveform.ndim != 1:
+        raise ValueError(
+            f"a waveform has the shape (samples,), this one has {waveform.shape}: mix "
+            "it down to mono"
+        )
+    if not len(waveform):
+        raise ValueError("the waveform holds 0 samples: there is nothing to encode")
+    if not np.isfinite(waveform).all():
+        raise ValueError("the waveform holds NaN or infinite samples: repair the recording")
+    return np.pad(
+        waveform, (0, codec.frames(len(waveform)) * codec.samples_per_frame - len(waveform))
+    )
+
 
 def _checked_codes(codes, codec: Codec) -> torch.Tensor:
     "The codes (codebooks, frames) int64. Raises a ValueError if `codec` cannot have made them."
     codes = torch.as_tensor(codes).long()
     if codes.ndim != 2 or not 1 <= len(codes) <= codec.num_codebooks or not codes.shape[1]:
-        raise ValueError(f"codes have the shape (1 to {codec.num_codebooks} codebooks, frames), these have {tuple(codes.shape)}")
+        raise ValueError(
+            f"codes have the shape (1 to {codec.num_codebooks} codebooks, frames), "
+            f"these have {tuple(codes.shape)}"
+        )
     if codes.min() < 0 or codes.max() >= codec.codebook_size:
-        raise ValueError(f"codes lie in [0, {codec.codebook_size}), these in [{codes.min()}, {codes.max()}]: remove BOS, EOS and the delay first")
+        raise ValueError(
+            f"codes lie in [0, {codec.codebook_size}), these in [{codes.min()}, "
+            f"{codes.max()}]: remove BOS, EOS and the delay first"
+        )
     return codes
 
 # %% ../nbs/02_codec.ipynb #2c8c5591
@@ -84,48 +117,71 @@ def _digest(config, tensors: dict[str, torch.Tensor]) -> str:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
+
 class WorldCodec(Codec):
     "WORLD features as codes, 8 x 1024 at 25 frames/s, fitted to the voices at hand; see `WorldVQ`."
+
     format, version, file = "higgs_nb.WorldCodec", 4, "codec.safetensors"
     at_once = min(16, os.cpu_count() or 1)  # WORLD computes on one core, and lets others do so, too
 
     def __init__(self, net: WorldVQ):
         self.net, self.config = net, net.config
-        for name in ("sampling_rate", "frame_rate", "num_codebooks", "codebook_size"): setattr(self, name, getattr(net.config, name))
+        for name in ("sampling_rate", "frame_rate", "num_codebooks", "codebook_size"):
+            setattr(self, name, getattr(net.config, name))
 
     @cached_property
-    def fingerprint(self) -> str: return _digest((self.format, self.version, asdict(self.config)), self.net.state_dict())
+    def fingerprint(self) -> str:
+        return _digest((self.format, self.version, asdict(self.config)), self.net.state_dict())
 
     def heard(self, waveform) -> np.ndarray:
         "The WORLD features (frames * stack, features) of a waveform, extended if it ends at 8 kHz."
         features = world_features(_whole_frames(waveform, self), self.config)
-        return self.net.extend(torch.from_numpy(features)).numpy() if is_band_limited(features, self.config) else features
+        return (
+            self.net.extend(torch.from_numpy(features)).numpy()
+            if is_band_limited(features, self.config)
+            else features
+        )
 
-    def encode(self, waveform) -> torch.Tensor: return self.net.encode(torch.from_numpy(self.heard(waveform))[None])[0]
+    def encode(self, waveform) -> torch.Tensor:
+        return self.net.encode(torch.from_numpy(self.heard(waveform))[None])[0]
 
     def features(self, codes) -> np.ndarray:
-        "The WORLD features (frames * stack, features) that codes stand for; the first codebooks alone give a coarser picture."
+        """The WORLD features (frames * stack, features) that codes stand for; the first codebooks
+        alone give a coarser picture.
+        """
         return self.net.features_of(_checked_codes(codes, self)[None])[0].numpy()
 
-    def decode(self, codes) -> torch.Tensor: return torch.from_numpy(world_synthesis(self.features(codes), self.config))
+    def decode(self, codes) -> torch.Tensor:
+        return torch.from_numpy(world_synthesis(self.features(codes), self.config))
 
 # %% ../nbs/02_codec.ipynb #9f77159a
 @patch(cls_method=True)
-def fit(cls: WorldCodec,
-        waveforms: Iterable[np.ndarray],     # (samples,) each, mono, at the config's sampling rate
-        config: WorldConfig = WorldConfig(),
-        steps: int = 2400,                   # see `fit_world_vq`
-        seed: int = 0,
-        progress: bool = True) -> WorldCodec:
+def fit(
+    cls: WorldCodec,
+    waveforms: Iterable[np.ndarray],  # (samples,) each, mono, at the config's sampling rate
+    config: WorldConfig = WorldConfig(),
+    steps: int = 2400,  # see `fit_world_vq`
+    seed: int = 0,
+    progress: bool = True,
+) -> WorldCodec:
     "A codec fitted to the waveforms. Raises a ValueError if they are too short."
     codec = cls(WorldVQ(config))
     waveforms = [_whole_frames(w, codec) for w in waveforms]
-    features = [world_features(w, config) for w in tqdm(waveforms, desc="features", disable=not progress)]
+    features = [
+        world_features(w, config) for w in tqdm(waveforms, desc="features", disable=not progress)
+    ]
     full = [w for w, f in zip(waveforms, features) if not is_band_limited(f, config)]
     if full:
-        codec.net.extension.copy_(fit_bandwidth_extension(full[::-(-len(full) // 200)], config, progress=progress))  # 200 are plenty
-        features = [codec.net.extend(torch.from_numpy(f)).numpy() if is_band_limited(f, config) else f for f in features]
-    return cls(fit_world_vq(features, config, steps, codec.net.extension, seed=seed, progress=progress))
+        codec.net.extension.copy_(
+            fit_bandwidth_extension(full[:: -(-len(full) // 200)], config, progress=progress)
+        )  # 200 are plenty
+        features = [
+            codec.net.extend(torch.from_numpy(f)).numpy() if is_band_limited(f, config) else f
+            for f in features
+        ]
+    return cls(
+        fit_world_vq(features, config, steps, codec.net.extension, seed=seed, progress=progress)
+    )
 
 # %% ../nbs/02_codec.ipynb #277da92e
 @patch
@@ -134,71 +190,117 @@ def save(self: WorldCodec, folder: str | Path) -> Path:
     path = Path(folder) / self.file
     path.parent.mkdir(parents=True, exist_ok=True)
     header = json.dumps(dict(format=self.format, version=self.version, config=asdict(self.config)))
-    path.write_bytes(to_safetensors({name: t.half().contiguous() for name, t in self.net.state_dict().items()}, {"codec": header}))
+    path.write_bytes(
+        to_safetensors(
+            {name: t.half().contiguous() for name, t in self.net.state_dict().items()},
+            {"codec": header},
+        )
+    )
     return path
+
 
 @patch(cls_method=True)
 def from_pretrained(cls: WorldCodec, path: str | Path | None = None) -> WorldCodec:
     "Read a codec from its folder or file; without a path, the one in the package."
     path = Path(str(files("higgs_nb"))) / "data" / "world_codec" if path is None else Path(path)
-    if path.is_dir(): path = path / cls.file
-    if not path.is_file(): raise FileNotFoundError(f"{path}: there is no codec; nbs/runs/fit_codec.ipynb makes one")
+    if path.is_dir():
+        path = path / cls.file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no codec; nbs/runs/fit_codec.ipynb makes one")
     try:
         with safe_open(path, "pt") as file:
-            header, tensors = json.loads((file.metadata() or {}).get("codec", "{}")), {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error: raise ValueError(f"{path}: is no whole safetensors file ({error}); copy or fit it again") from error
+            header, tensors = (
+                json.loads((file.metadata() or {}).get("codec", "{}")),
+                {name: file.get_tensor(name) for name in file.keys()},
+            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: is no whole safetensors file ({error}); copy or fit it again"
+        ) from error
     if (header.get("format"), header.get("version")) != (cls.format, cls.version):
-        raise ValueError(f"{path}: holds {header.get('format')} version {header.get('version')}, this is {cls.format} version {cls.version}: fit it again")
-    net = WorldVQ(WorldConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}))
+        raise ValueError(
+            f"{path}: holds {header.get('format')} version {header.get('version')}, "
+            f"this is {cls.format} version {cls.version}: fit it again"
+        )
+    net = WorldVQ(
+        WorldConfig(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
+        )
+    )
     net.load_state_dict({name: t.float() for name, t in tensors.items()})
     return cls(net.eval().requires_grad_(False))
 
 # %% ../nbs/02_codec.ipynb #e009a3d1
 def _require_torchaudio():
-    try: importlib.import_module("torchaudio")
+    try:
+        importlib.import_module("torchaudio")
     except (ImportError, OSError) as error:
         raise ImportError(f"""the Higgs codec needs torchaudio, and it does not load: {error}
     Install it with `pip install higgs_nb[codec]`. Its wheel must be built for the installed torch ({torch.__version__}).
     If none is, torchaudio still loads as pure Python, which is enough here: delete lib/*.so in its folder.""") from error
 
+
 class HiggsCodec(Codec):
     "transformers' `HiggsAudioV2TokenizerModel` as a `Codec`."
+
     def __init__(self, model):
         self.model, config = model.eval(), model.config
         self.sampling_rate, self.frame_rate = config.sample_rate, config.frame_rate
         self.num_codebooks, self.codebook_size = config.num_quantizers, config.codebook_size
 
     @classmethod
-    def from_pretrained(cls, model_id_or_path: str | Path = "bosonai/higgs-audio-v2-tokenizer",  # on the hub, or a folder
-                        revision: str = "main",            # a commit, to be sure of the weights
-                        device: str | torch.device = "cpu") -> HiggsCodec:
+    def from_pretrained(
+        cls,
+        # on the hub, or a folder
+        model_id_or_path: str | Path = "bosonai/higgs-audio-v2-tokenizer",
+        revision: str = "main",  # a commit, to be sure of the weights
+        device: str | torch.device = "cpu",
+    ) -> HiggsCodec:
         "Load the weights in float32. Raises an ImportError if torchaudio cannot be used."
         _require_torchaudio()
         from transformers import HiggsAudioV2TokenizerModel
-        return cls(HiggsAudioV2TokenizerModel.from_pretrained(model_id_or_path, revision=revision, dtype=torch.float32, use_safetensors=True).to(device))
+
+        return cls(
+            HiggsAudioV2TokenizerModel.from_pretrained(
+                model_id_or_path, revision=revision, dtype=torch.float32, use_safetensors=True
+            ).to(device)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        config = {k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+        config = {
+            k: v
+            for k, v in self.model.config.to_dict().items()
+            if k not in ("_name_or_path", "transformers_version")
+        }
         return _digest(config, self.model.state_dict())
 
     @torch.inference_mode()
     def encode(self, waveform) -> torch.Tensor:
         x = torch.from_numpy(_whole_frames(waveform, self)).to(self.model.device)
-        return self.model.encode(x[None, None], return_dict=False)[0, :, :len(x) // self.samples_per_frame].cpu()
+        return self.model.encode(x[None, None], return_dict=False)[
+            0, :, : len(x) // self.samples_per_frame
+        ].cpu()
 
     @torch.inference_mode()
     def decode(self, codes) -> torch.Tensor:
         codes = _checked_codes(codes, self).to(self.model.device)
-        return self.model.decode(codes[None], return_dict=False)[0, 0, :codes.shape[1] * self.samples_per_frame].cpu()
+        return self.model.decode(codes[None], return_dict=False)[
+            0, 0, : codes.shape[1] * self.samples_per_frame
+        ].cpu()
 
 # %% ../nbs/02_codec.ipynb #dac60462
-def load_codec(name: str | Path = "world",  # "world": the codec in the package; or the folder of a codec; or a hub id
-               **kwargs) -> Codec:          # for `HiggsCodec.from_pretrained`: revision, device
+def load_codec(
+    # "world": the codec in the package; or the folder of a codec; or a hub id
+    name: str | Path = "world",
+    **kwargs,
+) -> Codec:  # for `HiggsCodec.from_pretrained`: revision, device
     "The codec of that name."
-    if str(name) == "world": return WorldCodec.from_pretrained(**kwargs)
+    if str(name) == "world":
+        return WorldCodec.from_pretrained(**kwargs)
     path = Path(name)
-    if path.suffix == ".safetensors" or (path / WorldCodec.file).exists(): return WorldCodec.from_pretrained(path, **kwargs)
+    if path.suffix == ".safetensors" or (path / WorldCodec.file).exists():
+        return WorldCodec.from_pretrained(path, **kwargs)
     return HiggsCodec.from_pretrained(name, **kwargs)
 
 # %% ../nbs/02_codec.ipynb #446bd402
@@ -212,25 +314,37 @@ def _write_whole(path: Path, data: bytes):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise OSError(error.errno, f"the codes could not be stored ({error.strerror}); make room and run again", str(path)) from error
-    finally: part.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"the codes could not be stored ({error.strerror}); make room and run again",
+            str(path),
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../nbs/02_codec.ipynb #eb6b8a71
 class CodeStore:
     "The codes of recordings, encoded once and kept under `root`; `hits` and `misses` count."
-    remembered = 4096  # clips kept in memory
-    version = 2        # of the files: an .npy file followed by a sha256
 
-    def __init__(self, root: str | Path,  # a folder; made if it is not there
-                 codec: Codec,
-                 max_duration_s: float | None = 30.0,  # a longer recording is refused
-                 end_silence_s: float | None = None,  # seconds that are kept of the silence at its end, see `trim_end`; None: all
-                 fallback: str | Path | None = None):  # folder for new codes where `root` cannot be written to
+    remembered = 4096  # clips kept in memory
+    version = 2  # of the files: an .npy file followed by a sha256
+
+    def __init__(
+        self,
+        root: str | Path,  # a folder; made if it is not there
+        codec: Codec,
+        max_duration_s: float | None = 30.0,  # a longer recording is refused
+        # seconds that are kept of the silence at its end, see `trim_end`; None: all
+        end_silence_s: float | None = None,
+        fallback: str | Path | None = None,
+    ):  # folder for new codes where `root` cannot be written to
         self.codec, self.max_duration_s, self.end_silence_s = codec, max_duration_s, end_silence_s
         end = f"-end-{end_silence_s:g}s" if end_silence_s is not None else ""
         name = f"{codec.fingerprint[:16]}-v{self.version}{end}"
         self.folder = Path(root) / name  # codes are read from here
-        self.new_folder = self.folder if fallback is None else self._place(Path(root), Path(fallback), name)
+        self.new_folder = (
+            self.folder if fallback is None else self._place(Path(root), Path(fallback), name)
+        )
         self.hits = self.misses = 0
         self.dtype = np.int16 if codec.codebook_size <= 2**15 else np.int32
         self._memory = {}
@@ -255,14 +369,19 @@ class CodeStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise NotADirectoryError(f"{folder.parent}: is a file, the code store needs a folder") from error
+            raise NotADirectoryError(
+                f"{folder.parent}: is a file, the code store needs a folder"
+            ) from error
         except OSError as error:
             remedy = "give a folder that can be written to, or a fallback"
-            raise OSError(error.errno, f"the codes cannot be stored ({error.strerror}); {remedy}", str(folder)) from error
+            raise OSError(
+                error.errno, f"the codes cannot be stored ({error.strerror}); {remedy}", str(folder)
+            ) from error
 
     def get(self, audio: Audio | str | Path) -> torch.Tensor:
         "Codes (codebooks, frames) int64 of a recording."
-        if not isinstance(audio, Audio): audio = Audio(str(audio))
+        if not isinstance(audio, Audio):
+            audio = Audio(str(audio))
         path = self.path(audio)
         known = path in self._memory or path.exists()
         if path not in self._memory:
@@ -272,24 +391,33 @@ class CodeStore:
 
 # %% ../nbs/02_codec.ipynb #c8558d20
 def _sum_of(path: Path, content: bytes) -> bytes:
-    "sha256 (32 bytes) of what a file of codes holds and of its name, so that two files cannot change places."
+    """sha256 (32 bytes) of what a file of codes holds and of its name, so that two files cannot
+    change places.
+    """
     return hashlib.sha256(path.name.encode() + content).digest()
+
 
 @patch
 def _remember(self: CodeStore, path: Path, codes: np.ndarray):
-    if len(self._memory) >= self.remembered: self._memory.pop(next(iter(self._memory)))
+    if len(self._memory) >= self.remembered:
+        self._memory.pop(next(iter(self._memory)))
     self._memory[path] = codes
+
 
 @patch
 def _encode(self: CodeStore, audio: Audio, path: Path) -> np.ndarray:
     waveform = load_audio(audio, self.codec.sampling_rate, self.max_duration_s)
-    if self.end_silence_s is not None: waveform = trim_end(waveform, self.codec.sampling_rate, self.end_silence_s)
-    try: codes = self.codec.encode(waveform).numpy().astype(self.dtype)
-    except ValueError as error: raise ValueError(f"{audio.name}: {error}") from error
+    if self.end_silence_s is not None:
+        waveform = trim_end(waveform, self.codec.sampling_rate, self.end_silence_s)
+    try:
+        codes = self.codec.encode(waveform).numpy().astype(self.dtype)
+    except ValueError as error:
+        raise ValueError(f"{audio.name}: {error}") from error
     file = io.BytesIO()
     np.save(file, codes, allow_pickle=False)
     _write_whole(path, file.getvalue() + _sum_of(path, file.getvalue()))
     return codes
+
 
 @patch
 def _read(self: CodeStore, path: Path) -> np.ndarray:
@@ -298,21 +426,44 @@ def _read(self: CodeStore, path: Path) -> np.ndarray:
     data = path.read_bytes()
     content, checksum = data[:-32], data[-32:]
     if checksum != _sum_of(path, content):
-        raise ValueError(f"{path}: was changed after it was written, or belongs to another recording; {remedy}")
+        raise ValueError(
+            f"{path}: was changed after it was written, or belongs to another recording; {remedy}"
+        )
     codes = np.load(io.BytesIO(content), allow_pickle=False)
     if codes.dtype != self.dtype or len(codes) != self.codec.num_codebooks:
-        raise ValueError(f"{path}: holds {codes.shape} {codes.dtype}, not {self.codec.num_codebooks} codebooks of {np.dtype(self.dtype)}; {remedy}")
-    try: return _checked_codes(codes, self.codec).numpy().astype(self.dtype)
-    except ValueError as error: raise ValueError(f"{path}: {error}; {remedy}") from error
+        raise ValueError(
+            f"{path}: holds {codes.shape} {codes.dtype}, not {self.codec.num_codebooks} "
+            f"codebooks of {np.dtype(self.dtype)}; {remedy}"
+        )
+    try:
+        return _checked_codes(codes, self.codec).numpy().astype(self.dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {remedy}") from error
+
 
 @patch
 def encode_all(self: CodeStore, audios: Iterable[Audio], progress: bool = True) -> dict[str, int]:
-    "Make sure that the codes of all recordings are stored; counts the `clips`, `hits` and `misses` of this call."
+    """Make sure that the codes of all recordings are stored; counts the `clips`, `hits` and
+    `misses` of this call.
+    """
     audios = list(audios)
     clips = {self.path(audio): audio for audio in audios}
     new = {path for path in clips if not path.exists()}
-    def codes_of(path): return self._encode(clips[path], path) if path in new else self._read(path)
-    with ThreadPoolExecutor(self.codec.at_once) as pool, tqdm(zip(clips, pool.map(codes_of, clips)), desc="codes", unit="clip", total=len(clips), disable=not progress) as bar:
-        for path, codes in bar: self._remember(path, codes)
+
+    def codes_of(path):
+        return self._encode(clips[path], path) if path in new else self._read(path)
+
+    with (
+        ThreadPoolExecutor(self.codec.at_once) as pool,
+        tqdm(
+            zip(clips, pool.map(codes_of, clips)),
+            desc="codes",
+            unit="clip",
+            total=len(clips),
+            disable=not progress,
+        ) as bar,
+    ):
+        for path, codes in bar:
+            self._remember(path, codes)
     self.hits, self.misses = self.hits + len(audios) - len(new), self.misses + len(new)
     return dict(clips=len(audios), hits=len(audios) - len(new), misses=len(new))

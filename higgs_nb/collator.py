@@ -15,7 +15,15 @@ from fastcore.basics import patch, store_attr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import WhisperFeatureExtractor
-from .samples import IGNORE, AudioTokens, ChatMLDatasetSample, Sample, chunk_heard, delay_pattern, whisper_frames
+from higgs_nb.samples import (
+    IGNORE,
+    AudioTokens,
+    ChatMLDatasetSample,
+    Sample,
+    chunk_heard,
+    delay_pattern,
+    whisper_frames,
+)
 
 # %% auto #0
 __all__ = ['ExtendedHiggsAudioSampleCollator', 'target_index', 'log_mel', 'whisper_inputs', 'is_frame', 'PaddedCollator',
@@ -23,40 +31,88 @@ __all__ = ['ExtendedHiggsAudioSampleCollator', 'target_index', 'log_mel', 'whisp
            'create_collator']
 
 # %% ../nbs/04_collator.ipynb #735d18b1
-def target_index(labels: Tensor,  # (rows, positions), text labels, -100 = not supervised
-                 audio_positions: Tensor,  # (frames,) where each frame stands in the flattened rows
-                 audio_labels: Tensor,  # (frames, codebooks)
-                 starts: Tensor,  # (samples,) where each sample begins in the flattened rows
-                 ) -> dict[str, Tensor]:
-    """The rows of the flattened hidden states that predict something, and what: `text_rows`, `text_targets` (n,), `audio_rows` (m,) and
-    `audio_targets` (m, codebooks). A row stands one position before its target."""
+def target_index(
+    labels: Tensor,  # (rows, positions), text labels, -100 = not supervised
+    audio_positions: Tensor,  # (frames,) where each frame stands in the flattened rows
+    audio_labels: Tensor,  # (frames, codebooks)
+    starts: Tensor,  # (samples,) where each sample begins in the flattened rows
+) -> dict[str, Tensor]:
+    """The rows of the flattened hidden states that predict something, and what: `text_rows`,
+    `text_targets` (n,), `audio_rows` (m,) and `audio_targets` (m, codebooks). A row stands one
+    position before its target.
+    """
     labels = labels.flatten().clone()
     labels[starts] = IGNORE  # nothing stands before the first token of a sample
     text = (labels != IGNORE).nonzero().flatten()
     frames = (audio_labels != IGNORE).any(1).nonzero().flatten()
-    return dict(text_rows=text - 1, text_targets=labels[text], audio_rows=audio_positions[frames] - 1, audio_targets=audio_labels.index_select(0, frames))
+    return dict(
+        text_rows=text - 1,
+        text_targets=labels[text],
+        audio_rows=audio_positions[frames] - 1,
+        audio_targets=audio_labels.index_select(0, frames),
+    )
 
 # %% ../nbs/04_collator.ipynb #03e1f166
-def log_mel(waves: list[np.ndarray],  # (samples,) of each chunk, at the extractor's rate
-            extractor: WhisperFeatureExtractor) -> dict[str, Tensor]:
-    "`audio_features` (chunks, mel bins, mel frames) and `audio_feature_attention_mask` (chunks, mel frames), 1 where there is sound."
+def log_mel(
+    waves: list[np.ndarray],  # (samples,) of each chunk, at the extractor's rate
+    extractor: WhisperFeatureExtractor,
+) -> dict[str, Tensor]:
+    """`audio_features` (chunks, mel bins, mel frames) and `audio_feature_attention_mask` (chunks,
+    mel frames), 1 where there is sound.
+    """
     if not waves:
-        return dict(audio_features=torch.zeros(0, extractor.feature_size, extractor.nb_max_frames),
-                    audio_feature_attention_mask=torch.zeros(0, extractor.nb_max_frames, dtype=torch.int32))
-    got = extractor(waves, sampling_rate=extractor.sampling_rate, return_attention_mask=True, padding="max_length")
-    return dict(audio_features=torch.from_numpy(got["input_features"]), audio_feature_attention_mask=torch.from_numpy(got["attention_mask"]))
+        return dict(
+            audio_features=torch.zeros(0, extractor.feature_size, extractor.nb_max_frames),
+            audio_feature_attention_mask=torch.zeros(0, extractor.nb_max_frames, dtype=torch.int32),
+        )
+    got = extractor(
+        waves,
+        sampling_rate=extractor.sampling_rate,
+        return_attention_mask=True,
+        padding="max_length",
+    )
+    return dict(
+        audio_features=torch.from_numpy(got["input_features"]),
+        audio_feature_attention_mask=torch.from_numpy(got["attention_mask"]),
+    )
 
-def whisper_inputs(samples: list[Sample], input_ids: Tensor, tokens: AudioTokens, extractor: WhisperFeatureExtractor | None) -> dict[str, Tensor]:
-    """What a batch with Whisper adds: `log_mel`, `whisper_rows` (features,) where they go in the flattened `input_ids`, and `feature_rows` (features,)
-    which of the tower's outputs (chunks * outputs of a chunk) they are. Nothing without `extractor`; `ValueError` if samples have waveforms then."""
+
+def whisper_inputs(
+    samples: list[Sample],
+    input_ids: Tensor,
+    tokens: AudioTokens,
+    extractor: WhisperFeatureExtractor | None,
+) -> dict[str, Tensor]:
+    """What a batch with Whisper adds: `log_mel`, `whisper_rows` (features,) where they go in the
+    flattened `input_ids`, and `feature_rows` (features,) which of the tower's outputs (chunks *
+    outputs of a chunk) they are. Nothing without `extractor`; `ValueError` if samples have
+    waveforms then.
+    """
     waves = list(chain(*(s.waveforms for s in samples)))
     if extractor is None:
-        if waves: raise ValueError(f"sample {next(s.id for s in samples if s.waveforms)!r} has places for Whisper features, and this collator no extractor: pass that of the dataset")
+        if waves:
+            raise ValueError(
+                f"sample {next(s.id for s in samples if s.waveforms)!r} has places for "
+                "Whisper features, and this collator no extractor: pass that of the "
+                "dataset"
+            )
         return {}
-    counts, window = [whisper_frames(len(w), extractor.hop_length) for w in waves], extractor.nb_max_frames // 4
-    feature_rows = torch.cat([torch.zeros(0, dtype=torch.long), *(i * window + torch.arange(n) for i, n in enumerate(counts))])
+    counts, window = (
+        [whisper_frames(len(w), extractor.hop_length) for w in waves],
+        extractor.nb_max_frames // 4,
+    )
+    feature_rows = torch.cat(
+        [
+            torch.zeros(0, dtype=torch.long),
+            *(i * window + torch.arange(n) for i, n in enumerate(counts)),
+        ]
+    )
     whisper_rows = (input_ids.flatten() == tokens.audio_in).nonzero().flatten()
-    if len(whisper_rows) != len(feature_rows): raise ValueError(f"the samples have {len(whisper_rows)} places for {len(feature_rows)} Whisper features: were they made without an extractor?")
+    if len(whisper_rows) != len(feature_rows):
+        raise ValueError(
+            f"the samples have {len(whisper_rows)} places for {len(feature_rows)} "
+            "Whisper features: were they made without an extractor?"
+        )
     return dict(**log_mel(waves, extractor), whisper_rows=whisper_rows, feature_rows=feature_rows)
 
 # %% ../nbs/04_collator.ipynb #92e8da82
@@ -64,86 +120,163 @@ def is_frame(input_ids: Tensor, tokens: AudioTokens) -> Tensor:
     "Where frames stand in `input_ids`, a bool tensor of its shape."
     return (input_ids == tokens.audio_out) | (input_ids == tokens.audio_delay)
 
+
 class PaddedCollator:
-    "Samples of any length, one a row: the batch of transformers' own forward, and the index of targets."
-    def __init__(self, tokens: AudioTokens,  # placeholders, BOS and EOS of the model
-                 pad_left: bool = False,  # pad the text on the left, for generation
-                 round_to: int = 1,  # round the length up to a multiple
-                 extractor: WhisperFeatureExtractor | None = None):  # that of the samples, for a model with a Whisper tower
-        self.tokens, self.pad_left, self.round_to, self.extractor = tokens, pad_left, round_to, extractor
+    """Samples of any length, one a row: the batch of transformers' own forward, and the index of
+    targets.
+    """
+
+    def __init__(
+        self,
+        tokens: AudioTokens,  # placeholders, BOS and EOS of the model
+        pad_left: bool = False,  # pad the text on the left, for generation
+        round_to: int = 1,  # round the length up to a multiple
+        extractor: WhisperFeatureExtractor | None = None,
+    ):  # that of the samples, for a model with a Whisper tower
+        self.tokens, self.pad_left, self.round_to, self.extractor = (
+            tokens,
+            pad_left,
+            round_to,
+            extractor,
+        )
 
     def pad(self, rows: list[Tensor], value: int) -> Tensor:
         "(batch, positions)"
-        out = pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left" if self.pad_left else "right")
+        out = pad_sequence(
+            rows,
+            batch_first=True,
+            padding_value=value,
+            padding_side="left" if self.pad_left else "right",
+        )
         gap = -out.shape[1] % self.round_to
         return F.pad(out, (gap, 0) if self.pad_left else (0, gap), value=value)
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` (batch, positions), `audio_input_ids`, `audio_labels` (batch, frames, codebooks),
-        `audio_input_ids_mask` (batch, frames), `audio_positions` (all frames,), the index of `target_index`, and `whisper_inputs`."""
+        """`input_ids`, `attention_mask`, `labels` (batch, positions), `audio_input_ids`,
+        `audio_labels` (batch, frames, codebooks), `audio_input_ids_mask` (batch, frames),
+        `audio_positions` (all frames,), the index of `target_index`, and `whisper_inputs`.
+        """
         input_ids = self.pad([s.input_ids for s in samples], self.tokens.pad)
         labels = self.pad([s.labels for s in samples], IGNORE)
         mask = self.pad([torch.ones_like(s.input_ids) for s in samples], 0)
-        codes = pad_sequence([s.audio_ids for s in samples], batch_first=True, padding_value=self.tokens.stream_eos)
-        audio_labels = pad_sequence([s.audio_labels for s in samples], batch_first=True, padding_value=IGNORE)
+        codes = pad_sequence(
+            [s.audio_ids for s in samples], batch_first=True, padding_value=self.tokens.stream_eos
+        )
+        audio_labels = pad_sequence(
+            [s.audio_labels for s in samples], batch_first=True, padding_value=IGNORE
+        )
         frames = torch.tensor([len(s.audio_ids) for s in samples])
         positions = is_frame(input_ids, self.tokens).flatten().nonzero().flatten()
         starts = torch.arange(len(samples)) * input_ids.shape[1] + mask.argmax(1)
-        return dict(input_ids=input_ids, attention_mask=mask, labels=labels, audio_input_ids=codes, audio_labels=audio_labels,
-                    audio_input_ids_mask=torch.arange(codes.shape[1]) < frames[:, None], audio_positions=positions,
-                    **target_index(labels, positions, torch.cat([s.audio_labels for s in samples]), starts),
-                    **whisper_inputs(samples, input_ids, self.tokens, self.extractor))
+        return dict(
+            input_ids=input_ids,
+            attention_mask=mask,
+            labels=labels,
+            audio_input_ids=codes,
+            audio_labels=audio_labels,
+            audio_input_ids_mask=torch.arange(codes.shape[1]) < frames[:, None],
+            audio_positions=positions,
+            **target_index(labels, positions, torch.cat([s.audio_labels for s in samples]), starts),
+            **whisper_inputs(samples, input_ids, self.tokens, self.extractor),
+        )
 
 # %% ../nbs/04_collator.ipynb #8bf5b91d
 class PackedCollator:
     "Samples one behind the other in one row: no padding, no attention across samples."
-    def __init__(self, tokens: AudioTokens,  # placeholders, BOS and EOS of the model
-                 extractor: WhisperFeatureExtractor | None = None):  # that of the samples, for a model with a Whisper tower
+
+    def __init__(
+        self,
+        tokens: AudioTokens,  # placeholders, BOS and EOS of the model
+        extractor: WhisperFeatureExtractor | None = None,
+    ):  # that of the samples, for a model with a Whisper tower
         self.tokens, self.extractor = tokens, extractor
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """`input_ids`, `position_ids`, `labels` (1, positions), `audio_input_ids`, `audio_labels` (1, frames, codebooks), `audio_input_ids_mask`
-        (1, frames), `lengths` and `frame_lengths` of the samples (lists), their borders `cu_seqlens` and `frame_cu_seqlens` (samples + 1,) int32, `text_positions` (n,), `audio_positions`
-        (frames,), the index of `target_index`, and `whisper_inputs`."""
-        input_ids, labels = torch.cat([s.input_ids for s in samples]), torch.cat([s.labels for s in samples])
-        codes, audio_labels = torch.cat([s.audio_ids for s in samples]), torch.cat([s.audio_labels for s in samples])
+        """`input_ids`, `position_ids`, `labels` (1, positions), `audio_input_ids`, `audio_labels`
+        (1, frames, codebooks), `audio_input_ids_mask` (1, frames), `lengths` and
+        `frame_lengths` of the samples (lists), their borders `cu_seqlens` and
+        `frame_cu_seqlens` (samples + 1,) int32, `text_positions` (n,), `audio_positions`
+        (frames,), the index of `target_index`, and `whisper_inputs`.
+        """
+        input_ids, labels = (
+            torch.cat([s.input_ids for s in samples]),
+            torch.cat([s.labels for s in samples]),
+        )
+        codes, audio_labels = (
+            torch.cat([s.audio_ids for s in samples]),
+            torch.cat([s.audio_labels for s in samples]),
+        )
         ends = torch.tensor([0, *map(len, samples)]).cumsum(0)
         position_ids = torch.arange(len(input_ids)) - ends[:-1].repeat_interleave(ends.diff())
         frame = is_frame(input_ids, self.tokens)
         audio_positions = frame.nonzero().flatten()
-        return dict(input_ids=input_ids[None], position_ids=position_ids[None], labels=labels[None], audio_input_ids=codes[None],
-                    audio_labels=audio_labels[None], audio_input_ids_mask=torch.ones(1, len(codes), dtype=torch.bool),
-                    lengths=[*map(len, samples)], frame_lengths=[len(s.audio_ids) for s in samples], cu_seqlens=ends.int(),
-                    frame_cu_seqlens=torch.tensor([0, *(len(s.audio_ids) for s in samples)]).cumsum(0).int(), text_positions=(~frame).nonzero().flatten(), audio_positions=audio_positions,
-                    **target_index(labels[None], audio_positions, audio_labels, ends[:-1]),
-                    **whisper_inputs(samples, input_ids, self.tokens, self.extractor))
+        return dict(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            labels=labels[None],
+            audio_input_ids=codes[None],
+            audio_labels=audio_labels[None],
+            audio_input_ids_mask=torch.ones(1, len(codes), dtype=torch.bool),
+            lengths=[*map(len, samples)],
+            frame_lengths=[len(s.audio_ids) for s in samples],
+            cu_seqlens=ends.int(),
+            frame_cu_seqlens=torch.tensor([0, *(len(s.audio_ids) for s in samples)])
+            .cumsum(0)
+            .int(),
+            text_positions=(~frame).nonzero().flatten(),
+            audio_positions=audio_positions,
+            **target_index(labels[None], audio_positions, audio_labels, ends[:-1]),
+            **whisper_inputs(samples, input_ids, self.tokens, self.extractor),
+        )
 
 # %% ../nbs/04_collator.ipynb #7003779b
 def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
-    "Indices of `lengths` in rows of at most `budget` in all (Johnson 1973: at most 11/9 of the optimal number of rows, plus one)."
+    """Indices of `lengths` in rows of at most `budget` in all (Johnson 1973: at most 11/9 of the
+    optimal number of rows, plus one).
+    """
     rows, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((r for r, left in enumerate(room) if left >= lengths[i]), None)
-        if row is None: rows.append([]); room.append(budget); row = len(rows) - 1
-        rows[row].append(i); room[row] -= lengths[i]
+        if row is None:
+            rows.append([])
+            room.append(budget)
+            row = len(rows) - 1
+        rows[row].append(i)
+        room[row] -= lengths[i]
     return rows
 
 # %% ../nbs/04_collator.ipynb #25caf831
 class PackedBatchSampler(torch.utils.data.Sampler):
-    """Batches of sample indices, each of at most `token_budget` tokens in all. The order depends on `seed` and the epoch alone, so a run
-    that is resumed sees what it would have seen."""
-    def __init__(self, lengths: list[int],  # tokens of each sample
-                 token_budget: int,  # tokens of a batch, at most
-                 seed: int = 0,  # of the order; the epoch is added
-                 shuffle: bool = True,  # False: the same batches in every epoch, for evaluation
-                 window: int = 1024,  # samples packed together: more fills better, fewer mixes better
-                 ids: list[str] | None = None):  # names of the samples, for errors
-        self.lengths, self.token_budget, self.seed, self.shuffle, self.window, self.epoch = lengths, token_budget, seed, shuffle, window, 0
-        if not lengths: raise ValueError("there are no samples to pack")
+    """Batches of sample indices, each of at most `token_budget` tokens in all. The order depends
+    on `seed` and the epoch alone, so a run that is resumed sees what it would have seen.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],  # tokens of each sample
+        token_budget: int,  # tokens of a batch, at most
+        seed: int = 0,  # of the order; the epoch is added
+        shuffle: bool = True,  # False: the same batches in every epoch, for evaluation
+        window: int = 1024,  # samples packed together: more fills better, fewer mixes better
+        ids: list[str] | None = None,
+    ):  # names of the samples, for errors
+        self.lengths, self.token_budget, self.seed, self.shuffle, self.window, self.epoch = (
+            lengths,
+            token_budget,
+            seed,
+            shuffle,
+            window,
+            0,
+        )
+        if not lengths:
+            raise ValueError("there are no samples to pack")
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > token_budget:
-            raise ValueError(f"sample {ids[longest] if ids else longest} has {lengths[longest]} tokens and does not fit a batch of {token_budget}: "
-                             f"raise the token budget to {lengths[longest]} or cut the recording")
+            raise ValueError(
+                f"sample {ids[longest] if ids else longest} has {lengths[longest]} "
+                f"tokens and does not fit a batch of {token_budget}: "
+                f"raise the token budget to {lengths[longest]} or cut the recording"
+            )
 
     def set_epoch(self, epoch: int):
         "Which epoch the next iteration gives."
@@ -151,22 +284,33 @@ class PackedBatchSampler(torch.utils.data.Sampler):
 
     def pack(self, order: np.ndarray) -> list[list[int]]:
         "Rows of the samples in `order`, window by window."
-        windows = [order[i:i + self.window].tolist() for i in range(0, len(order), self.window)]
-        return [[w[i] for i in row] for w in windows for row in first_fit_decreasing([self.lengths[i] for i in w], self.token_budget)]
+        windows = [order[i : i + self.window].tolist() for i in range(0, len(order), self.window)]
+        return [
+            [w[i] for i in row]
+            for w in windows
+            for row in first_fit_decreasing([self.lengths[i] for i in w], self.token_budget)
+        ]
 
     def permutation(self, epoch: int) -> tuple[np.ndarray, np.random.Generator]:
         "The samples in the order of an epoch, and the generator that shuffled them."
         rng = np.random.default_rng((self.seed, epoch))
-        return (rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))), rng
+        return (
+            rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+        ), rng
 
     def batches(self, epoch: int) -> list[list[int]]:
-        "The batches of an epoch, as many in every epoch: a trainer counts them once, and would skip what is more."
+        """The batches of an epoch, as many in every epoch: a trainer counts them once, and would
+        skip what is more.
+        """
         order, rng = self.permutation(epoch)
         rows = self.pack(order)
-        if len(rows) > len(self): rows = self.pack(self.permutation(0)[0])  # the packing of the first epoch, in another order
+        if len(rows) > len(self):
+            rows = self.pack(
+                self.permutation(0)[0]
+            )  # the packing of the first epoch, in another order
         while len(rows) < len(self):  # a row too few: divide the one with most samples
             most = max(range(len(rows)), key=lambda r: len(rows[r]))
-            rows[most:most + 1] = [rows[most][::2], rows[most][1::2]]
+            rows[most : most + 1] = [rows[most][::2], rows[most][1::2]]
         return [rows[i] for i in rng.permutation(len(rows))] if self.shuffle else rows
 
     @cached_property
@@ -174,41 +318,73 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         "Batches of an epoch."
         return len(self.pack(self.permutation(0)[0]))
 
-    def __iter__(self) -> Iterator[list[int]]: return iter(self.batches(self.epoch))
-    def __len__(self) -> int: return self.count
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches(self.epoch))
+
+    def __len__(self) -> int:
+        return self.count
 
     def fill(self) -> float:
-        "Share of the token budget that holds tokens; 1 - fill is what padding to the budget would add."
+        """Share of the token budget that holds tokens; 1 - fill is what padding to the budget
+        would add.
+        """
         return sum(self.lengths) / (len(self) * self.token_budget)
 
 # %% ../nbs/04_collator.ipynb #1619284b
 class HiggsAudioSampleCollator:
-    """The batch of the original implementation, from its `ChatMLDatasetSample`s (attributes or mappings). Parameters, their meaning and the
-    fields are those of `boson_multimodal.data_collator.HiggsAudioSampleCollator`; inputs are never changed."""
-    def __init__(self, whisper_processor,  # a WhisperProcessor; None without `encode_whisper_embed`
-                 audio_in_token_id: int, audio_out_token_id: int, pad_token_id: int, audio_stream_bos_id: int, audio_stream_eos_id: int,
-                 round_to: int = 8,  # the text length is a multiple of it
-                 pad_left: bool = False,
-                 encode_whisper_embed: bool = True,  # Whisper features of what is heard
-                 return_audio_in_tokens: bool = True,  # codes of what is heard
-                 audio_num_codebooks: int | None = None,  # None: all there are
-                 use_delay_pattern: bool = True,  # as the checkpoint was trained; the released model was trained with it
-                 disable_audio_codes_transform: bool = False,  # codes and `audio_label_ids_concat` are already wrapped
-                 chunk_size_seconds: float = 30,  # longer recordings are heard in several chunks
-                 add_new_bos_eos_for_long_chunk: bool = True,  # each chunk gets its own; the original has no other way
-                 mask_audio_out_token_label: bool = True):  # no text loss on the `<|AUDIO_OUT|>` token; has no effect on audio labels
+    """The batch of the original implementation, from its `ChatMLDatasetSample`s (attributes or
+    mappings). Parameters, their meaning and the fields are those of
+    `boson_multimodal.data_collator.HiggsAudioSampleCollator`; inputs are never changed.
+    """
+
+    def __init__(
+        self,
+        whisper_processor,  # a WhisperProcessor; None without `encode_whisper_embed`
+        audio_in_token_id: int,
+        audio_out_token_id: int,
+        pad_token_id: int,
+        audio_stream_bos_id: int,
+        audio_stream_eos_id: int,
+        round_to: int = 8,  # the text length is a multiple of it
+        pad_left: bool = False,
+        encode_whisper_embed: bool = True,  # Whisper features of what is heard
+        return_audio_in_tokens: bool = True,  # codes of what is heard
+        audio_num_codebooks: int | None = None,  # None: all there are
+        # as the checkpoint was trained; the released model was trained with it
+        use_delay_pattern: bool = True,
+        # codes and `audio_label_ids_concat` are already wrapped
+        disable_audio_codes_transform: bool = False,
+        chunk_size_seconds: float = 30,  # longer recordings are heard in several chunks
+        # each chunk gets its own; the original has no other way
+        add_new_bos_eos_for_long_chunk: bool = True,
+        mask_audio_out_token_label: bool = True,
+    ):  # no text loss on the `<|AUDIO_OUT|>` token; has no effect on audio labels
         if encode_whisper_embed and whisper_processor is None:
-            raise ValueError("encode_whisper_embed=True needs a whisper_processor; pass one or set encode_whisper_embed=False")
-        if not add_new_bos_eos_for_long_chunk: warnings.warn("add_new_bos_eos_for_long_chunk=False has no effect, here as in the original code")
+            raise ValueError(
+                "encode_whisper_embed=True needs a whisper_processor; pass one or set "
+                "encode_whisper_embed=False"
+            )
+        if not add_new_bos_eos_for_long_chunk:
+            warnings.warn(
+                "add_new_bos_eos_for_long_chunk=False has no effect, here as in the original code"
+            )
         store_attr()
-        self.sampling_rate = whisper_processor.feature_extractor.sampling_rate if encode_whisper_embed else None
+        self.sampling_rate = (
+            whisper_processor.feature_extractor.sampling_rate if encode_whisper_embed else None
+        )
 
     def __call__(self, batch: list) -> dict[str, Tensor | None]:
-        """`input_ids`, `attention_mask`, `label_ids` (batch, positions); `audio_out_ids`, `label_audio_ids`, `audio_in_ids` (codebooks, frames);
-        `audio_out_ids_start`, `audio_in_ids_start` (clips,); `audio_features` (chunks, mel bins, mel frames); None as in the original."""
+        """`input_ids`, `attention_mask`, `label_ids` (batch, positions); `audio_out_ids`,
+        `label_audio_ids`, `audio_in_ids` (codebooks, frames); `audio_out_ids_start`,
+        `audio_in_ids_start` (clips,); `audio_features` (chunks, mel bins, mel frames); None as
+        in the original.
+        """
         samples = [ChatMLDatasetSample.wrap(s) for s in batch]
         labelled = [s.label_ids is not None for s in samples]
-        if any(labelled) != all(labelled): raise ValueError(f"sample {labelled.index(False)} of the batch has no label_ids and others do")
+        if any(labelled) != all(labelled):
+            raise ValueError(
+                f"sample {labelled.index(False)} of the batch has no label_ids and others do"
+            )
         chunked = [self.chunk(s) if self.encode_whisper_embed else (s, []) for s in samples]
         samples = [s for s, _ in chunked]
         out = self.text(samples, any(labelled)) | self.audio(samples, any(labelled))
@@ -216,7 +392,12 @@ class HiggsAudioSampleCollator:
 
     def pad(self, rows: list[Tensor], value: int) -> Tensor:
         "(batch, positions), a multiple of `round_to` long"
-        out = pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left" if self.pad_left else "right")
+        out = pad_sequence(
+            rows,
+            batch_first=True,
+            padding_value=value,
+            padding_side="left" if self.pad_left else "right",
+        )
         gap = -out.shape[1] % self.round_to
         return F.pad(out, (gap, 0) if self.pad_left else (0, gap), value=value)
 
@@ -224,19 +405,30 @@ class HiggsAudioSampleCollator:
         "The text fields."
         input_ids = self.pad([s.input_ids for s in samples], self.pad_token_id)
         labels = self.pad([s.label_ids for s in samples], IGNORE) if labelled else None
-        if labelled and self.mask_audio_out_token_label: labels = labels.masked_fill(input_ids == self.audio_out_token_id, IGNORE)
-        return dict(input_ids=input_ids, label_ids=labels, attention_mask=self.pad([torch.ones_like(s.input_ids) for s in samples], 0))
+        if labelled and self.mask_audio_out_token_label:
+            labels = labels.masked_fill(input_ids == self.audio_out_token_id, IGNORE)
+        return dict(
+            input_ids=input_ids,
+            label_ids=labels,
+            attention_mask=self.pad([torch.ones_like(s.input_ids) for s in samples], 0),
+        )
 
 # %% ../nbs/04_collator.ipynb #7399e945
 @patch
 def spoken(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample) -> np.ndarray:
     "Which recordings of a sample are spoken: bool (recordings,)."
     ids = s.input_ids.numpy()
-    spoken = ids[(ids == self.audio_in_token_id) | (ids == self.audio_out_token_id)] == self.audio_out_token_id
+    spoken = (
+        ids[(ids == self.audio_in_token_id) | (ids == self.audio_out_token_id)]
+        == self.audio_out_token_id
+    )
     n = len(s.audio_ids_start)
-    if n == len(spoken): return spoken
-    if n == spoken.sum() and not self.return_audio_in_tokens: return np.ones(n, bool)  # no codes of what is heard
+    if n == len(spoken):
+        return spoken
+    if n == spoken.sum() and not self.return_audio_in_tokens:
+        return np.ones(n, bool)  # no codes of what is heard
     raise ValueError(f"a sample has {len(spoken)} audio placeholders and codes for {n} recordings")
+
 
 @patch
 def audio(self: HiggsAudioSampleCollator, samples, labelled) -> dict[str, Tensor | None]:
@@ -244,72 +436,141 @@ def audio(self: HiggsAudioSampleCollator, samples, labelled) -> dict[str, Tensor
     spoken = [self.spoken(s) for s in samples]
     out_ids, out_start, out_labels = self.stream(samples, spoken, labelled)
     if labelled and len(out_start):
-        ids, labels = (np.concatenate([getattr(s, name).numpy() for s in samples]) for name in ("input_ids", "label_ids"))
+        ids, labels = (
+            np.concatenate([getattr(s, name).numpy() for s in samples])
+            for name in ("input_ids", "label_ids")
+        )
         untrained = labels[ids == self.audio_out_token_id] < 0  # (clips,)
         frames = np.diff(out_start.numpy(), append=out_ids.shape[1])
-        if untrained.any(): out_labels = out_labels.masked_fill(torch.from_numpy(untrained.repeat(frames)), IGNORE)
-    in_ids, in_start, _ = self.stream(samples, [~s for s in spoken], False) if self.return_audio_in_tokens else (None, None, None)
+        if untrained.any():
+            out_labels = out_labels.masked_fill(torch.from_numpy(untrained.repeat(frames)), IGNORE)
+    in_ids, in_start, _ = (
+        self.stream(samples, [~s for s in spoken], False)
+        if self.return_audio_in_tokens
+        else (None, None, None)
+    )
     rewards = torch.tensor([s.reward for s in samples if s.reward is not None], dtype=torch.float32)
-    return dict(audio_out_ids=out_ids, audio_out_ids_start=out_start, label_audio_ids=out_labels, audio_in_ids=in_ids, audio_in_ids_start=in_start,
-                audio_out_ids_start_group_loc=torch.arange(len(samples)) if len(out_start) else None, reward=rewards)
+    return dict(
+        audio_out_ids=out_ids,
+        audio_out_ids_start=out_start,
+        label_audio_ids=out_labels,
+        audio_in_ids=in_ids,
+        audio_in_ids_start=in_start,
+        audio_out_ids_start_group_loc=torch.arange(len(samples)) if len(out_start) else None,
+        reward=rewards,
+    )
+
 
 @patch
-def stream(self: HiggsAudioSampleCollator, samples, chosen, labelled) -> tuple[Tensor, Tensor, Tensor | None]:
-    "The chosen recordings of all samples: wrapped and delayed codes (codebooks, frames), starts (clips,), labels."
+def stream(
+    self: HiggsAudioSampleCollator, samples, chosen, labelled
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The chosen recordings of all samples: wrapped and delayed codes (codebooks, frames), starts
+    (clips,), labels.
+    """
     used = [(s, c) for s, c in zip(samples, chosen) if c.any()]
     if not used:
         empty = torch.zeros(0, 0, dtype=torch.long)
         return empty, torch.zeros(0, dtype=torch.long), empty if labelled else None
-    keep, lengths = np.concatenate([c for _, c in used]), np.concatenate([s.code_lengths for s, _ in used])
+    keep, lengths = (
+        np.concatenate([c for _, c in used]),
+        np.concatenate([s.code_lengths for s, _ in used]),
+    )
     frames = None if keep.all() else torch.from_numpy(keep.repeat(lengths))
+
     def join(name):
-        codes = torch.cat([getattr(s, name)[:self.audio_num_codebooks] for s, _ in used], 1).long()
+        codes = torch.cat([getattr(s, name)[: self.audio_num_codebooks] for s, _ in used], 1).long()
         return codes if frames is None else codes[:, frames]
+
     codes, lengths = join("audio_ids_concat"), torch.from_numpy(lengths[keep])
     if self.disable_audio_codes_transform:
         ids, labels, extra = codes, join("audio_label_ids_concat") if labelled else None, 0
     else:
-        ids, labels = (x.t() for x in delay_pattern(codes, lengths, self.audio_stream_bos_id, self.audio_stream_eos_id, self.use_delay_pattern))
+        ids, labels = (
+            x.t()
+            for x in delay_pattern(
+                codes,
+                lengths,
+                self.audio_stream_bos_id,
+                self.audio_stream_eos_id,
+                self.use_delay_pattern,
+            )
+        )
         extra = len(codes) + 1 if self.use_delay_pattern else 2
     return ids, (lengths + extra).cumsum(0) - lengths - extra, labels if labelled else None
 
 # %% ../nbs/04_collator.ipynb #febe051b
 @patch
-def chunk(self: HiggsAudioSampleCollator, s: ChatMLDatasetSample) -> tuple[ChatMLDatasetSample, list[np.ndarray]]:
+def chunk(
+    self: HiggsAudioSampleCollator, s: ChatMLDatasetSample
+) -> tuple[ChatMLDatasetSample, list[np.ndarray]]:
     "See `chunk_heard`."
-    if not (s.input_ids == self.audio_in_token_id).any(): return s, []
-    return chunk_heard(s, self.spoken(s), self.audio_in_token_id, self.sampling_rate, int(self.chunk_size_seconds * self.sampling_rate))
+    if not (s.input_ids == self.audio_in_token_id).any():
+        return s, []
+    return chunk_heard(
+        s,
+        self.spoken(s),
+        self.audio_in_token_id,
+        self.sampling_rate,
+        int(self.chunk_size_seconds * self.sampling_rate),
+    )
+
 
 @patch
 def features(self: HiggsAudioSampleCollator, waves: list[np.ndarray]) -> dict[str, Tensor | None]:
     "Log-mel features of the chunks, (chunks, mel bins, mel frames), and their mask."
-    if not self.encode_whisper_embed: return dict(audio_features=None, audio_feature_attention_mask=None)
+    if not self.encode_whisper_embed:
+        return dict(audio_features=None, audio_feature_attention_mask=None)
     return log_mel(waves, self.whisper_processor.feature_extractor)
 
 # %% ../nbs/04_collator.ipynb #c21716b4
-def delay_of(config,  # of the model
-             use_delay_pattern: bool | None = None,  # None: as the checkpoint was trained
-             ) -> bool:
+def delay_of(
+    config,  # of the model
+    use_delay_pattern: bool | None = None,  # None: as the checkpoint was trained
+) -> bool:
     "Whether to delay the codebooks; warns when that is not what the checkpoint was trained with."
     trained = getattr(config, "use_delay_pattern", True)
-    if use_delay_pattern is None or use_delay_pattern == trained: return trained
-    warnings.warn(f"use_delay_pattern={use_delay_pattern}, but this checkpoint was trained with {trained}: the codebooks of a frame will stand in other "
-                  "columns than it has learned to read, and it has to learn to speak anew. Leave it at None unless you train from scratch.")
+    if use_delay_pattern is None or use_delay_pattern == trained:
+        return trained
+    warnings.warn(
+        f"use_delay_pattern={use_delay_pattern}, but this checkpoint was trained with "
+        f"{trained}: the codebooks of a frame will stand in other "
+        "columns than it has learned to read, and it has to learn to speak anew. Leave "
+        "it at None unless you train from scratch."
+    )
     return use_delay_pattern
 
-def create_collator(config,  # of the model
-                    whisper_processor,  # a WhisperProcessor; None: nothing is heard through Whisper
-                    tokenizer=None,  # gives the ids that the config does not name; None: those of the released model
-                    use_delay_pattern: bool | None = None,  # None: as the checkpoint was trained
-                    ) -> HiggsAudioSampleCollator:
-    "The collator for training: Whisper features and codes of what is heard, 8 codebooks, lengths a multiple of 8, `<|AUDIO_OUT|>` labels kept."
+
+def create_collator(
+    config,  # of the model
+    whisper_processor,  # a WhisperProcessor; None: nothing is heard through Whisper
+    # gives the ids that the config does not name; None: those of the released model
+    tokenizer=None,
+    use_delay_pattern: bool | None = None,  # None: as the checkpoint was trained
+) -> HiggsAudioSampleCollator:
+    """The collator for training: Whisper features and codes of what is heard, 8 codebooks, lengths
+    a multiple of 8, `<|AUDIO_OUT|>` labels kept.
+    """
     tokens = AudioTokens.from_config(config, tokenizer) if tokenizer else None
-    first = lambda *names, default: next((getattr(config, n) for n in names if getattr(config, n, None) is not None), default)
+    first = lambda *names, default: next(
+        (getattr(config, n) for n in names if getattr(config, n, None) is not None), default
+    )
     return HiggsAudioSampleCollator(
-        whisper_processor, encode_whisper_embed=whisper_processor is not None, return_audio_in_tokens=True, round_to=8, mask_audio_out_token_label=False,
-        audio_in_token_id=tokens.audio_in if tokens else first("audio_in_token_idx", default=128015),
-        audio_out_token_id=first("audio_token_id", "audio_out_token_idx", default=128016), pad_token_id=first("pad_token_id", default=128001),
-        audio_stream_bos_id=first("audio_stream_bos_id", default=1024), audio_stream_eos_id=first("audio_stream_eos_id", default=1025),
-        audio_num_codebooks=first("num_codebooks", "audio_num_codebooks", default=8), use_delay_pattern=delay_of(config, use_delay_pattern))
+        whisper_processor,
+        encode_whisper_embed=whisper_processor is not None,
+        return_audio_in_tokens=True,
+        round_to=8,
+        mask_audio_out_token_label=False,
+        audio_in_token_id=tokens.audio_in
+        if tokens
+        else first("audio_in_token_idx", default=128015),
+        audio_out_token_id=first("audio_token_id", "audio_out_token_idx", default=128016),
+        pad_token_id=first("pad_token_id", default=128001),
+        audio_stream_bos_id=first("audio_stream_bos_id", default=1024),
+        audio_stream_eos_id=first("audio_stream_eos_id", default=1025),
+        audio_num_codebooks=first("num_codebooks", "audio_num_codebooks", default=8),
+        use_delay_pattern=delay_of(config, use_delay_pattern),
+    )
+
 
 ExtendedHiggsAudioSampleCollator = HiggsAudioSampleCollator  # the name that earlier trainers use

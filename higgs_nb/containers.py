@@ -16,20 +16,31 @@ __all__ = ['FFMPEG', 'FORMATS', 'WAV_TAGS', 'DamagedError', 'Container', 'read_c
 
 # %% ../nbs/00a_containers.ipynb #7dffbe90
 class DamagedError(ValueError):
-    "A file whose container is cut, joined, damaged or of a kind that is not read: `what` is wrong, and a `remedy`."
-    def __init__(self, what: str,  # is wrong, a phrase that follows the name of the file
-                 remedy: str = "copy it again, or decode it with ffmpeg -i IN OUT.wav and listen to it"):  # to do
+    """A file whose container is cut, joined, damaged or of a kind that is not read: `what` is
+    wrong, and a `remedy`.
+    """
+
+    def __init__(
+        self,
+        what: str,  # is wrong, a phrase that follows the name of the file
+        remedy: str = "copy it again, or decode it with ffmpeg -i IN OUT.wav and listen to it",
+    ):  # to do
         self.what = what
         self.remedy = remedy
         super().__init__(f"{what}; {remedy}")
 
+
 class Container(NamedTuple):
     "What stands around the sound of a file."
+
     kind: str  # wav, flac, ogg or mp3
     frames: int | None  # samples of each channel that must come out of it; None: not known
     slack: int  # of these, how many a decoder may leave out at the ends
     rate: int | None  # Hz; None: not known
-    data: bytes | None  # to decode in place of the file, because its own header misleads; None: the file
+    data: (
+        bytes | None
+    )  # to decode in place of the file, because its own header misleads; None: the file
+
 
 FFMPEG = "ffmpeg -i IN OUT.wav makes a file that can be read"
 FORMATS = "WAV (PCM, float, A-law, mu-law), FLAC, Ogg Vorbis, Opus and MP3"
@@ -37,15 +48,21 @@ FORMATS = "WAV (PCM, float, A-law, mu-law), FLAC, Ogg Vorbis, Opus and MP3"
 # %% ../nbs/00a_containers.ipynb #f4b9a6d2
 WAV_TAGS = {1: "PCM", 3: "float", 6: "A-law", 7: "mu-law"}
 
-def _chunks(data: bytes, order: str, at: int, padded: bool = True) -> Iterator[tuple[bytes, int, int]]:
-    "Name, offset and stated size of the chunks from `at` on; ends at the end, at `data` or at what is no chunk."
+
+def _chunks(
+    data: bytes, order: str, at: int, padded: bool = True
+) -> Iterator[tuple[bytes, int, int]]:
+    """Name, offset and stated size of the chunks from `at` on; ends at the end, at `data` or at
+    what is no chunk.
+    """
     while at + 8 <= len(data):
-        name = data[at:at + 4]
+        name = data[at : at + 4]
         size = struct.unpack_from(order + "I", data, at + 4)[0]
         if not re.fullmatch(rb"[ -~]{4}", name):
             return
         yield name, at + 8, size
         at += 8 + size + (size & 1 if padded else 0)
+
 
 def _is_tail(data: bytes, order: str, at: int) -> bool:
     "True if what follows the samples is nothing, chunks that end with the file, or an ID3 tag."
@@ -58,6 +75,7 @@ def _is_tail(data: bytes, order: str, at: int) -> bool:
             raise DamagedError("goes on after its samples: holds two chunks of samples", FFMPEG)
         end = start + size
     return len(data) <= end <= len(data) + 1 or end + 1 == len(data)
+
 
 def _wav_format(data: bytes, order: str, start: int, size: int) -> tuple[int, int]:
     "Rate in Hz and bytes of a frame; `DamagedError` if the coding is not one that is read."
@@ -72,6 +90,7 @@ def _wav_format(data: bytes, order: str, start: int, size: int) -> tuple[int, in
         raise DamagedError("has a damaged header: its rate or the size of its frames is 0", FFMPEG)
     return rate, block
 
+
 def _wav(data: bytes) -> Container:
     order = ">" if data[:4] == b"RIFX" else "<"
     rate, block, long_size = 0, 0, None
@@ -85,48 +104,59 @@ def _wav(data: bytes) -> Container:
     else:
         raise DamagedError("ends before its samples begin")
     if not rate:
-        raise DamagedError("has a damaged header: it does not state the format of its samples", FFMPEG)
+        raise DamagedError(
+            "has a damaged header: it does not state the format of its samples", FFMPEG
+        )
     there = len(data) - start
     if data[:4] == b"RF64" and size == 0xFFFFFFFF and long_size:
         size = long_size
     if size in (0, 0xFFFFFFFF):
-        whole = size == 0 and _is_tail(data, order, start)  # no samples, and nothing that could be some
+        whole = size == 0 and _is_tail(
+            data, order, start
+        )  # no samples, and nothing that could be some
         used = 0 if whole else there // block * block
         if used >= 0xFFFFFFF0:
             raise DamagedError("is longer than its header can state", FFMPEG)
         fixed = struct.pack(order + "4sI", b"RIFF" if order == "<" else b"RIFX", start - 8 + used)
-        sized = data[8:start - 4] + struct.pack(order + "I", used)
-        return Container("wav", used // block, 0, rate, fixed + sized + data[start:start + used])
+        sized = data[8 : start - 4] + struct.pack(order + "I", used)
+        return Container("wav", used // block, 0, rate, fixed + sized + data[start : start + used])
     if size > there:
         raise DamagedError(f"stops after {there / block / rate:.2f} of {size / block / rate:.2f} s")
     if not any(_is_tail(data, order, start + size + pad) for pad in {0, size & 1}):
         stated = f"{size / block / rate:.2f} s of sound"
-        raise DamagedError(f"goes on after the {stated} that its header states, for {there - size:,} bytes", FFMPEG)
+        raise DamagedError(
+            f"goes on after the {stated} that its header states, for {there - size:,} bytes", FFMPEG
+        )
     return Container("wav", size // block, 0, rate, None)
 
 # %% ../nbs/00a_containers.ipynb #541990b7
 _REVERSED = bytes(int(f"{i:08b}"[::-1], 2) for i in range(256))
+
 
 def _page_sum(page: bytes) -> int:
     "The checksum of an Ogg page: zlib's polynomial, with the bits the other way round."
     value = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{value:032b}"[::-1], 2)
 
+
 def _page_size(data: bytes, at: int) -> int:
     "Bytes of the page at `at`; more than there are if it was cut."
     if at + 27 > len(data):
         return 27
     segments = data[at + 26]
-    return 27 + segments + sum(data[at + 27:at + 27 + segments])
+    return 27 + segments + sum(data[at + 27 : at + 27 + segments])
+
 
 def _ogg(data: bytes) -> Container:
     at, number, serial, ended = 0, 0, None, False
     while at < len(data):
         size = _page_size(data, at)
-        if data[at:at + 4] != b"OggS" or at + size > len(data):
-            raise DamagedError(f"is cut or damaged at byte {at:,} of {len(data):,}: no page of Ogg is there")
+        if data[at : at + 4] != b"OggS" or at + size > len(data):
+            raise DamagedError(
+                f"is cut or damaged at byte {at:,} of {len(data):,}: no page of Ogg is there"
+            )
         flags, _, page_serial, sequence, checksum = struct.unpack_from("<xxxxxBqIII", data, at)
-        page = data[at:at + 22] + bytes(4) + data[at + 26:at + size]
+        page = data[at : at + 22] + bytes(4) + data[at + 26 : at + size]
         if _page_sum(page) != checksum:
             raise DamagedError(f"is damaged between the bytes {at:,} and {at + size:,}")
         if ended or (serial is not None and page_serial != serial):
@@ -135,7 +165,9 @@ def _ogg(data: bytes) -> Container:
             raise DamagedError(f"lacks pages before byte {at:,}")
         at, serial, number, ended = at + size, page_serial, sequence + 1, bool(flags & 4)
     if not ended:
-        raise DamagedError(f"is cut after {len(data):,} bytes: its last page is not marked as the end")
+        raise DamagedError(
+            f"is cut after {len(data):,} bytes: its last page is not marked as the end"
+        )
     return Container("ogg", None, 0, None, None)
 
 # %% ../nbs/00a_containers.ipynb #7471b5c1
@@ -146,15 +178,19 @@ def _flac(data: bytes) -> Container:
     return Container("flac", word & (2**36 - 1) or None, 0, word >> 44, None)
 
 # %% ../nbs/00a_containers.ipynb #5fc8bbd0
-_KBPS = {True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-         False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
+_KBPS = {
+    True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
+
 
 class _Frame(NamedTuple):
     size: int  # bytes
     rate: int  # Hz
     samples: int
     side: int  # bytes of the side information
+
 
 def _mp3_frame(data: bytes, at: int) -> _Frame | None:
     "The frame of MPEG layer III whose header is at `at`; None if there is none."
@@ -172,17 +208,19 @@ def _mp3_frame(data: bytes, at: int) -> _Frame | None:
     side = (17 if mono else 32) if first else (9 if mono else 17)
     return _Frame(size, hertz, 1152 if first else 576, side)
 
+
 def _after_id3(data: bytes) -> int:
     "Offset of the first byte after the ID3 tags at the start."
     at = 0
-    while data[at:at + 3] == b"ID3" and at + 10 <= len(data):
+    while data[at : at + 3] == b"ID3" and at + 10 <= len(data):
         size = 0
-        for byte in data[at + 6:at + 10]:
+        for byte in data[at + 6 : at + 10]:
             size = size << 7 | byte & 127
         at += 10 + size + (10 if data[at + 5] & 16 else 0)
-    while data[at:at + 1] == b"\0":
+    while data[at : at + 1] == b"\0":
         at += 1
     return at
+
 
 def _is_tag(data: bytes, at: int) -> bool:
     "True if what follows the last frame of an MP3 file is a tag, padding or nothing."
@@ -190,18 +228,24 @@ def _is_tag(data: bytes, at: int) -> bool:
     known = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3", b"3DI")
     return rest.startswith(known) or not rest.strip(b"\0")
 
+
 def _stated_frames(data: bytes, at: int, frame: _Frame) -> int | None:
-    "What the Xing, Info or VBRI header in the frame at `at` states: -1 if it states no number; None if there is none."
+    """What the Xing, Info or VBRI header in the frame at `at` states: -1 if it states no number;
+    None if there is none.
+    """
     tag = at + 4 + frame.side
-    if data[tag:tag + 4] in (b"Xing", b"Info"):
-        flags = int.from_bytes(data[tag + 4:tag + 8], "big")
-        return int.from_bytes(data[tag + 8:tag + 12], "big") if flags & 1 else -1
-    if data[at + 36:at + 40] == b"VBRI":
-        return int.from_bytes(data[at + 50:at + 54], "big")
+    if data[tag : tag + 4] in (b"Xing", b"Info"):
+        flags = int.from_bytes(data[tag + 4 : tag + 8], "big")
+        return int.from_bytes(data[tag + 8 : tag + 12], "big") if flags & 1 else -1
+    if data[at + 36 : at + 40] == b"VBRI":
+        return int.from_bytes(data[at + 50 : at + 54], "big")
     return None
 
+
 def _count_frames(data: bytes, at: int, first: _Frame) -> int:
-    "The frames from `at` on; `DamagedError` if one is cut, or if something else stands between them."
+    """The frames from `at` on; `DamagedError` if one is cut, or if something else stands between
+    them.
+    """
     count = 0
     while at < len(data) and not _is_tag_at(data, at):
         frame = _mp3_frame(data, at)
@@ -209,25 +253,35 @@ def _count_frames(data: bytes, at: int, first: _Frame) -> int:
         if frame is None or frame.rate != first.rate:
             if _is_tag(data, at):
                 break
-            raise DamagedError(f"is damaged or joined of several files after {seconds:.2f} s (byte {at:,} of {len(data):,})")
+            raise DamagedError(
+                f"is damaged or joined of several files after {seconds:.2f} s (byte "
+                f"{at:,} of {len(data):,})"
+            )
         if count and _stated_frames(data, at, frame) is not None:
-            raise DamagedError(f"is joined of several files: another one begins after {seconds:.2f} s", FFMPEG)
+            raise DamagedError(
+                f"is joined of several files: another one begins after {seconds:.2f} s", FFMPEG
+            )
         if at + frame.size > len(data):
             raise DamagedError(f"is cut after {seconds:.2f} s, within a frame")
         at += frame.size
         count += 1
     return count
 
+
 def _is_tag_at(data: bytes, at: int) -> bool:
-    return data[at:at + 1] in (b"T", b"A", b"L", b"I", b"3", b"\0") and _is_tag(data, at)
+    return data[at : at + 1] in (b"T", b"A", b"L", b"I", b"3", b"\0") and _is_tag(data, at)
+
 
 def _info_frame(data: bytes, at: int, frame: _Frame, count: int) -> bytes:
     "A frame that states that `count` frames follow, of the kind of the one at `at`."
     head = struct.unpack_from(">I", data, at)[0]
-    head = head & ~(15 << 12 | 1 << 9) | 12 << 12 | 1 << 16  # a bit rate with room for it, no padding, no checksum
+    head = (
+        head & ~(15 << 12 | 1 << 9) | 12 << 12 | 1 << 16
+    )  # a bit rate with room for it, no padding, no checksum
     start = struct.pack(">I", head) + bytes(frame.side) + b"Info" + struct.pack(">II", 1, count)
     size = _mp3_frame(start, 0).size
     return start + bytes(size - len(start))
+
 
 def _mp3(data: bytes, at: int) -> Container:
     first = _mp3_frame(data, at)
@@ -237,26 +291,32 @@ def _mp3(data: bytes, at: int) -> Container:
     if stated is None or stated <= 0:
         skipped = 0 if stated is None else first.size
         count -= stated is not None
-        fixed = _info_frame(data, at, first, count) + data[at + skipped:]
+        fixed = _info_frame(data, at, first, count) + data[at + skipped :]
         return Container("mp3", count * first.samples, 4 * first.samples, first.rate, fixed)
     count -= 1
     if count not in (stated, stated - 1):  # some encoders count the first frame, too
         verb = "stops after" if count < stated else "has a header that states less than it holds:"
-        raise DamagedError(f"{verb} {min(count, stated) * seconds:.2f} of {max(count, stated) * seconds:.2f} s")
+        raise DamagedError(
+            f"{verb} {min(count, stated) * seconds:.2f} of {max(count, stated) * seconds:.2f} s"
+        )
     return Container("mp3", count * first.samples, 4 * first.samples, first.rate, None)
 
 # %% ../nbs/00a_containers.ipynb #69a70814
 def read_container(data: bytes) -> Container:  # the content of a file
-    "Look at the container of a recording. `DamagedError` if it is cut, damaged or not of a format that is read."
+    """Look at the container of a recording. `DamagedError` if it is cut, damaged or not of a
+    format that is read.
+    """
     if data[:4] in (b"RIFF", b"RIFX", b"RF64") and data[8:12] == b"WAVE":
         return _wav(data)
     if data[:4] == b"OggS":
         return _ogg(data)
     at = _after_id3(data)
-    if data[at:at + 4] == b"fLaC":
+    if data[at : at + 4] == b"fLaC":
         return _flac(data[at:])
     frame = _mp3_frame(data, at)
     if frame and (at + frame.size >= len(data) or _mp3_frame(data, at + frame.size)):
         return _mp3(data, at)
-    raise DamagedError(f"is not a recording that can be decoded (read are {FORMATS})",
-                       "give a wav, flac, ogg, opus or mp3 file; " + FFMPEG)
+    raise DamagedError(
+        f"is not a recording that can be decoded (read are {FORMATS})",
+        "give a wav, flac, ogg, opus or mp3 file; " + FFMPEG,
+    )

@@ -21,153 +21,339 @@ __all__ = ['RENAMED', 'FIXED', 'TEXT_FIELDS', 'ENCODER_DEFAULTS', 'convert_name'
            'frame_sources', 'native_batch']
 
 # %% ../nbs/05a_convert.ipynb #28efefdc
-RENAMED = ((r"^audio_codebook_embeddings\.", "model.embed_audio_tokens.embed_audio_tokens."), (r"^(embed_tokens|layers|norm)\.", r"model.\1."),
-           (r"^audio_decoder_proj\.", ""), (r"^embed_audio_tokens\.", "model.embed_audio_tokens."))
+RENAMED = (
+    (r"^audio_codebook_embeddings\.", "model.embed_audio_tokens.embed_audio_tokens."),
+    (r"^(embed_tokens|layers|norm)\.", r"model.\1."),
+    (r"^audio_decoder_proj\.", ""),
+    (r"^embed_audio_tokens\.", "model.embed_audio_tokens."),
+)
+
 
 def convert_name(name: str) -> str:  # in the original's checkpoint
     "The name of a tensor of the original in our model."
     name = re.sub(r"^(module\.)?(model\.)?", "", name)
-    for pattern, ours in RENAMED: name = re.sub(pattern, ours, name)
+    for pattern, ours in RENAMED:
+        name = re.sub(pattern, ours, name)
     return name
 
-def convert_state_dict(*parts: dict[str, Tensor]) -> dict[str, Tensor]:  # name -> tensor, under the original's names
-    "The tensors of all parts under our names, e.g. of a frozen and a trainable file; `ValueError` if two parts differ on one."
+
+def convert_state_dict(
+    *parts: dict[str, Tensor],
+) -> dict[str, Tensor]:  # name -> tensor, under the original's names
+    """The tensors of all parts under our names, e.g. of a frozen and a trainable file;
+    `ValueError` if two parts differ on one.
+    """
     merged = {}
     for part in parts:
         for name, tensor in part.items():
             ours = convert_name(name)
-            if ours in merged and not (merged[ours].shape == tensor.shape and torch.equal(merged[ours], tensor)):
-                raise ValueError(f"{name!r} is in two parts of the checkpoint with different values: leave out the part that is not meant")
+            if ours in merged and not (
+                merged[ours].shape == tensor.shape and torch.equal(merged[ours], tensor)
+            ):
+                raise ValueError(
+                    f"{name!r} is in two parts of the checkpoint with different values: "
+                    "leave out the part that is not meant"
+                )
             merged[ours] = tensor
     return merged
 
 # %% ../nbs/05a_convert.ipynb #590548b2
-FIXED = dict(audio_decoder_proj_num_layers=0, use_rq_transformer=False, use_audio_out_embed_projector=False, audio_embed_avg=False)
-TEXT_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings",
-               "initializer_range", "rms_norm_eps", "bos_token_id", "eos_token_id", "attention_bias", "attention_dropout", "mlp_bias", "head_dim", "rope_parameters")
-ENCODER_DEFAULTS = dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, num_mel_bins=128)  # Whisper large v3's
+FIXED = dict(
+    audio_decoder_proj_num_layers=0,
+    use_rq_transformer=False,
+    use_audio_out_embed_projector=False,
+    audio_embed_avg=False,
+)
+TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "attention_bias",
+    "attention_dropout",
+    "mlp_bias",
+    "head_dim",
+    "rope_parameters",
+)
+ENCODER_DEFAULTS = dict(
+    d_model=1280,
+    encoder_layers=32,
+    encoder_attention_heads=20,
+    encoder_ffn_dim=5120,
+    num_mel_bins=128,
+)  # Whisper large v3's
+
 
 def convert_config(original: dict) -> HiggsAudioV2Config:  # its `config.json`, read
-    "Our configuration for the original's `config.json`; `ValueError` names settings that have no counterpart."
+    """Our configuration for the original's `config.json`; `ValueError` names settings that have no
+    counterpart.
+    """
     text = LlamaConfig(**original["text_config"])
     layers, adapter = original.get("audio_dual_ffn_layers"), original.get("audio_adapter_type")
     odd = {k: original[k] for k, wanted in FIXED.items() if original.get(k, wanted) != wanted}
-    if adapter not in ("dual_ffn", "dual_ffn_fast_forward"): odd["audio_adapter_type"] = adapter
-    if sorted(layers or ()) != list(range(text.num_hidden_layers)): odd["audio_dual_ffn_layers"] = layers
-    if odd: raise ValueError(f"this model of the original cannot be built here, because of {odd}; wanted are {FIXED} and a dual FFN in each of {text.num_hidden_layers} layers")
+    if adapter not in ("dual_ffn", "dual_ffn_fast_forward"):
+        odd["audio_adapter_type"] = adapter
+    if sorted(layers or ()) != list(range(text.num_hidden_layers)):
+        odd["audio_dual_ffn_layers"] = layers
+    if odd:
+        raise ValueError(
+            f"this model of the original cannot be built here, because of {odd}; wanted "
+            f"are {FIXED} and a dual FFN in each of {text.num_hidden_layers} layers"
+        )
     config = HiggsAudioV2Config(
-        **{k: getattr(text, k) for k in TEXT_FIELDS}, pad_token_id=original["pad_token_id"], num_codebooks=original["audio_num_codebooks"],
-        codebook_size=original["audio_codebook_size"] + 2, audio_token_id=original["audio_out_token_idx"], audio_bos_token_id=original["audio_out_bos_token_id"],
-        audio_delay_token_id=original["audio_out_token_idx"] - 2,  # <|reserved_special_token_6|>; the original has no placeholder for these frames
-        audio_stream_bos_id=original["audio_stream_bos_id"], audio_stream_eos_id=original["audio_stream_eos_id"])
-    config.audio_in_token_id, config.encode_audio_in_tokens = original["audio_in_token_idx"], original.get("encode_audio_in_tokens", False)
+        **{k: getattr(text, k) for k in TEXT_FIELDS},
+        pad_token_id=original["pad_token_id"],
+        num_codebooks=original["audio_num_codebooks"],
+        codebook_size=original["audio_codebook_size"] + 2,
+        audio_token_id=original["audio_out_token_idx"],
+        audio_bos_token_id=original["audio_out_bos_token_id"],
+        audio_delay_token_id=original["audio_out_token_idx"]
+        - 2,  # <|reserved_special_token_6|>; the original has no placeholder for these frames
+        audio_stream_bos_id=original["audio_stream_bos_id"],
+        audio_stream_eos_id=original["audio_stream_eos_id"],
+    )
+    config.audio_in_token_id, config.encode_audio_in_tokens = (
+        original["audio_in_token_idx"],
+        original.get("encode_audio_in_tokens", False),
+    )
     config.use_delay_pattern = original.get("use_delay_pattern", False)
-    if original.get("use_audio_out_self_attention"): config.use_audio_out_self_attention = True
+    if original.get("use_audio_out_self_attention"):
+        config.use_audio_out_self_attention = True
     if not original.get("skip_audio_tower", False):
-        encoder = ENCODER_DEFAULTS | {k: v for k, v in (original.get("audio_encoder_config") or {}).items() if k in WHISPER_FIELDS}
+        encoder = ENCODER_DEFAULTS | {
+            k: v
+            for k, v in (original.get("audio_encoder_config") or {}).items()
+            if k in WHISPER_FIELDS
+        }
         whisper_settings(config, WhisperConfig(**encoder), config.audio_in_token_id)
     return config
 
 # %% ../nbs/05a_convert.ipynb #7cf84d7f
-def from_original(config: dict,  # of the original's `config.json`
-                  *state_dicts: dict[str, Tensor],  # the checkpoint, in one part or several
-                  ) -> HiggsAudioForTraining:
-    "Our model with the original's weights, in their precision; `ValueError` if they are not exactly its tensors."
+def from_original(
+    config: dict,  # of the original's `config.json`
+    *state_dicts: dict[str, Tensor],  # the checkpoint, in one part or several
+) -> HiggsAudioForTraining:
+    """Our model with the original's weights, in their precision; `ValueError` if they are not
+    exactly its tensors.
+    """
     state = convert_state_dict(*state_dicts)
-    with torch.device("meta"): wanted = {k: v.shape for k, v in HiggsAudioForTraining(convert_config(config)).state_dict().items()}
-    wrong = {"missing": wanted.keys() - state.keys(), "left over": state.keys() - wanted.keys(),
-             "of another shape": {k for k in wanted.keys() & state.keys() if wanted[k] != state[k].shape}}
+    with torch.device("meta"):
+        wanted = {
+            k: v.shape
+            for k, v in HiggsAudioForTraining(convert_config(config)).state_dict().items()
+        }
+    wrong = {
+        "missing": wanted.keys() - state.keys(),
+        "left over": state.keys() - wanted.keys(),
+        "of another shape": {
+            k for k in wanted.keys() & state.keys() if wanted[k] != state[k].shape
+        },
+    }
     if any(wrong.values()):
-        raise ValueError("this is not the checkpoint that its config describes: " + "; ".join(f"{len(k)} tensors {what} ({', '.join(sorted(k)[:4])})" for what, k in wrong.items() if k))
+        raise ValueError(
+            "this is not the checkpoint that its config describes: "
+            + "; ".join(
+                f"{len(k)} tensors {what} ({', '.join(sorted(k)[:4])})"
+                for what, k in wrong.items()
+                if k
+            )
+        )
     model = HiggsAudioForTraining(convert_config(config)).to(state["text_lm_head.weight"].dtype)
     model.load_state_dict(state)
     return model.eval()
 
+
 def read_weights(path: Path) -> dict[str, Tensor]:  # safetensors, or what `torch.save` wrote
     "The tensors of a safetensors or PyTorch file. No code in it is run."
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    return (
+        load_file(path)
+        if path.suffix == ".safetensors"
+        else torch.load(path, map_location="cpu", weights_only=True)
+    )
 
-def load_original(*paths: str | Path,  # folders and files of one checkpoint; `config.json` lies in one of the folders
-                  ) -> HiggsAudioForTraining:
+
+def load_original(
+    # folders and files of one checkpoint; `config.json` lies in one of the folders
+    *paths: str | Path,
+) -> HiggsAudioForTraining:
     "Load a checkpoint of the original implementation, all its parts together; see `from_original`."
     paths = [Path(p) for p in paths]
-    weights = [f for p in paths for f in (sorted(x for x in p.rglob("*") if x.suffix in (".safetensors", ".bin", ".pt")) if p.is_dir() else [p])]
+    weights = [
+        f
+        for p in paths
+        for f in (
+            sorted(x for x in p.rglob("*") if x.suffix in (".safetensors", ".bin", ".pt"))
+            if p.is_dir()
+            else [p]
+        )
+    ]
     configs = [p / "config.json" for p in paths if (p / "config.json").exists()]
-    if not weights or not configs: raise ValueError(f"no {'weights' if configs else 'config.json'} in {', '.join(map(str, paths))}")
-    return from_original(json.loads(configs[0].read_text(encoding="utf-8")), *map(read_weights, weights))
+    if not weights or not configs:
+        raise ValueError(
+            f"no {'weights' if configs else 'config.json'} in {', '.join(map(str, paths))}"
+        )
+    return from_original(
+        json.loads(configs[0].read_text(encoding="utf-8")), *map(read_weights, weights)
+    )
 
 # %% ../nbs/05a_convert.ipynb #de9b2f63
-def clip_lengths(codes: Tensor | None,  # (codebooks, frames) of all clips
-                 starts: Tensor | None,  # (clips,)
-                 ) -> Tensor | None:
+def clip_lengths(
+    codes: Tensor | None,  # (codebooks, frames) of all clips
+    starts: Tensor | None,  # (clips,)
+) -> Tensor | None:
     "Frames of each clip: (clips,); None if there are none."
-    if codes is None or starts is None or not codes.numel(): return None
+    if codes is None or starts is None or not codes.numel():
+        return None
     return torch.diff(starts.long(), append=starts.new_tensor([codes.shape[1]]).long())
 
-def whisper_lengths(mask: Tensor | None,  # (chunks, mel_frames)
-                    ) -> Tensor | None:
+
+def whisper_lengths(
+    mask: Tensor | None,  # (chunks, mel_frames)
+) -> Tensor | None:
     "Whisper features of each chunk: (chunks,); None if there are none."
-    if mask is None or not len(mask): return None
+    if mask is None or not len(mask):
+        return None
     return ((mask.sum(-1).long() - 1) // 2 - 1) // 2 + 1
 
+
 def layout(batch: dict, config) -> dict[str, Tensor]:
-    "Where each element of the expanded sequence comes from, flattened over rows: `token`, `within` its token, `features` before codes, `column`; and `width`, `hole`."
-    ids, audio_in = batch["input_ids"], getattr(config, "audio_in_token_id", config.audio_token_id - 1)
+    """Where each element of the expanded sequence comes from, flattened over rows: `token`,
+    `within` its token, `features` before codes, `column`; and `width`, `hole`.
+    """
+    ids, audio_in = (
+        batch["input_ids"],
+        getattr(config, "audio_in_token_id", config.audio_token_id - 1),
+    )
     heard, spoken = ids == audio_in, ids == config.audio_token_id
     out, into = clip_lengths(batch["audio_out_ids"], batch["audio_out_ids_start"]), None
-    if getattr(config, "encode_audio_in_tokens", True): into = clip_lengths(batch["audio_in_ids"], batch["audio_in_ids_start"])
-    chunks = whisper_lengths(batch["audio_feature_attention_mask"]) if getattr(config, "encode_whisper_embed", False) else None
+    if getattr(config, "encode_audio_in_tokens", True):
+        into = clip_lengths(batch["audio_in_ids"], batch["audio_in_ids_start"])
+    chunks = (
+        whisper_lengths(batch["audio_feature_attention_mask"])
+        if getattr(config, "encode_whisper_embed", False)
+        else None
+    )
     features, repeats = torch.zeros_like(ids), torch.ones_like(ids)
-    if chunks is not None: features[heard] = chunks
-    if chunks is not None or into is not None: repeats[heard] = features[heard] + (0 if into is None else into)
-    if out is not None: repeats[spoken] = out
+    if chunks is not None:
+        features[heard] = chunks
+    if chunks is not None or into is not None:
+        repeats[heard] = features[heard] + (0 if into is None else into)
+    if out is not None:
+        repeats[spoken] = out
     ends = repeats.cumsum(1)
     width = -(-int(ends[:, -1].max()) // 8) * 8
     first = ends - repeats + (width - ends[:, -1:] if len(ids) == 1 else 0)
     token = torch.arange(ids.numel()).repeat_interleave(repeats.flatten())
     within = torch.arange(len(token)) - (repeats.flatten().cumsum(0) - repeats.flatten())[token]
     hole = (heard & (chunks is None and into is None)) | (spoken & (out is None))
-    return dict(token=token, within=within, features=features.flatten()[token], left=(repeats.flatten()[token] - within), width=width,
-                place=token // ids.shape[1] * width + first.flatten()[token] + within, heard=heard.flatten()[token], spoken=spoken.flatten()[token],
-                hole=hole.flatten()[token])
+    return dict(
+        token=token,
+        within=within,
+        features=features.flatten()[token],
+        left=(repeats.flatten()[token] - within),
+        width=width,
+        place=token // ids.shape[1] * width + first.flatten()[token] + within,
+        heard=heard.flatten()[token],
+        spoken=spoken.flatten()[token],
+        hole=hole.flatten()[token],
+    )
 
 # %% ../nbs/05a_convert.ipynb #4c6154b2
 def frame_sources(at: dict, batch: dict, config, is_frame: Tensor) -> tuple[Tensor, Tensor]:
     "The codes and labels of the frames, in the order of the sequence: (frames, codebooks) both."
     n, spoken = config.num_codebooks, at["spoken"][is_frame]
-    def rows(name, default): return default if batch.get(name) is None or not batch[name].numel() else batch[name].t()[:, :n].long()
+
+    def rows(name, default):
+        return (
+            default
+            if batch.get(name) is None or not batch[name].numel()
+            else batch[name].t()[:, :n].long()
+        )
+
     empty = torch.zeros(0, n, dtype=torch.long)
     out, into = rows("audio_out_ids", empty), rows("audio_in_ids", empty)
-    labels = torch.cat([rows("label_audio_ids", torch.full_like(out, IGNORE)), torch.full_like(into, IGNORE)])
+    labels = torch.cat(
+        [rows("label_audio_ids", torch.full_like(out, IGNORE)), torch.full_like(into, IGNORE)]
+    )
     source = torch.empty(len(spoken), dtype=torch.long)
-    source[spoken] = torch.arange(int(spoken.sum()))  # clips stand in the order of their placeholders
+    source[spoken] = torch.arange(
+        int(spoken.sum())
+    )  # clips stand in the order of their placeholders
     source[~spoken] = len(out) + torch.arange(int((~spoken).sum()))
     return torch.cat([out, into])[source], labels[source]
 
-def native_batch(batch: dict[str, Tensor | None],  # of `HiggsAudioSampleCollator`, the original's or ours
-                 config,  # of our model
-                 ) -> dict[str, Tensor]:
-    """The batch for `HiggsAudioForTraining`, on the grid of positions that the original lays out: `input_ids`, `attention_mask`, `position_ids`, `labels` (batch, positions),
-    `audio_input_ids`, `audio_labels` (1, frames, codebooks), the index of `target_index`, `audio_out_rows` of frames that are spoken, and Whisper's features."""
+
+def native_batch(
+    batch: dict[str, Tensor | None],  # of `HiggsAudioSampleCollator`, the original's or ours
+    config,  # of our model
+) -> dict[str, Tensor]:
+    """The batch for `HiggsAudioForTraining`, on the grid of positions that the original lays out:
+    `input_ids`, `attention_mask`, `position_ids`, `labels` (batch, positions),
+    `audio_input_ids`, `audio_labels` (1, frames, codebooks), the index of `target_index`,
+    `audio_out_rows` of frames that are spoken, and Whisper's features.
+    """
     at, rows = layout(batch, config), len(batch["input_ids"])
     whisper = at["heard"] & (at["within"] < at["features"])
     is_frame = (at["heard"] | at["spoken"]) & ~whisper & ~at["hole"]
     text = ~at["heard"] & ~at["spoken"]
-    def grid(values, default): return torch.full((rows * at["width"],), default).index_copy(0, at["place"], values).view(rows, -1)
-    delayed = is_frame & (at["left"] < config.num_codebooks) & getattr(config, "use_delay_pattern", True)
+
+    def grid(values, default):
+        return (
+            torch.full((rows * at["width"],), default)
+            .index_copy(0, at["place"], values)
+            .view(rows, -1)
+        )
+
+    delayed = (
+        is_frame & (at["left"] < config.num_codebooks) & getattr(config, "use_delay_pattern", True)
+    )
     ids = batch["input_ids"].flatten()[at["token"]]
-    ids = torch.where(is_frame, torch.where(delayed, config.audio_delay_token_id, config.audio_token_id), torch.where(at["hole"], config.pad_token_id, ids))
-    mask = torch.where(text, batch["attention_mask"].flatten()[at["token"]], 1).masked_fill(at["hole"], 0)
-    labels = torch.full_like(ids, IGNORE) if batch["label_ids"] is None else batch["label_ids"].flatten()[at["token"]].masked_fill(~text, IGNORE)
+    ids = torch.where(
+        is_frame,
+        torch.where(delayed, config.audio_delay_token_id, config.audio_token_id),
+        torch.where(at["hole"], config.pad_token_id, ids),
+    )
+    mask = torch.where(text, batch["attention_mask"].flatten()[at["token"]], 1).masked_fill(
+        at["hole"], 0
+    )
+    labels = (
+        torch.full_like(ids, IGNORE)
+        if batch["label_ids"] is None
+        else batch["label_ids"].flatten()[at["token"]].masked_fill(~text, IGNORE)
+    )
     ids, mask, labels = grid(ids, config.pad_token_id), grid(mask, 0), grid(labels, IGNORE)
     used = mask.any(0).nonzero().flatten()
-    begin, end = (int(used[0]) // 8 * 8, at["width"]) if rows == 1 else (0, -(-(int(used[-1]) + 1) // 8) * 8)
+    begin, end = (
+        (int(used[0]) // 8 * 8, at["width"]) if rows == 1 else (0, -(-(int(used[-1]) + 1) // 8) * 8)
+    )
     ids, mask, labels = (x[:, begin:end] for x in (ids, mask, labels))
     place = at["place"] // at["width"] * (end - begin) + at["place"] % at["width"] - begin
     codes, audio_labels = frame_sources(at, batch, config, is_frame)
     positions = place[is_frame]
-    out = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).masked_fill(mask == 0, 1), labels=labels, audio_input_ids=codes[None],
-               audio_labels=audio_labels[None], audio_input_ids_mask=torch.ones(1, len(codes), dtype=torch.bool), audio_positions=positions,
-               audio_out_rows=place[is_frame & at["spoken"]], **target_index(labels, positions, audio_labels, torch.arange(rows) * (end - begin)))
-    if not whisper.any(): return out
-    return out | dict(audio_features=batch["audio_features"], audio_feature_attention_mask=batch["audio_feature_attention_mask"], whisper_rows=place[whisper])
+    out = dict(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).masked_fill(mask == 0, 1),
+        labels=labels,
+        audio_input_ids=codes[None],
+        audio_labels=audio_labels[None],
+        audio_input_ids_mask=torch.ones(1, len(codes), dtype=torch.bool),
+        audio_positions=positions,
+        audio_out_rows=place[is_frame & at["spoken"]],
+        **target_index(labels, positions, audio_labels, torch.arange(rows) * (end - begin)),
+    )
+    if not whisper.any():
+        return out
+    return out | dict(
+        audio_features=batch["audio_features"],
+        audio_feature_attention_mask=batch["audio_feature_attention_mask"],
+        whisper_rows=place[whisper],
+    )

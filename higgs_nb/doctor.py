@@ -30,179 +30,482 @@ __all__ = ['BROKEN', 'ROOM_GB', 'Finding', 'version_of', 'check_python', 'check_
 @dataclass(frozen=True)
 class Finding:
     "What a check found."
+
     check: str
     state: str  # ok; note: works, with a limit; problem: has to be repaired first
     found: str
     todo: str = ""
 
-BROKEN = (ImportError, OSError, RuntimeError)  # what the import of a package with compiled parts ends with if they do not fit
+
+BROKEN = (
+    ImportError,
+    OSError,
+    RuntimeError,
+)  # what the import of a package with compiled parts ends with if they do not fit
+
 
 def version_of(package: str) -> str | None:  # its name in the package index
     "The installed version of a package, None if it is not installed."
-    try: return metadata.version(package)
-    except metadata.PackageNotFoundError: return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
 
 def check_python(version=None) -> Finding:  # (major, minor, ...); None: of this Python
     "Python is 3.11 or newer."
     version, found = tuple(version or sys.version_info)[:2], sys.version.split()[0]
-    if version >= (3, 11): return Finding("Python", "ok", found)
-    return Finding("Python", "problem", f"{found} in {sys.executable}", "install Python 3.11 or newer, and make the environment with it: make PYTHON=python3.11 train")
+    if version >= (3, 11):
+        return Finding("Python", "ok", found)
+    return Finding(
+        "Python",
+        "problem",
+        f"{found} in {sys.executable}",
+        "install Python 3.11 or newer, and make the environment with it: make "
+        "PYTHON=python3.11 train",
+    )
 
 # %% ../nbs/14_doctor.ipynb #bfc21f70
 def check_packages() -> Finding:
     "Every package that ours requires is there in a version that it allows."
-    try: from packaging.requirements import Requirement
-    except ImportError as error: return Finding("packages", "problem", f"{error}", f"{sys.executable} -m pip install packaging, or set up anew: make train")
-    wanted = [Requirement(line) for line in metadata.requires("higgs_nb") or []] if version_of("higgs_nb") else []
+    try:
+        from packaging.requirements import Requirement
+    except ImportError as error:
+        return Finding(
+            "packages",
+            "problem",
+            f"{error}",
+            f"{sys.executable} -m pip install packaging, or set up anew: make train",
+        )
+    wanted = (
+        [Requirement(line) for line in metadata.requires("higgs_nb") or []]
+        if version_of("higgs_nb")
+        else []
+    )
     wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
-    bad = [(r, version_of(r.name)) for r in wanted if not (version_of(r.name) and r.specifier.contains(version_of(r.name), prereleases=True))]
-    if bad: return Finding("packages", "problem", "; ".join(f"{r.name} is {v or 'not installed'}" for r, v in bad),
-                           f"{sys.executable} -m pip install " + " ".join(f"'{r.name}{r.specifier}'" for r, _ in bad))
-    if not wanted: return Finding("packages", "note", "higgs_nb is not installed here", "in the repository: pip install -e .")
-    tested = Path(__file__).parents[1] / "constraints.txt" if "__file__" in globals() else Path("../constraints.txt")
-    pins = dict(line.split("==") for line in tested.read_text().splitlines() if "==" in line) if tested.exists() else {}
-    other = [f"{r.name} {version_of(r.name)} (tested: {pins[r.name]})" for r in wanted if r.name in pins and pins[r.name] != version_of(r.name).split("+")[0]]
-    if other: return Finding("packages", "note", ", ".join(other), "if something fails, install the tested set: pip install -c constraints.txt -e .")
+    bad = [
+        (r, version_of(r.name))
+        for r in wanted
+        if not (version_of(r.name) and r.specifier.contains(version_of(r.name), prereleases=True))
+    ]
+    if bad:
+        return Finding(
+            "packages",
+            "problem",
+            "; ".join(f"{r.name} is {v or 'not installed'}" for r, v in bad),
+            f"{sys.executable} -m pip install "
+            + " ".join(f"'{r.name}{r.specifier}'" for r, _ in bad),
+        )
+    if not wanted:
+        return Finding(
+            "packages",
+            "note",
+            "higgs_nb is not installed here",
+            "in the repository: pip install -e .",
+        )
+    tested = (
+        Path(__file__).parents[1] / "constraints.txt"
+        if "__file__" in globals()
+        else Path("../constraints.txt")
+    )
+    pins = (
+        dict(line.split("==") for line in tested.read_text().splitlines() if "==" in line)
+        if tested.exists()
+        else {}
+    )
+    other = [
+        f"{r.name} {version_of(r.name)} (tested: {pins[r.name]})"
+        for r in wanted
+        if r.name in pins and pins[r.name] != version_of(r.name).split("+")[0]
+    ]
+    if other:
+        return Finding(
+            "packages",
+            "note",
+            ", ".join(other),
+            "if something fails, install the tested set: pip install -c constraints.txt -e .",
+        )
     return Finding("packages", "ok", f"all {len(wanted)} there")
+
 
 def check_torch() -> Finding:
     "torch loads, and sees the GPU of this machine, if there is one."
-    try: import torch
-    except BROKEN as error: return Finding("torch", "problem", f"does not load: {error}", "install it for this machine: pip install --force-reinstall torch")
-    smi = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-    driver = smi.stdout.strip().splitlines()[0] if smi and smi.returncode == 0 and smi.stdout.strip() else None
+    try:
+        import torch
+    except BROKEN as error:
+        return Finding(
+            "torch",
+            "problem",
+            f"does not load: {error}",
+            "install it for this machine: pip install --force-reinstall torch",
+        )
+    smi = shutil.which("nvidia-smi") and subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    )
+    driver = (
+        smi.stdout.strip().splitlines()[0]
+        if smi and smi.returncode == 0 and smi.stdout.strip()
+        else None
+    )
     if not torch.cuda.is_available():
-        if driver: return Finding("GPU", "problem", f"{driver} is there, and torch {torch.__version__} (built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPUs'}) does not use it",
-                                  "install a torch built for this driver, or a newer driver; and look at CUDA_VISIBLE_DEVICES, which is " + repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
-        return Finding("GPU", "note", f"none; torch {torch.__version__} on {os.cpu_count()} cores", "enough for base=small; of the released model the weights alone take about 12 GB")
+        if driver:
+            return Finding(
+                "GPU",
+                "problem",
+                f"{driver} is there, and torch {torch.__version__} (built for "
+                f"{'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPUs'}) "
+                "does not use it",
+                "install a torch built for this driver, or a newer driver; and look at "
+                "CUDA_VISIBLE_DEVICES, which is " + repr(os.environ.get("CUDA_VISIBLE_DEVICES")),
+            )
+        return Finding(
+            "GPU",
+            "note",
+            f"none; torch {torch.__version__} on {os.cpu_count()} cores",
+            "enough for base=small; of the released model the weights alone take about 12 GB",
+        )
     free, total = torch.cuda.mem_get_info()
-    found = f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, driver {driver or 'unknown'}, torch {torch.__version__}"
-    if not torch.cuda.is_bf16_supported(including_emulation=False): return Finding("GPU", "note", f"{found}; it has no bf16", "training in bf16 is slow here: a GPU of the Ampere generation or newer has it")
-    if free < 16e9: return Finding("GPU", "note", found, "little for the released model, whose weights alone take about 12 GB: start with token_budget=1024, gradient_checkpointing=true; and see what else uses it: nvidia-smi")
+    found = (
+        f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, "
+        f"driver {driver or 'unknown'}, torch {torch.__version__}"
+    )
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        return Finding(
+            "GPU",
+            "note",
+            f"{found}; it has no bf16",
+            "training in bf16 is slow here: a GPU of the Ampere generation or newer has it",
+        )
+    if free < 16e9:
+        return Finding(
+            "GPU",
+            "note",
+            found,
+            "little for the released model, whose weights alone take about 12 GB: "
+            "start with token_budget=1024, gradient_checkpointing=true; and see what "
+            "else uses it: nvidia-smi",
+        )
     return Finding("GPU", "ok", found)
 
 # %% ../nbs/14_doctor.ipynb #fc1d1b51
-ROOM_GB = 2.0  # of a run with the released model: three checkpoints with their optimizer states, and the adapter
+# of a run with the released model: three checkpoints with their optimizer states, and the
+# adapter
+ROOM_GB = 2.0
 
-def check_place(path: str | Path,  # where files are to be written
-                what: str = "output directory") -> Finding:  # name of that place in the report
-    "A file can be written in `path`, or in the nearest directory above it that exists, and there is room."
+
+def check_place(
+    path: str | Path,  # where files are to be written
+    what: str = "output directory",
+) -> Finding:  # name of that place in the report
+    """A file can be written in `path`, or in the nearest directory above it that exists, and there
+    is room.
+    """
     there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
     try:
         with tempfile.TemporaryDirectory(dir=there, prefix=".higgs_doctor-") as d:
             with open(Path(d, "new"), "wb") as f:
-                f.write(bytes(2 ** 20))
+                f.write(bytes(2**20))
                 f.flush()
                 os.fsync(f.fileno())
             Path(d, "new").rename(Path(d, "whole"))
-    except OSError as error: return Finding(what, "problem", f"{there}: {error.strerror}", "make room there, or choose another directory that you own: --out, or HF_HOME for what the hub gives")
+    except OSError as error:
+        return Finding(
+            what,
+            "problem",
+            f"{there}: {error.strerror}",
+            "make room there, or choose another directory that you own: --out, or "
+            "HF_HOME for what the hub gives",
+        )
     free = shutil.disk_usage(there).free / 1e9
-    if free < ROOM_GB: return Finding(what, "note", f"{there}: {free:.1f} GB free", f"a run of the released model wants {ROOM_GB:g} GB for checkpoints: make room, or keep=1")
+    if free < ROOM_GB:
+        return Finding(
+            what,
+            "note",
+            f"{there}: {free:.1f} GB free",
+            f"a run of the released model wants {ROOM_GB:g} GB for checkpoints: make "
+            "room, or keep=1",
+        )
     return Finding(what, "ok", f"{there}: {free:.0f} GB free")
+
 
 def check_cache() -> Finding:
     "What the hub gives can be kept."
-    return check_place(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface", "cache of the hub")
+    return check_place(
+        os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface", "cache of the hub"
+    )
 
 # %% ../nbs/14_doctor.ipynb #07c78194
 def check_audio() -> Finding:
     "Recordings can be read: a tone is written and read in each format."
-    try: import numpy as np, soundfile as sf
-    except BROKEN as error: return Finding("audio files", "problem", f"soundfile does not load: {error}", "pip install --force-reinstall 'soundfile>=0.13'")
+    try:
+        import numpy as np, soundfile as sf
+    except BROKEN as error:
+        return Finding(
+            "audio files",
+            "problem",
+            f"soundfile does not load: {error}",
+            "pip install --force-reinstall 'soundfile>=0.13'",
+        )
     failed, tone = [], np.sin(np.arange(4800) / 10) / 2
-    for kind in (("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "OPUS"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")):
+    for kind in (
+        ("WAV", "PCM_16"),
+        ("FLAC", "PCM_16"),
+        ("OGG", "OPUS"),
+        ("OGG", "VORBIS"),
+        ("MP3", "MPEG_LAYER_III"),
+    ):
         file = io.BytesIO()
         try:
             sf.write(file, tone, 24000, format=kind[0], subtype=kind[1])
             file.seek(0)
             sf.read(file)
-        except (ValueError, RuntimeError): failed.append(" ".join(kind))
-    if failed: return Finding("audio files", "problem", f"libsndfile {sf.__libsndfile_version__} cannot do {', '.join(failed)}", "pip install --force-reinstall 'soundfile>=0.13', whose wheel brings a libsndfile that can")
-    if not shutil.which("ffmpeg"): return Finding("audio files", "note", "wav, flac, ogg, opus and mp3 are read; there is no ffmpeg", "only m4a, aac and videos need it, to be converted: ffmpeg -i IN.m4a OUT.wav")
-    return Finding("audio files", "ok", "wav, flac, ogg, opus and mp3 are read; ffmpeg converts the others")
+        except (ValueError, RuntimeError):
+            failed.append(" ".join(kind))
+    if failed:
+        return Finding(
+            "audio files",
+            "problem",
+            f"libsndfile {sf.__libsndfile_version__} cannot do {', '.join(failed)}",
+            "pip install --force-reinstall 'soundfile>=0.13', whose wheel brings a "
+            "libsndfile that can",
+        )
+    if not shutil.which("ffmpeg"):
+        return Finding(
+            "audio files",
+            "note",
+            "wav, flac, ogg, opus and mp3 are read; there is no ffmpeg",
+            "only m4a, aac and videos need it, to be converted: ffmpeg -i IN.m4a OUT.wav",
+        )
+    return Finding(
+        "audio files", "ok", "wav, flac, ogg, opus and mp3 are read; ffmpeg converts the others"
+    )
+
 
 def check_data() -> Finding:
-    "The embedded recordings and codec are whole: each recording opens, and one goes through the codec and back."
+    """The embedded recordings and codec are whole: each recording opens, and one goes through the
+    codec and back.
+    """
     try:
         import soundfile as sf
         from higgs_nb.chatml import embedded_corpus, load_audio, load_corpus
         from higgs_nb.codec import load_codec
+
         clips = [c.audio[-1] for c in load_corpus(embedded_corpus())]
         shortest = min(clips, key=lambda a: sf.info(a.path).duration)
         codec = load_codec("world")
         wave = load_audio(shortest)
         back = codec.decode(codec.encode(wave))
-        if len(back) < len(wave): raise ValueError(f"the codec gave {len(back)} of {len(wave)} samples")
-    except ImportError as error: return Finding("data in the package", "problem", str(error), "pip install pyworld-prebuilt, or set up anew: make train")
-    except (OSError, RuntimeError, ValueError) as error: return Finding("data in the package", "problem", str(error), "the package is not whole: install it again, or `git status` and `git checkout higgs_nb/data`")
+        if len(back) < len(wave):
+            raise ValueError(f"the codec gave {len(back)} of {len(wave)} samples")
+    except ImportError as error:
+        return Finding(
+            "data in the package",
+            "problem",
+            str(error),
+            "pip install pyworld-prebuilt, or set up anew: make train",
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        return Finding(
+            "data in the package",
+            "problem",
+            str(error),
+            "the package is not whole: install it again, or `git status` and `git "
+            "checkout higgs_nb/data`",
+        )
     return Finding("data in the package", "ok", f"{len(clips)} recordings, and the codec speaks")
+
 
 def check_torchaudio() -> Finding:
     "torchaudio, which only the codec of the released model needs, loads beside this torch."
     if version_of("torchaudio") is None and importlib.util.find_spec("torchaudio") is None:
-        return Finding("torchaudio", "note", "not installed", "only the codec of the released model needs it: pip install 'higgs_nb[codec]'")
-    try: found = importlib.import_module("torchaudio")
+        return Finding(
+            "torchaudio",
+            "note",
+            "not installed",
+            "only the codec of the released model needs it: pip install 'higgs_nb[codec]'",
+        )
+    try:
+        found = importlib.import_module("torchaudio")
     except BROKEN as error:
-        return Finding("torchaudio", "problem", f"{version_of('torchaudio') or ''} does not load beside torch {version_of('torch')}: {error}",
-                       "install the torchaudio that was built for this torch; if there is none, it loads as pure Python, which is enough here: delete lib/*.so in its folder")
+        return Finding(
+            "torchaudio",
+            "problem",
+            f"{version_of('torchaudio') or ''} does not load beside torch "
+            f"{version_of('torch')}: {error}",
+            "install the torchaudio that was built for this torch; if there is none, "
+            "it loads as pure Python, which is enough here: delete lib/*.so in its "
+            "folder",
+        )
     return Finding("torchaudio", "ok", f"{getattr(found, '__version__', 'loads')}")
 
 # %% ../nbs/14_doctor.ipynb #f5353774
 def check_hub(base: str) -> Finding:  # hub id of a model
     "A base on the hub can be fetched, or was fetched before."
-    if base in ("small", "tiny") or Path(base).exists(): return Finding("base", "ok", base if base in ("small", "tiny") else f"{base} is a directory here")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base): return Finding("base", "problem", f"{base} is no directory here, and no name on the hub", "correct the path, or write OWNER/NAME")
-    try: from huggingface_hub import constants, try_to_load_from_cache
-    except ImportError as error: return Finding("base", "problem", f"{error}", "pip install huggingface_hub")
-    if isinstance(try_to_load_from_cache(base, "config.json"), str): return Finding("base", "ok", f"{base} is in the cache")
+    if base in ("small", "tiny") or Path(base).exists():
+        return Finding(
+            "base", "ok", base if base in ("small", "tiny") else f"{base} is a directory here"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        return Finding(
+            "base",
+            "problem",
+            f"{base} is no directory here, and no name on the hub",
+            "correct the path, or write OWNER/NAME",
+        )
     try:
-        with urlopen(f"{constants.ENDPOINT}/api/models/{base}", timeout=5) as answer: commit = json.load(answer)["sha"]
-    except HTTPError as error: return Finding("base", "problem", f"the hub answers {error.code} {error.reason} to {base}", "correct the name; a private or gated one needs `hf auth login`")
+        from huggingface_hub import constants, try_to_load_from_cache
+    except ImportError as error:
+        return Finding("base", "problem", f"{error}", "pip install huggingface_hub")
+    if isinstance(try_to_load_from_cache(base, "config.json"), str):
+        return Finding("base", "ok", f"{base} is in the cache")
+    try:
+        with urlopen(f"{constants.ENDPOINT}/api/models/{base}", timeout=5) as answer:
+            commit = json.load(answer)["sha"]
+    except HTTPError as error:
+        return Finding(
+            "base",
+            "problem",
+            f"the hub answers {error.code} {error.reason} to {base}",
+            "correct the name; a private or gated one needs `hf auth login`",
+        )
     except OSError as error:
-        return Finding("base", "note", f"{base} is not in the cache, and the hub cannot be reached: {error}", f"fetch it where there is a network, `hf download {base}`, and give its directory as base")
+        return Finding(
+            "base",
+            "note",
+            f"{base} is not in the cache, and the hub cannot be reached: {error}",
+            f"fetch it where there is a network, `hf download {base}`, and give its "
+            "directory as base",
+        )
     return Finding("base", "ok", f"{base} is on the hub, commit {commit}: pin it with revision")
+
 
 def check_notebooks() -> Finding:
     "JupyterLab, its widgets and a Python kernel are there."
     try:
         from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
         kernel = KernelSpecManager().get_kernel_spec("python3").argv[0]
-    except ImportError as error: return Finding("notebooks", "problem", str(error), "pip install ipykernel")
-    except NoSuchKernel as error: return Finding("notebooks", "problem", str(error), f"{sys.executable} -m ipykernel install --sys-prefix")
-    if shutil.which(kernel) is None: return Finding("notebooks", "problem", f"the kernel python3 starts {kernel}, which is not there", f"{sys.executable} -m ipykernel install --sys-prefix")
-    if version_of("ipywidgets") is None: return Finding("notebooks", "problem", "ipywidgets is not installed", "pip install ipywidgets")
-    if version_of("jupyterlab") is None or version_of("jupyterlab_widgets") is None: return Finding("notebooks", "note", "higgs_run works; JupyterLab or its widgets are not installed", "pip install jupyterlab ipywidgets")
-    return Finding("notebooks", "ok", f"JupyterLab {version_of('jupyterlab')}, ipywidgets {version_of('ipywidgets')}")
+    except ImportError as error:
+        return Finding("notebooks", "problem", str(error), "pip install ipykernel")
+    except NoSuchKernel as error:
+        return Finding(
+            "notebooks",
+            "problem",
+            str(error),
+            f"{sys.executable} -m ipykernel install --sys-prefix",
+        )
+    if shutil.which(kernel) is None:
+        return Finding(
+            "notebooks",
+            "problem",
+            f"the kernel python3 starts {kernel}, which is not there",
+            f"{sys.executable} -m ipykernel install --sys-prefix",
+        )
+    if version_of("ipywidgets") is None:
+        return Finding(
+            "notebooks", "problem", "ipywidgets is not installed", "pip install ipywidgets"
+        )
+    if version_of("jupyterlab") is None or version_of("jupyterlab_widgets") is None:
+        return Finding(
+            "notebooks",
+            "note",
+            "higgs_run works; JupyterLab or its widgets are not installed",
+            "pip install jupyterlab ipywidgets",
+        )
+    return Finding(
+        "notebooks",
+        "ok",
+        f"JupyterLab {version_of('jupyterlab')}, ipywidgets {version_of('ipywidgets')}",
+    )
 
 # %% ../nbs/14_doctor.ipynb #3b835ce8
 @contextmanager
-def memory_advice(token_budget: int,  # tokens a batch, of the run
-                  accumulate: int = 1,  # batches a step
-                  rank: int = 16,  # of the adapter
-                  gradient_checkpointing: bool = False):  # whether the run trades time for memory already
-    "Within `with`, an error that says that memory is used up becomes a `MemoryError` that says which parameters to lower, and to what."
-    try: yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and on a CPU it is no more than that
-        if not re.search(r"out of memory|can't allocate memory|not enough memory", str(error)) and not isinstance(error, MemoryError): raise
-        steps = [f"token_budget={max(token_budget // 2, 256)} and accumulate={accumulate * 2}: the same step in smaller batches (a batch holds its longest sample, whatever the budget: see max_duration_s)"]
-        if not gradient_checkpointing: steps.append("gradient_checkpointing=true: activations are computed again instead of kept, slower and much smaller")
-        if rank > 8: steps.append(f"rank={rank // 2}: less for the adapter, its gradients and the optimizer")
-        raise MemoryError("\n".join([str(error).splitlines()[0] if str(error) else "out of memory", "  Lower one after the other, in the order of what they give:",
-                                     *(f"  - {s}" for s in steps), "  `nvidia-smi` says what else holds memory of the GPU."])) from error
+def memory_advice(
+    token_budget: int,  # tokens a batch, of the run
+    accumulate: int = 1,  # batches a step
+    rank: int = 16,  # of the adapter
+    gradient_checkpointing: bool = False,
+):  # whether the run trades time for memory already
+    """Within `with`, an error that says that memory is used up becomes a `MemoryError` that says
+    which parameters to lower, and to what.
+    """
+    try:
+        yield
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # torch.OutOfMemoryError is a RuntimeError, and on a CPU it is no more than that
+        if not re.search(
+            r"out of memory|can't allocate memory|not enough memory", str(error)
+        ) and not isinstance(error, MemoryError):
+            raise
+        steps = [
+            f"token_budget={max(token_budget // 2, 256)} and "
+            f"accumulate={accumulate * 2}: the same step in smaller batches (a batch "
+            "holds its longest sample, whatever the budget: see max_duration_s)"
+        ]
+        if not gradient_checkpointing:
+            steps.append(
+                "gradient_checkpointing=true: activations are computed again instead "
+                "of kept, slower and much smaller"
+            )
+        if rank > 8:
+            steps.append(f"rank={rank // 2}: less for the adapter, its gradients and the optimizer")
+        raise MemoryError(
+            "\n".join(
+                [
+                    str(error).splitlines()[0] if str(error) else "out of memory",
+                    "  Lower one after the other, in the order of what they give:",
+                    *(f"  - {s}" for s in steps),
+                    "  `nvidia-smi` says what else holds memory of the GPU.",
+                ]
+            )
+        ) from error
 
 # %% ../nbs/14_doctor.ipynb #d9a21c89
 def main(argv=None) -> int:  # words of the command line; None: those of this process
     "`higgs_doctor`; 0 if a run can start, 1 if something has to be repaired first."
-    parser = argparse.ArgumentParser(prog="higgs_doctor", description="Check what a run needs, and say what to do about what is missing.",
-                                     epilog="exit code: 0 a run can start, 1 something has to be repaired first, 2 wrong usage")
+    parser = argparse.ArgumentParser(
+        prog="higgs_doctor",
+        description="Check what a run needs, and say what to do about what is missing.",
+        epilog="exit code: 0 a run can start, 1 something has to be repaired first, 2 wrong usage",
+    )
     parser.add_argument("--out", default="runs", help="directory that runs will write to (runs)")
-    parser.add_argument("--base", default="small", help="the base that you want to train: a name on the hub is looked up there")
+    parser.add_argument(
+        "--base",
+        default="small",
+        help="the base that you want to train: a name on the hub is looked up there",
+    )
     args = parser.parse_args(argv)
-    checks = [check_python, check_packages, check_torch, lambda: check_place(args.out), check_cache, check_audio, check_data, check_torchaudio, check_notebooks, lambda: check_hub(args.base)]
+    checks = [
+        check_python,
+        check_packages,
+        check_torch,
+        lambda: check_place(args.out),
+        check_cache,
+        check_audio,
+        check_data,
+        check_torchaudio,
+        check_notebooks,
+        lambda: check_hub(args.base),
+    ]
     found = [check() for check in checks]
-    for f in found: print(f"{f.state:<9}{f.check:<21}{f.found}" + (f"\n{'':<9}{'->':>20} {f.todo}" if f.todo else ""))
+    for f in found:
+        print(
+            f"{f.state:<9}{f.check:<21}{f.found}"
+            + (f"\n{'':<9}{'->':>20} {f.todo}" if f.todo else "")
+        )
     problems = sum(f.state == "problem" for f in found)
-    print(f"\n{problems} problem{'s' * (problems != 1)}" + (": repair what has an arrow, from the top" if problems else ", a run can start: higgs_run train"))
+    print(
+        f"\n{problems} problem{'s' * (problems != 1)}"
+        + (
+            ": repair what has an arrow, from the top"
+            if problems
+            else ", a run can start: higgs_run train"
+        )
+    )
     return 1 if problems else 0
 
 # %% ../nbs/14_doctor.ipynb #5e1f0a33

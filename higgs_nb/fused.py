@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2RMSNorm, eager_attention_forward
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
+    HiggsAudioV2RMSNorm,
+    eager_attention_forward,
+)
 from .samples import IGNORE
 
 # %% auto #0
@@ -25,30 +28,36 @@ __all__ = ['IN_FLOAT32', 'HALF', 'GROUPED', 'SHORT', 'CHUNK', 'BLOCK', 'Permute'
 # %% ../nbs/04c_fused.ipynb #23bd6294
 class Permute(Function):
     "The arithmetic of `permute`."
+
     @staticmethod
     def forward(ctx, x, order, place):
         ctx.save_for_backward(place)
         return x.index_select(0, order)
 
     @staticmethod
-    def backward(ctx, grad): return grad.index_select(0, ctx.saved_tensors[0]), None, None
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
-def permute(x: Tensor,  # (rows, ...)
-            order: Tensor,  # (rows,) which row of `x` comes where
-            place: Tensor,  # (rows,) the inverse of `order`
-            ) -> Tensor:
+
+def permute(
+    x: Tensor,  # (rows, ...)
+    order: Tensor,  # (rows,) which row of `x` comes where
+    place: Tensor,  # (rows,) the inverse of `order`
+) -> Tensor:
     "The rows of `x` in another order."
     return Permute.apply(x, order, place)
 
 # %% ../nbs/04c_fused.ipynb #577cd3be
 class RMSNormPair(Function):
     "The arithmetic of `rms_norm_pair`."
+
     @staticmethod
     def forward(ctx, x, first, second, n, eps):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normed, out = (wide * rstd).to(x.dtype), torch.empty_like(x)
-        for rows, weight in ((slice(n), first), (slice(n, None), second)): torch.mul(normed[rows], weight.to(x.dtype), out=out[rows])
+        for rows, weight in ((slice(n), first), (slice(n, None), second)):
+            torch.mul(normed[rows], weight.to(x.dtype), out=out[rows])
         ctx.save_for_backward(x, rstd, first, second)
         ctx.n = n
         return out
@@ -56,65 +65,105 @@ class RMSNormPair(Function):
     @staticmethod
     def backward(ctx, grad):
         x, rstd, first, second = ctx.saved_tensors
-        normed, weights = x.to(rstd.dtype) * rstd, ((slice(ctx.n), first), (slice(ctx.n, None), second))
-        dw = [(grad[rows] * normed[rows]).sum(0).to(w.dtype) if need else None for (rows, w), need in zip(weights, ctx.needs_input_grad[1:3])]
+        normed, weights = (
+            x.to(rstd.dtype) * rstd,
+            ((slice(ctx.n), first), (slice(ctx.n, None), second)),
+        )
+        dw = [
+            (grad[rows] * normed[rows]).sum(0).to(w.dtype) if need else None
+            for (rows, w), need in zip(weights, ctx.needs_input_grad[1:3])
+        ]
         dx = torch.empty_like(normed)
-        for rows, weight in weights: torch.mul(grad[rows], weight.to(rstd.dtype), out=dx[rows])
+        for rows, weight in weights:
+            torch.mul(grad[rows], weight.to(rstd.dtype), out=dx[rows])
         along = (dx * normed).mean(-1, keepdim=True)
         return dx.addcmul_(normed, along, value=-1).mul_(rstd).to(x.dtype), *dw, None, None
 
-def rms_norm_pair(x: Tensor,  # (rows, hidden)
-                  first: nn.Module, second: nn.Module,  # norms of the first `n` rows and of the rest
-                  n: int) -> Tensor:
+
+def rms_norm_pair(
+    x: Tensor,  # (rows, hidden)
+    first: nn.Module,
+    second: nn.Module,  # norms of the first `n` rows and of the rest
+    n: int,
+) -> Tensor:
     "RMSNorm with one weight for the first `n` rows and another for the rest: (rows, hidden)"
     first, second = active(first), active(second)
     return RMSNormPair.apply(x, first.weight, second.weight, n, first.variance_epsilon)
 
+
 def active(module: nn.Module) -> nn.Module:
     "The module that computes: the trained copy where PEFT put one beside the original."
-    if not isinstance(module, ModulesToSaveWrapper): return module
-    return module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    return (
+        module.original_module
+        if module.disable_adapters
+        else module.modules_to_save[module.active_adapters[0]]
+    )
 
 # %% ../nbs/04c_fused.ipynb #2c98d3c4
 class Float32Linear(nn.Linear):
     "A linear layer with weights in float32 that computes in the dtype of its input."
+
     def forward(self, x):
         "(..., in) -> (..., out)"
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
+
 class Float32Embedding(nn.Embedding):
-    "An embedding with weights in float32 and outputs in the precision of the base, which `model.float()` changes, too."
+    """An embedding with weights in float32 and outputs in the precision of the base, which
+    `model.float()` changes, too.
+    """
+
     def forward(self, ids):
         "(...) -> (..., hidden)"
         return super().forward(ids).to(self.base_precision.dtype)
 
+
 class Float32RMSNorm(HiggsAudioV2RMSNorm):
     "A norm with its weight in float32 and outputs in the dtype of its input."
+
     def forward(self, x):
         "(..., hidden) -> (..., hidden)"
         return super().forward(x).to(x.dtype)
 
-IN_FLOAT32 = {nn.Linear: Float32Linear, nn.Embedding: Float32Embedding, HiggsAudioV2RMSNorm: Float32RMSNorm}
+
+IN_FLOAT32 = {
+    nn.Linear: Float32Linear,
+    nn.Embedding: Float32Embedding,
+    HiggsAudioV2RMSNorm: Float32RMSNorm,
+}
 HALF = (torch.bfloat16, torch.float16)
 
+
 def to_float32(module: nn.Module) -> None:  # changed in place
-    "Keep 16-bit weights in and below `module` in float32 from now on. `ValueError` for a layer that has no such form."
+    """Keep 16-bit weights in and below `module` in float32 from now on. `ValueError` for a layer
+    that has no such form.
+    """
     for layer in module.modules():
         dtypes = {p.dtype for p in layer.parameters(recurse=False)} & {*HALF}
-        if not dtypes: continue
+        if not dtypes:
+            continue
         if type(layer) not in IN_FLOAT32:
-            raise ValueError(f"a {type(layer).__name__} cannot be trained in full on a base in 16 bits: load the base in float32")
+            raise ValueError(
+                f"a {type(layer).__name__} cannot be trained in full on a base in 16 "
+                "bits: load the base in float32"
+            )
         layer.__class__ = IN_FLOAT32[type(layer)]
         device = next(layer.parameters(recurse=False)).device
         layer.float()
-        layer.register_buffer("base_precision", torch.empty(0, dtype=dtypes.pop(), device=device), persistent=False)
+        layer.register_buffer(
+            "base_precision", torch.empty(0, dtype=dtypes.pop(), device=device), persistent=False
+        )
+
 
 def from_float32(module: nn.Module) -> None:  # changed in place
     "Undo `to_float32`: the weights are rounded to the precision that they came from."
     plain = {wide: narrow for narrow, wide in IN_FLOAT32.items()}
     for layer in module.modules():
-        if type(layer) not in plain: continue
+        if type(layer) not in plain:
+            continue
         layer.to(layer.base_precision.dtype)
         del layer.base_precision
         layer.__class__ = plain[type(layer)]
@@ -122,6 +171,7 @@ def from_float32(module: nn.Module) -> None:  # changed in place
 # %% ../nbs/04c_fused.ipynb #47c8b615
 class Rotate(Function):
     "The arithmetic of `rotate`."
+
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
@@ -141,16 +191,19 @@ class Rotate(Function):
         torch.mul(b, cos, out=d).addcmul_(a, sin)
         return out
 
-def rotate(x: Tensor,  # (rows, heads, head_dim)
-           cos: Tensor,  # (rows, 1, head_dim / 2)
-           sin: Tensor,  # (rows, 1, head_dim / 2)
-           ) -> Tensor:
+
+def rotate(
+    x: Tensor,  # (rows, heads, head_dim)
+    cos: Tensor,  # (rows, 1, head_dim / 2)
+    sin: Tensor,  # (rows, 1, head_dim / 2)
+) -> Tensor:
     "Queries or keys at their positions: (rows, heads, head_dim)"
     return Rotate.apply(x, cos.to(x.dtype), sin.to(x.dtype))
 
 # %% ../nbs/04c_fused.ipynb #781d912d
 class SwiGLU(Function):
     "The arithmetic of `swiglu`."
+
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
@@ -161,6 +214,7 @@ class SwiGLU(Function):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     "silu(gate) * up"
     return SwiGLU.apply(gate, up)
@@ -168,13 +222,19 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 # %% ../nbs/04c_fused.ipynb #f28122d1
 class LoraProjections(Function):
     "The arithmetic of `project`."
+
     @staticmethod
-    def forward(ctx, x, scales, mask, *matrices):  # mask: None, or (rows, in) bool; matrices: every W (out, in), then every A (rank, in), then every B (out, rank)
-        W, A, B = (matrices[i:i + len(scales)] for i in range(0, len(matrices), len(scales)))
+    def forward(
+        ctx, x, scales, mask, *matrices
+    ):  # mask: None, or (rows, in) bool; matrices: every W (out, in), then every A (rank, in), then every B (out, rank)
+        W, A, B = (matrices[i : i + len(scales)] for i in range(0, len(matrices), len(scales)))
         with torch.autocast(x.device.type, enabled=False):
-            inner = (x if mask is None else x * mask) @ torch.cat(A).to(x.dtype).t()  # (rows, sum of ranks)
+            inner = (x if mask is None else x * mask) @ torch.cat(A).to(
+                x.dtype
+            ).t()  # (rows, sum of ranks)
             out = [F.linear(x, w.to(x.dtype)) for w in W]
-            for y, b, s, part in zip(out, B, scales, inner.split([len(a) for a in A], 1)): y.addmm_(part, b.to(x.dtype).t(), alpha=s)
+            for y, b, s, part in zip(out, B, scales, inner.split([len(a) for a in A], 1)):
+                y.addmm_(part, b.to(x.dtype).t(), alpha=s)
         ctx.save_for_backward(x, inner, mask, *matrices)
         ctx.scales = scales
         return tuple(out)
@@ -183,63 +243,121 @@ class LoraProjections(Function):
     def backward(ctx, *grads):
         x, inner, mask, *matrices = ctx.saved_tensors
         n, dtype = len(ctx.scales), x.dtype
-        W, A, B = matrices[:n], matrices[n:2 * n], matrices[2 * n:]
+        W, A, B = matrices[:n], matrices[n : 2 * n], matrices[2 * n :]
         ranks, dB, d_inner = [len(a) for a in A], [], torch.empty_like(inner)
-        for g, b, s, d, part in zip(grads, B, ctx.scales, d_inner.split(ranks, 1), inner.split(ranks, 1)):
+        for g, b, s, d, part in zip(
+            grads, B, ctx.scales, d_inner.split(ranks, 1), inner.split(ranks, 1)
+        ):
             torch.mul(g @ b.to(dtype), s, out=d)
             dB.append((g.t() @ part).mul_(s).to(b.dtype))
         dA = (d_inner.t() @ (x if mask is None else x * mask)).to(A[0].dtype).split(ranks)
         dx = d_inner @ torch.cat(A).to(dtype) if ctx.needs_input_grad[0] else None
         if dx is not None:
-            if mask is not None: dx.mul_(mask)
-            for g, w in zip(grads, W): dx.addmm_(g, w.to(dtype))
+            if mask is not None:
+                dx.mul_(mask)
+            for g, w in zip(grads, W):
+                dx.addmm_(g, w.to(dtype))
         return dx, None, None, *[None] * n, *dA, *dB
 
-def dropout_mask(x: Tensor,  # of any shape
-                 p: float,  # share that is left out, rounded to 1/65536
-                 ) -> Tensor:
+
+def dropout_mask(
+    x: Tensor,  # of any shape
+    p: float,  # share that is left out, rounded to 1/65536
+) -> Tensor:
     "Which elements of `x` stay: bool, of its shape."
-    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-2**63, None)
-    return numbers.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(
+        -(2**63), None
+    )
+    return numbers.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+
 
 def lora_matrices(module: nn.Module) -> tuple[Tensor, Tensor, Tensor, float, float] | None:
-    "W, A, B, the scale and the dropout of a linear layer with one plain adapter over a frozen matrix; None of anything else."
-    if type(module) is not LoraLinear or module.disable_adapters or module.merged or len(module.active_adapters) != 1: return None
+    """W, A, B, the scale and the dropout of a linear layer with one plain adapter over a frozen
+    matrix; None of anything else.
+    """
+    if (
+        type(module) is not LoraLinear
+        or module.disable_adapters
+        or module.merged
+        or len(module.active_adapters) != 1
+    ):
+        return None
     name, base = module.active_adapters[0], module.base_layer
     dropout = module.lora_dropout[name] if name in module.lora_dropout else None
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    plain = (name in module.lora_A and type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad and name not in module.lora_variant
-             and not module.lora_bias[name] and type(dropout) in (nn.Identity, nn.Dropout) and p < 1
-             and not any(m._forward_hooks or m._forward_pre_hooks for m in (module, base)))
-    return (base.weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], p) if plain else None
+    plain = (
+        name in module.lora_A
+        and type(base) is nn.Linear
+        and base.bias is None
+        and not base.weight.requires_grad
+        and name not in module.lora_variant
+        and not module.lora_bias[name]
+        and type(dropout) in (nn.Identity, nn.Dropout)
+        and p < 1
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in (module, base))
+    )
+    return (
+        (
+            base.weight,
+            module.lora_A[name].weight,
+            module.lora_B[name].weight,
+            module.scaling[name],
+            p,
+        )
+        if plain
+        else None
+    )
 
-def project(modules: tuple[nn.Module, ...],  # linear layers, with or without adapters
-            x: Tensor,  # (rows, in)
-            ) -> tuple[Tensor, ...]:
-    "The outputs of linear layers that read the same input, (rows, out) each. What is no plain LoRA (DoRA, quantised bases) runs as PEFT has it."
+
+def project(
+    modules: tuple[nn.Module, ...],  # linear layers, with or without adapters
+    x: Tensor,  # (rows, in)
+) -> tuple[Tensor, ...]:
+    """The outputs of linear layers that read the same input, (rows, out) each. What is no plain
+    LoRA (DoRA, quantised bases) runs as PEFT has it.
+    """
     found = [lora_matrices(m) for m in modules]
     fused = [f for f in found if f]
     if fused:
         W, A, B, scales, shares = zip(*fused)
         type_, p = x.device.type, round(max(shares) * 2**16) / 2**16
-        if len({*shares}) > 1: return tuple(project((m,), x)[0] for m in modules)  # masks that differ are not shared
+        if len({*shares}) > 1:
+            return tuple(project((m,), x)[0] for m in modules)  # masks that differ are not shared
         dtype = torch.get_autocast_dtype(type_) if torch.is_autocast_enabled(type_) else W[0].dtype
         mask = dropout_mask(x, p) if p else None
-        outputs = iter(LoraProjections.apply(x.to(dtype), [s / (1 - p) for s in scales], mask, *W, *A, *B))
+        outputs = iter(
+            LoraProjections.apply(x.to(dtype), [s / (1 - p) for s in scales], mask, *W, *A, *B)
+        )
     return tuple(next(outputs) if f else m(x) for m, f in zip(modules, found))
 
 # %% ../nbs/04c_fused.ipynb #6a02f4b9
-GROUPED = dict(enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else {}  # torch 2.11 groups queries unasked
+GROUPED = (
+    dict(enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else {}
+)  # torch 2.11 groups queries unasked
 SHORT = 512  # rows of a sample whose attention matrix is kept for the backward, on a CPU
+
 
 class ShortAttention(Function):
     "The arithmetic of causal attention within one short sample; heads first."
+
     @staticmethod
-    def forward(ctx, q, k, v, scale):  # (heads, rows, head_dim), (key-value heads, rows, head_dim) twice
-        (heads, rows, _), groups, wide = q.shape, len(k), torch.promote_types(q.dtype, torch.float32)
-        later = torch.full((rows, rows), -torch.inf, dtype=q.dtype, device=q.device).triu_(1).repeat(heads // groups, 1)
+    def forward(
+        ctx, q, k, v, scale
+    ):  # (heads, rows, head_dim), (key-value heads, rows, head_dim) twice
+        (heads, rows, _), groups, wide = (
+            q.shape,
+            len(k),
+            torch.promote_types(q.dtype, torch.float32),
+        )
+        later = (
+            torch.full((rows, rows), -torch.inf, dtype=q.dtype, device=q.device)
+            .triu_(1)
+            .repeat(heads // groups, 1)
+        )
         with torch.autocast(q.device.type, enabled=False):
-            scores = torch.baddbmm(later, q.reshape(groups, -1, q.shape[2]), k.transpose(1, 2), alpha=scale)  # (key-value heads, heads of each * rows, rows)
+            scores = torch.baddbmm(
+                later, q.reshape(groups, -1, q.shape[2]), k.transpose(1, 2), alpha=scale
+            )  # (key-value heads, heads of each * rows, rows)
             weights = torch.softmax(scores, -1, dtype=wide).to(q.dtype)
             out = torch.bmm(weights, v).view_as(q)
         ctx.save_for_backward(q, k, v, weights)
@@ -250,63 +368,139 @@ class ShortAttention(Function):
     def backward(ctx, grad):
         q, k, v, weights = ctx.saved_tensors
         grad = grad.reshape(len(k), -1, q.shape[2])
-        d_scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype).mul_(ctx.scale)
+        d_scores = torch.ops.aten._softmax_backward_data(
+            torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype
+        ).mul_(ctx.scale)
         dk = torch.bmm(d_scores.transpose(1, 2), q.reshape_as(grad))
         return torch.bmm(d_scores, k).view_as(q), dk, torch.bmm(weights.transpose(1, 2), grad), None
 
+
 def attend_to_itself(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     "Causal attention of one sample on a CPU, heads first: (heads, rows, head_dim)"
-    if q.shape[1] <= SHORT: return ShortAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), scale)
-    wide = (x.to(torch.promote_types(x.dtype, torch.float32))[None] for x in (q, k, v))  # faster than bfloat16 there
-    return F.scaled_dot_product_attention(*wide, is_causal=True, scale=scale, enable_gqa=True)[0].to(q.dtype)
+    if q.shape[1] <= SHORT:
+        return ShortAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), scale)
+    wide = (
+        x.to(torch.promote_types(x.dtype, torch.float32))[None] for x in (q, k, v)
+    )  # faster than bfloat16 there
+    return F.scaled_dot_product_attention(*wide, is_causal=True, scale=scale, enable_gqa=True)[
+        0
+    ].to(q.dtype)
 
-def attend(attn: nn.Module,  # gives the scale, and the implementation in its config
-           q: Tensor,  # (rows, heads, head_dim)
-           k: Tensor, v: Tensor,  # (rows, key-value heads, head_dim)
-           lengths: list[int],  # rows of each sample, one behind the other
-           cu_seqlens: Tensor,  # (samples + 1,) int32, where they begin and end
-           mask=None,  # for implementations that want one
-           ) -> Tensor:
+
+def attend(
+    attn: nn.Module,  # gives the scale, and the implementation in its config
+    q: Tensor,  # (rows, heads, head_dim)
+    k: Tensor,
+    v: Tensor,  # (rows, key-value heads, head_dim)
+    lengths: list[int],  # rows of each sample, one behind the other
+    cu_seqlens: Tensor,  # (samples + 1,) int32, where they begin and end
+    mask=None,  # for implementations that want one
+) -> Tensor:
     "Causal attention of each sample to itself: (rows, heads * head_dim)"
-    kind, flash = attn.config._attn_implementation, q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-    if not len(q): return torch.cat([q, k, v], 1)[:, :q.shape[1]].flatten(1)  # nothing, with a gradient for all three
+    kind, flash = (
+        attn.config._attn_implementation,
+        q.is_cuda and q.dtype in (torch.float16, torch.bfloat16),
+    )
+    if not len(q):
+        return torch.cat([q, k, v], 1)[:, : q.shape[1]].flatten(
+            1
+        )  # nothing, with a gradient for all three
     if kind == "sdpa" and flash:
         longest = max(lengths)
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=attn.scaling, window_size=(-1, 0), **GROUPED).flatten(1)
+        return varlen_attn(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            scale=attn.scaling,
+            window_size=(-1, 0),
+            **GROUPED,
+        ).flatten(1)
     if kind == "sdpa":
         samples = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)))
-        return torch.cat([attend_to_itself(*qkv, attn.scaling) for qkv in samples if qkv[0].shape[1]], 1).transpose(0, 1).flatten(1)
-    borders = dict(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max(lengths), max_length_k=max(lengths)) if "flash" in kind else {}
+        return (
+            torch.cat(
+                [attend_to_itself(*qkv, attn.scaling) for qkv in samples if qkv[0].shape[1]], 1
+            )
+            .transpose(0, 1)
+            .flatten(1)
+        )
+    borders = (
+        dict(
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max(lengths),
+            max_length_k=max(lengths),
+        )
+        if "flash" in kind
+        else {}
+    )
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
-    return interface(attn, *(x.transpose(0, 1)[None] for x in (q, k, v)), mask, dropout=0.0, scaling=attn.scaling, **borders)[0][0].flatten(1)
+    return interface(
+        attn,
+        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        mask,
+        dropout=0.0,
+        scaling=attn.scaling,
+        **borders,
+    )[0][0].flatten(1)
 
 # %% ../nbs/04c_fused.ipynb #a73cbc15
-CHUNK, BLOCK = 2**25, 2**22  # logits that exist at one time, in the model's precision; on a CPU, those of them that are in float32
+CHUNK, BLOCK = (
+    2**25,
+    2**22,
+)  # logits that exist at one time, in the model's precision; on a CPU, those of them that are in float32
+
 
 class ChunkedCrossEntropy(Function):
     "The arithmetic of `chunked_cross_entropy`."
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, scale, smoothing, with_grad):
         (rows, parts), classes = targets.shape, len(weight) // targets.shape[1]
         chunk = max(CHUNK // len(weight), 1)
         block = max(BLOCK // len(weight), 1) if hidden.device.type == "cpu" else chunk
         w, wide = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
-        d_hidden, d_weight = torch.empty_like(hidden) if with_grad else None, torch.zeros_like(weight, dtype=wide) if with_grad and ctx.needs_input_grad[1] else None
+        d_hidden, d_weight = (
+            torch.empty_like(hidden) if with_grad else None,
+            torch.zeros_like(weight, dtype=wide) if with_grad and ctx.needs_input_grad[1] else None,
+        )
         sums, smooth = hidden.new_zeros(parts, dtype=wide), hidden.new_zeros(parts, dtype=wide)
         with torch.autocast(hidden.device.type, enabled=False):
             for i in range(0, rows, chunk):
-                logits = F.linear(hidden[i:i + chunk], w)
+                logits = F.linear(hidden[i : i + chunk], w)
                 for j in range(0, len(logits), block):
-                    some, labels = logits[j:j + block].view(-1, parts, classes), targets[i + j:min(i + chunk, i + j + block), :, None]
-                    valid, at, log_p = labels != IGNORE, labels.clamp(min=0), torch.log_softmax(some, -1, dtype=wide)
+                    some, labels = (
+                        logits[j : j + block].view(-1, parts, classes),
+                        targets[i + j : min(i + chunk, i + j + block), :, None],
+                    )
+                    valid, at, log_p = (
+                        labels != IGNORE,
+                        labels.clamp(min=0),
+                        torch.log_softmax(some, -1, dtype=wide),
+                    )
                     sums.sub_((log_p.gather(-1, at) * valid).sum((0, 2)))
-                    if smoothing: smooth.sub_((log_p.mean(-1, keepdim=True) * valid).sum((0, 2)))
-                    if not with_grad: continue
-                    grad = log_p.exp_().scatter_add_(-1, at, torch.full_like(at, smoothing - 1, dtype=wide))
-                    some.copy_((grad.sub_(smoothing / classes) if smoothing else grad).mul_(valid * scale[:, None]))
-                if with_grad: torch.mm(logits, w, out=d_hidden[i:i + chunk])
-                if d_weight is not None: d_weight.add_(logits.t() @ hidden[i:i + chunk])
-        if with_grad: ctx.save_for_backward(d_hidden, d_weight)
+                    if smoothing:
+                        smooth.sub_((log_p.mean(-1, keepdim=True) * valid).sum((0, 2)))
+                    if not with_grad:
+                        continue
+                    grad = log_p.exp_().scatter_add_(
+                        -1, at, torch.full_like(at, smoothing - 1, dtype=wide)
+                    )
+                    some.copy_(
+                        (grad.sub_(smoothing / classes) if smoothing else grad).mul_(
+                            valid * scale[:, None]
+                        )
+                    )
+                if with_grad:
+                    torch.mm(logits, w, out=d_hidden[i : i + chunk])
+                if d_weight is not None:
+                    d_weight.add_(logits.t() @ hidden[i : i + chunk])
+        if with_grad:
+            ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(sums)
         return (scale * ((1 - smoothing) * sums + smoothing * smooth)).sum(), sums
@@ -314,17 +508,40 @@ class ChunkedCrossEntropy(Function):
     @staticmethod
     def backward(ctx, grad, _):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), None if d_weight is None else (d_weight * grad).to(ctx.dtype), None, None, None, None
+        return (
+            d_hidden * grad.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * grad).to(ctx.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
 
 @torch.compiler.disable  # torch 2.11 cannot trace it
-def chunked_cross_entropy(hidden: Tensor,  # (rows, hidden)
-                          head: nn.Module,  # a linear layer without bias: hidden -> parts * classes
-                          targets: Tensor,  # (rows, parts), -100 = not supervised; a part is a codebook, the text is one part
-                          scale: Tensor,  # (parts,) what the summed loss of each part counts in the loss
-                          smoothing: float = 0.0,  # label smoothing of the loss; the sums are without
-                          ) -> tuple[Tensor, Tensor]:
-    "`(loss, sums)`: the loss to call backward on, a scalar, and the summed cross-entropy of each part, (parts,), in float32."
+def chunked_cross_entropy(
+    hidden: Tensor,  # (rows, hidden)
+    head: nn.Module,  # a linear layer without bias: hidden -> parts * classes
+    # (rows, parts), -100 = not supervised; a part is a codebook, the text is one part
+    targets: Tensor,
+    scale: Tensor,  # (parts,) what the summed loss of each part counts in the loss
+    smoothing: float = 0.0,  # label smoothing of the loss; the sums are without
+) -> tuple[Tensor, Tensor]:
+    """`(loss, sums)`: the loss to call backward on, a scalar, and the summed cross-entropy of each
+    part, (parts,), in float32.
+    """
     head, type_ = active(head), hidden.device.type
-    if type(head) not in (nn.Linear, Float32Linear) or head.bias is not None: raise TypeError(f"a head must be a linear layer without bias, not {head}; train it in full, not by LoRA")
-    if torch.is_autocast_enabled(type_): hidden = hidden.to(torch.get_autocast_dtype(type_))
-    return ChunkedCrossEntropy.apply(hidden, head.weight, targets, scale.to(torch.promote_types(hidden.dtype, torch.float32)), smoothing, torch.is_grad_enabled())
+    if type(head) not in (nn.Linear, Float32Linear) or head.bias is not None:
+        raise TypeError(
+            f"a head must be a linear layer without bias, not {head}; train it in full, not by LoRA"
+        )
+    if torch.is_autocast_enabled(type_):
+        hidden = hidden.to(torch.get_autocast_dtype(type_))
+    return ChunkedCrossEntropy.apply(
+        hidden,
+        head.weight,
+        targets,
+        scale.to(torch.promote_types(hidden.dtype, torch.float32)),
+        smoothing,
+        torch.is_grad_enabled(),
+    )

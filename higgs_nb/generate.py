@@ -28,56 +28,99 @@ __all__ = ['REFUSED', 'SET_HERE', 'prompt_of', 'as_mp3', 'Speech', 'check_option
            'FiniteLogits', 'Encoder', 'save_clips', 'SpeechCallback']
 
 # %% ../nbs/09_generate.ipynb #46036377
-def prompt_of(conversation: Conversation,  # a trained answer at its end is left out
-              tokenizer,  # that of the model
-              tokens: AudioTokens,  # placeholders, BOS and EOS of the model
-              store=None,  # gives the codes of recordings in the prompt
-              **options,  # of `sample_options`: how the model reads recordings
-              ) -> Sample:
+def prompt_of(
+    conversation: Conversation,  # a trained answer at its end is left out
+    tokenizer,  # that of the model
+    tokens: AudioTokens,  # placeholders, BOS and EOS of the model
+    store=None,  # gives the codes of recordings in the prompt
+    **options,  # of `sample_options`: how the model reads recordings
+) -> Sample:
     "The sequence up to and with `<|audio_out_bos|>`, as in training."
     messages = conversation.messages
-    while messages and messages[-1].role == "assistant": messages = messages[:-1]
-    if not messages: raise ValueError(f"conversation {conversation.id} has nothing to answer: it needs a user message")
+    while messages and messages[-1].role == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise ValueError(
+            f"conversation {conversation.id} has nothing to answer: it needs a user message"
+        )
     context = dataclasses.replace(conversation, messages=messages, start_index=len(messages))
-    if context.audio and store is None: raise ValueError(f"conversation {conversation.id} has {len(context.audio)} recordings in its prompt: pass a store that gives their codes")
-    sample = expand(encode_with(context, tokenizer, store, options.get("extractor")), tokens, conversation.id, **options)
-    opening = tokenizer.encode("<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|>", add_special_tokens=False)
-    return dataclasses.replace(sample, input_ids=torch.cat([sample.input_ids, torch.tensor(opening)]), labels=torch.cat([sample.labels, torch.full((len(opening),), -100)]))
+    if context.audio and store is None:
+        raise ValueError(
+            f"conversation {conversation.id} has {len(context.audio)} recordings in its "
+            "prompt: pass a store that gives their codes"
+        )
+    sample = expand(
+        encode_with(context, tokenizer, store, options.get("extractor")),
+        tokens,
+        conversation.id,
+        **options,
+    )
+    opening = tokenizer.encode(
+        "<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|>",
+        add_special_tokens=False,
+    )
+    return dataclasses.replace(
+        sample,
+        input_ids=torch.cat([sample.input_ids, torch.tensor(opening)]),
+        labels=torch.cat([sample.labels, torch.full((len(opening),), -100)]),
+    )
 
 # %% ../nbs/09_generate.ipynb #b5ff3cee
-def as_mp3(waveform: Tensor | np.ndarray,  # (samples,), in -1 to 1
-           sampling_rate: int) -> str:  # Hz
-    "A waveform (samples,) as a data URL that every browser plays; a tenth of the size of a wav, so that saved notebooks stay small."
+def as_mp3(
+    waveform: Tensor | np.ndarray,  # (samples,), in -1 to 1
+    sampling_rate: int,
+) -> str:  # Hz
+    """A waveform (samples,) as a data URL that every browser plays; a tenth of the size of a wav,
+    so that saved notebooks stay small.
+    """
     encoded = io.BytesIO()
     soundfile.write(encoded, np.asarray(waveform), sampling_rate, format="MP3")
     return f"data:audio/mpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
+
 @dataclass(repr=False)
 class Speech:
     "What the model said to one prompt; plays itself in a notebook."
+
     id: str
     text: str  # the user's words
     codes: Tensor  # (codebooks, frames)
-    stopped: bool | None  # False: cut off at the limit, the model did not say EOS; None: nobody generated it
+    stopped: (
+        bool | None
+    )  # False: cut off at the limit, the model did not say EOS; None: nobody generated it
     sampling_rate: int = 24000  # Hz
     waveform: Tensor | None = None  # (samples,), None without a codec
 
     @property
     def duration_s(self) -> float:
         "Seconds of its sound; without one, of its codes, at 25 frames each."
-        return self.codes.shape[1] / 25 if self.waveform is None else len(self.waveform) / self.sampling_rate
+        return (
+            self.codes.shape[1] / 25
+            if self.waveform is None
+            else len(self.waveform) / self.sampling_rate
+        )
 
     def save(self, path: str | Path) -> Path:
         "Write a 16-bit wav file."
         soundfile.write(path, np.asarray(self.waveform), self.sampling_rate, subtype="PCM_16")
         return Path(path)
 
-    def __repr__(self): return f"Speech({self.id!r}, {self.text!r}, {self.duration_s:.2f} s, stopped={self.stopped})"
+    def __repr__(self):
+        return (
+            f"Speech({self.id!r}, {self.text!r}, {self.duration_s:.2f} s, stopped={self.stopped})"
+        )
 
     def _repr_html_(self):
         end = {True: ", stopped by itself", False: ", cut off at the limit", None: ""}[self.stopped]
-        player = f"<audio controls src='{as_mp3(self.waveform, self.sampling_rate)}'></audio>" if self.waveform is not None and len(self.waveform) else ""
-        return f"<figure><figcaption>{html.escape(self.text)} ({self.duration_s:.2f} s{end})</figcaption>{player}</figure>"
+        player = (
+            f"<audio controls src='{as_mp3(self.waveform, self.sampling_rate)}'></audio>"
+            if self.waveform is not None and len(self.waveform)
+            else ""
+        )
+        return (
+            f"<figure><figcaption>{html.escape(self.text)} ({self.duration_s:.2f} "
+            f"s{end})</figcaption>{player}</figure>"
+        )
 
 # %% ../nbs/09_generate.ipynb #b8e658ad
 REFUSED = dict(  # option of generate -> (values that change nothing, what to do)
@@ -86,17 +129,28 @@ REFUSED = dict(  # option of generate -> (values that change nothing, what to do
     return_dict_in_generate=((None, False), "call `generate_codes` or the model itself"),
     min_length=((None, 0), "leave it out"),
     min_new_tokens=((None, 0), "leave it out"),
-    repetition_penalty=((None, 1, 1.0), "use ras_win_len and ras_win_max_num_repeat"))
-SET_HERE = dict(max_new_tokens="use max_frames", max_length="use max_frames",
-                streamer="there is no streaming: text ids are not speech",
-                synced_gpus="it follows from the model")
+    repetition_penalty=((None, 1, 1.0), "use ras_win_len and ras_win_max_num_repeat"),
+)
+SET_HERE = dict(
+    max_new_tokens="use max_frames",
+    max_length="use max_frames",
+    streamer="there is no streaming: text ids are not speech",
+    synced_gpus="it follows from the model",
+)
 
-def check_options(options: dict,  # arguments of `generate`
-                  config,  # the model's generation config
-                  max_frames: int,  # longest clip
-                  batch_size: int) -> None:  # clips generated at the same time
+
+def check_options(
+    options: dict,  # arguments of `generate`
+    config,  # the model's generation config
+    max_frames: int,  # longest clip
+    batch_size: int,
+) -> None:  # clips generated at the same time
     "`ValueError` names each option that `generate_speech` cannot honour, and what to do."
-    wrong = [f"{name}={options[name]!r}: {remedy}" for name, remedy in SET_HERE.items() if name in options]
+    wrong = [
+        f"{name}={options[name]!r}: {remedy}"
+        for name, remedy in SET_HERE.items()
+        if name in options
+    ]
     for name, (harmless, remedy) in REFUSED.items():
         value = options.get(name, getattr(config, name, None))
         if value not in harmless:
@@ -110,66 +164,129 @@ def check_options(options: dict,  # arguments of `generate`
 
 # %% ../nbs/09_generate.ipynb #b951e4db
 @torch.no_grad()
-def generate_speech(model,  # a `HiggsAudioForTraining`, a PeftModel around one, or the stock class
-                    tokenizer,  # that of the model
-                    prompts: str | Conversation | list[str | Conversation],  # a text, a conversation that ends with the user, or several
-                    codec: Codec | None = None,  # turns codes into sound; None: codes only
-                    store=None,  # gives the codes of recordings in prompts; None: encoded anew by `codec`
-                    max_frames: int = 750,  # longest clip; 25 frames are a second
-                    batch_size: int = 8,  # prompts spoken at the same time
-                    do_sample: bool = False,  # False: greedy
-                    progress: bool = False,  # a progress bar over batches
-                    **generation,  # temperature, top_k, top_p, ras_win_len, ...: see transformers' generate
-                    ) -> list[Speech]:
+def generate_speech(
+    model,  # a `HiggsAudioForTraining`, a PeftModel around one, or the stock class
+    tokenizer,  # that of the model
+    # a text, a conversation that ends with the user, or several
+    prompts: str | Conversation | list[str | Conversation],
+    codec: Codec | None = None,  # turns codes into sound; None: codes only
+    store=None,  # gives the codes of recordings in prompts; None: encoded anew by `codec`
+    max_frames: int = 750,  # longest clip; 25 frames are a second
+    batch_size: int = 8,  # prompts spoken at the same time
+    do_sample: bool = False,  # False: greedy
+    progress: bool = False,  # a progress bar over batches
+    **generation,  # temperature, top_k, top_p, ras_win_len, ...: see transformers' generate
+) -> list[Speech]:
     "Speak each prompt; the model's mode is restored."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_options(generation, base.generation_config, max_frames, batch_size)
-    if isinstance(prompts, (str, Conversation)): prompts = [prompts]
+    if isinstance(prompts, (str, Conversation)):
+        prompts = [prompts]
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, (str, Conversation)):
-            raise TypeError(f"prompt {i} is a {type(prompt).__name__}: give a text or a Conversation")
+            raise TypeError(
+                f"prompt {i} is a {type(prompt).__name__}: give a text or a Conversation"
+            )
     tokens = AudioTokens.from_config(base.config, tokenizer)
-    talks = [p if isinstance(p, Conversation) else tts_conversation(p, id=str(i)) for i, p in enumerate(prompts)]
+    talks = [
+        p if isinstance(p, Conversation) else tts_conversation(p, id=str(i))
+        for i, p in enumerate(prompts)
+    ]
     options = sample_options(base.config)
-    samples = [prompt_of(t, tokenizer, tokens, store or (codec and Encoder(codec)), **options) for t in talks]
+    samples = [
+        prompt_of(t, tokenizer, tokens, store or (codec and Encoder(codec)), **options)
+        for t in talks
+    ]
     collate = PaddedCollator(tokens, pad_left=True, extractor=options["extractor"])
     was_training, speech = model.training, []
     model.eval()
     for i in tqdm(range(0, len(samples), batch_size), desc="speaking", disable=not progress):
-        codes = generate_codes(base, collate(samples[i:i + batch_size]), max_frames, do_sample=do_sample, **generation)
-        for talk, frames in zip(talks[i:i + batch_size], codes):
+        codes = generate_codes(
+            base,
+            collate(samples[i : i + batch_size]),
+            max_frames,
+            do_sample=do_sample,
+            **generation,
+        )
+        for talk, frames in zip(talks[i : i + batch_size], codes):
             clip, ended = undelay(frames.cpu(), tokens.stream_bos, tokens.stream_eos)
             stopped = ended and clip.shape[1] <= max_frames
-            text = "".join(p.text for m in talk.messages if m.role == "user" for p in m.content if isinstance(p, Text))
+            text = "".join(
+                p.text
+                for m in talk.messages
+                if m.role == "user"
+                for p in m.content
+                if isinstance(p, Text)
+            )
             clip = clip[:, :max_frames]
-            speech.append(Speech(talk.id, text, clip, stopped, *((codec.sampling_rate, codec.decode(clip) if clip.shape[1] else torch.zeros(0)) if codec else ())))
+            speech.append(
+                Speech(
+                    talk.id,
+                    text,
+                    clip,
+                    stopped,
+                    *(
+                        (
+                            codec.sampling_rate,
+                            codec.decode(clip) if clip.shape[1] else torch.zeros(0),
+                        )
+                        if codec
+                        else ()
+                    ),
+                )
+            )
     model.train(was_training)
     return speech
 
-def generate_codes(model,  # of transformers' class, without PEFT around it
-                   batch: dict[str, Tensor],  # of a `PaddedCollator` that pads on the left
-                   max_frames: int,  # longest clip; 25 frames are a second
-                   **generation) -> Tensor:  # see `generate_speech`
+
+def generate_codes(
+    model,  # of transformers' class, without PEFT around it
+    batch: dict[str, Tensor],  # of a `PaddedCollator` that pads on the left
+    max_frames: int,  # longest clip; 25 frames are a second
+    **generation,
+) -> Tensor:  # see `generate_speech`
     "Frames that follow each prompt of a left-padded batch, delayed, (batch, frames, codebooks)."
     keys = ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
-    keys = (keys if batch["audio_input_ids"].shape[1] else keys[:2]) + (("audio_features", "audio_feature_attention_mask") if "audio_features" in batch else ())
+    keys = (keys if batch["audio_input_ids"].shape[1] else keys[:2]) + (
+        ("audio_features", "audio_feature_attention_mask") if "audio_features" in batch else ()
+    )
     inputs = {k: batch[k].to(model.device) for k in keys}
     processors = [FiniteLogits(), *(generation.pop("logits_processor", None) or ())]
-    out = model.generate(**inputs, max_new_tokens=max_frames + model.config.num_codebooks + 1, synced_gpus=is_sharded(model), logits_processor=processors, **generation)
-    return out[:, batch["audio_input_ids"].shape[1]:]
+    out = model.generate(
+        **inputs,
+        max_new_tokens=max_frames + model.config.num_codebooks + 1,
+        synced_gpus=is_sharded(model),
+        logits_processor=processors,
+        **generation,
+    )
+    return out[:, batch["audio_input_ids"].shape[1] :]
+
 
 class FiniteLogits(InfNanRemoveLogitsProcessor):  # of a kind that `generate` of Higgs admits
-    "Ends generation with a `ValueError` where logits are not finite, instead of codes without meaning."
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (clips * codebooks, codes); -inf: a code that is not admitted
+    """Ends generation with a `ValueError` where logits are not finite, instead of codes without
+    meaning.
+    """
+
+    def __call__(
+        self, input_ids: Tensor, scores: Tensor
+    ) -> Tensor:  # (clips * codebooks, codes); -inf: a code that is not admitted
         if not scores.amax(-1).isfinite().all():  # the maximum of a row with a NaN is NaN
-            raise ValueError("the model's logits are not finite: its weights hold NaN or infinity, or overflow in this dtype. "
-                             "Validate the checkpoint, or load the model in float32")
+            raise ValueError(
+                "the model's logits are not finite: its weights hold NaN or infinity, "
+                "or overflow in this dtype. "
+                "Validate the checkpoint, or load the model in float32"
+            )
         return scores
+
 
 class Encoder:
     "A store without memory: encodes each recording anew."
-    def __init__(self, codec: Codec,  # that encodes
-                 max_duration_s: float | None = 30.0):  # of a recording; a longer one is refused. None: no limit
+
+    def __init__(
+        self,
+        codec: Codec,  # that encodes
+        max_duration_s: float | None = 30.0,
+    ):  # of a recording; a longer one is refused. None: no limit
         self.codec = codec
         self.max_duration_s = max_duration_s
 
@@ -178,11 +295,16 @@ class Encoder:
         return self.codec.encode(load_audio(audio, self.codec.sampling_rate, self.max_duration_s))
 
 # %% ../nbs/09_generate.ipynb #a4230de4
-def save_clips(speech: list[Speech],  # with waveforms
-               folder: str | Path) -> list[dict]:  # is made if it is not there
-    """Write each clip as a wav file into `folder`, and `clips.json`, which lists file, id, text, `stopped` and seconds of each.
+def save_clips(
+    speech: list[Speech],  # with waveforms
+    folder: str | Path,
+) -> list[dict]:  # is made if it is not there
+    """Write each clip as a wav file into `folder`, and `clips.json`, which lists file, id, text,
+    `stopped` and seconds of each.
 
-    An id comes from a corpus and may be a path, so the files are numbered; only what is harmless of the id is in the name."""
+    An id comes from a corpus and may be a path, so the files are numbered; only what is
+    harmless of the id is in the name.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -195,30 +317,55 @@ def save_clips(speech: list[Speech],  # with waveforms
 
 # %% ../nbs/09_generate.ipynb #dc8e6f8f
 class SpeechCallback(TrainerCallback):
-    """Speaks `prompts` before, after and every `every` steps of training; the wav files and `clips.json` of each time are in
-    `folder`/step-000000, see `save_clips`."""
-    def __init__(self, prompts: list[str | Conversation],  # texts, or conversations that end with the user
-                 codec: Codec,  # turns codes into sound
-                 tokenizer,  # that of the model
-                 folder: str | Path,  # for the wav files
-                 every: int = 0,  # steps; 0: only before and after
-                 **generation):  # see `generate_speech`
-        self.prompts, self.codec, self.tokenizer, self.folder, self.every, self.generation = prompts, codec, tokenizer, Path(folder), every, generation
+    """Speaks `prompts` before, after and every `every` steps of training; the wav files and
+    `clips.json` of each time are in `folder`/step-000000, see `save_clips`.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str | Conversation],  # texts, or conversations that end with the user
+        codec: Codec,  # turns codes into sound
+        tokenizer,  # that of the model
+        folder: str | Path,  # for the wav files
+        every: int = 0,  # steps; 0: only before and after
+        **generation,
+    ):  # see `generate_speech`
+        self.prompts, self.codec, self.tokenizer, self.folder, self.every, self.generation = (
+            prompts,
+            codec,
+            tokenizer,
+            Path(folder),
+            every,
+            generation,
+        )
         self.speech: dict[int, list[Speech]] = {}  # by step
 
     def speak(self, state, model):
-        "Speak, keep and save the prompts at this step, once. The first process does; a sharded base needs all of them to speak."
-        if state.global_step in self.speech or not (state.is_world_process_zero or is_sharded(model)): return
+        """Speak, keep and save the prompts at this step, once. The first process does; a sharded
+        base needs all of them to speak.
+        """
+        if state.global_step in self.speech or not (
+            state.is_world_process_zero or is_sharded(model)
+        ):
+            return
         base = getattr(model, "module", model)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.speech[state.global_step] = said = generate_speech(base, self.tokenizer, self.prompts, self.codec, **self.generation)
-        if not state.is_world_process_zero: return
+            self.speech[state.global_step] = said = generate_speech(
+                base, self.tokenizer, self.prompts, self.codec, **self.generation
+            )
+        if not state.is_world_process_zero:
+            return
         save_clips(said, self.folder / f"step-{state.global_step:06d}")
         return said
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not state.global_step: self.speak(state, model)  # a resumed run has spoken
-    def on_train_end(self, args, state, control, model=None, **kwargs): self.speak(state, model)
+        if not state.global_step:
+            self.speak(state, model)  # a resumed run has spoken
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.speak(state, model)
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.every and state.global_step % self.every == 0: self.speak(state, model)
+        if self.every and state.global_step % self.every == 0:
+            self.speak(state, model)

@@ -16,35 +16,60 @@ __all__ = ['Relay', 'main']
 
 # %% ../nbs/08b_launch.ipynb #0ddac931
 class Relay:
-    "Within `with`, sends each SIGTERM and SIGUSR1 to the processes that this one has started; `asked` says whether there was any."
-    def __init__(self): self.asked, self.before = False, {}
+    """Within `with`, sends each SIGTERM and SIGUSR1 to the processes that this one has started;
+    `asked` says whether there was any.
+    """
+
+    def __init__(self):
+        self.asked, self.before = False, {}
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self.pass_on) for s in StopCallback.signals}
         return self
 
     def __exit__(self, *error):
-        for s, handler in self.before.items(): signal.signal(s, handler)
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
     def pass_on(self, number, frame):
         "Handle a signal."
         self.asked, processes = True, psutil.Process().children()
-        if not processes: sys.exit(TRY_AGAIN)  # nothing has begun
-        for process in processes: process.send_signal(number)
+        if not processes:
+            sys.exit(TRY_AGAIN)  # nothing has begun
+        for process in processes:
+            process.send_signal(number)
 
-def main(argv: list[str] | None = None) -> int:  # words of the command line; None: those of this process
-    """`higgs_launch [options of torchrun] SCRIPT ...`; 0: done, 1: a process failed, 2: it could not start, 75: they were asked to stop, and the same command goes on. The first signal lets every process
-    save and stop, however long that takes; a second one ends them at once."""
-    args = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *(sys.argv[1:] if argv is None else argv)])  # the others are the relay's
+
+def main(
+    argv: list[str] | None = None,
+) -> int:  # words of the command line; None: those of this process
+    """`higgs_launch [options of torchrun] SCRIPT ...`; 0: done, 1: a process failed, 2: it could
+    not start, 75: they were asked to stop, and the same command goes on. The first signal lets
+    every process save and stop, however long that takes; a second one ends them at once.
+    """
+    args = parse_args(
+        ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *(sys.argv[1:] if argv is None else argv)]
+    )  # the others are the relay's
     if args.max_restarts:
-        print("higgs_launch: --max-restarts would start again what was asked to stop: leave it out, and start the command again", file=sys.stderr)
+        print(
+            "higgs_launch: --max-restarts would start again what was asked to stop: "
+            "leave it out, and start the command again",
+            file=sys.stderr,
+        )
         return 2
     with Relay() as relay:
-        try: run(args)
-        except SignalException as error: return 128 + error.sigval
+        try:
+            run(args)
+        except SignalException as error:
+            return 128 + error.sigval
         except ChildFailedError as error:
-            codes, stopped = {failure.exitcode for failure in error.failures.values()}, {TRY_AGAIN, *(-s for s in StopCallback.signals)}
-            if codes <= stopped and (relay.asked or TRY_AGAIN in codes):  # torchrun sends a SIGTERM to those that end last
+            codes, stopped = (
+                {failure.exitcode for failure in error.failures.values()},
+                {TRY_AGAIN, *(-s for s in StopCallback.signals)},
+            )
+            if codes <= stopped and (
+                relay.asked or TRY_AGAIN in codes
+            ):  # torchrun sends a SIGTERM to those that end last
                 print("stopped before its end, as asked: the same command goes on", file=sys.stderr)
                 return TRY_AGAIN
             print(error, file=sys.stderr)

@@ -12,8 +12,12 @@ from transformers import HiggsAudioV2Config, WhisperConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (HiggsAudioV2Attention, HiggsAudioV2DecoderLayer, HiggsAudioV2Model,
-                                                                        HiggsAudioV2RMSNorm)
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
+    HiggsAudioV2Attention,
+    HiggsAudioV2DecoderLayer,
+    HiggsAudioV2Model,
+    HiggsAudioV2RMSNorm,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from .fused import active, attend, permute, project, rms_norm_pair, rotate, swiglu
 
@@ -23,16 +27,26 @@ __all__ = ['CACHE', 'AUDIO_ATTENTION_MODULES', 'cache_argument', 'PackedRow', 'a
            'start_as_identity', 'HiggsDecoder', 'WhisperTower', 'AudioEncoderProjector']
 
 # %% ../nbs/04d_layers.ipynb #a58c2a05
-CACHE = "cache" if "cache" in inspect.signature(HiggsAudioV2Attention.forward).parameters else "past_key_values"
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(HiggsAudioV2Attention.forward).parameters
+    else "past_key_values"
+)
 
-def cache_argument(cache: Cache | None, past_key_values: Cache | None = None) -> dict[str, Cache | None]:
+
+def cache_argument(
+    cache: Cache | None, past_key_values: Cache | None = None
+) -> dict[str, Cache | None]:
     "The cache, given under either name, as the keyword argument of the installed transformers."
     return {CACHE: past_key_values if cache is None else cache}
 
 # %% ../nbs/04d_layers.ipynb #936da352
 @dataclass
 class PackedRow:
-    "Where the samples, the text and the frames of a packed row stand. Inside the decoder its rows are sorted: all text, then all frames."
+    """Where the samples, the text and the frames of a packed row stand. Inside the decoder its
+    rows are sorted: all text, then all frames.
+    """
+
     order: Tensor  # (rows,) the position in the sequence of each sorted row
     place: Tensor  # (rows,) the sorted row of each position
     texts: int  # how many rows are text
@@ -42,86 +56,181 @@ class PackedRow:
     frame_cos_sin: tuple[Tensor, Tensor]  # those of the frames
 
     @classmethod
-    def make(cls, config: HiggsAudioV2Config, rotary: nn.Module, hidden: Tensor,  # (rows, hidden), sorted
-             position_ids: Tensor,  # (1, rows)
-             text_positions: Tensor, audio_positions: Tensor, lengths: list[int], frame_lengths: list[int], cu_seqlens: Tensor, frame_cu_seqlens: Tensor) -> PackedRow:
+    def make(
+        cls,
+        config: HiggsAudioV2Config,
+        rotary: nn.Module,
+        hidden: Tensor,  # (rows, hidden), sorted
+        position_ids: Tensor,  # (1, rows)
+        text_positions: Tensor,
+        audio_positions: Tensor,
+        lengths: list[int],
+        frame_lengths: list[int],
+        cu_seqlens: Tensor,
+        frame_cu_seqlens: Tensor,
+    ) -> PackedRow:
         "From the fields of `PackedCollator`'s batch."
         order = torch.cat([text_positions, audio_positions])
-        cos_sin = tuple(x[0, :, None, :x.shape[-1] // 2] for x in rotary(hidden, position_ids))
-        wants_mask = config._attn_implementation != "sdpa" and "flash" not in config._attn_implementation
-        def mask(at): return create_causal_mask(config, hidden.new_empty(*at.shape, 1), None, None, position_ids=at) if wants_mask and at.numel() else None
-        among = torch.cat([torch.arange(n) for n in frame_lengths])[None].to(order.device) if wants_mask else order[:0]
-        return cls(order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)), len(text_positions),
-                   (lengths, cu_seqlens, mask(position_ids)), (frame_lengths, frame_cu_seqlens, mask(among)),
-                   cos_sin, tuple(x[audio_positions] for x in cos_sin))
+        cos_sin = tuple(x[0, :, None, : x.shape[-1] // 2] for x in rotary(hidden, position_ids))
+        wants_mask = (
+            config._attn_implementation != "sdpa" and "flash" not in config._attn_implementation
+        )
+
+        def mask(at):
+            return (
+                create_causal_mask(
+                    config, hidden.new_empty(*at.shape, 1), None, None, position_ids=at
+                )
+                if wants_mask and at.numel()
+                else None
+            )
+
+        among = (
+            torch.cat([torch.arange(n) for n in frame_lengths])[None].to(order.device)
+            if wants_mask
+            else order[:0]
+        )
+        return cls(
+            order,
+            torch.empty_like(order).scatter_(
+                0, order, torch.arange(len(order), device=order.device)
+            ),
+            len(text_positions),
+            (lengths, cu_seqlens, mask(position_ids)),
+            (frame_lengths, frame_cu_seqlens, mask(among)),
+            cos_sin,
+            tuple(x[audio_positions] for x in cos_sin),
+        )
 
 # %% ../nbs/04d_layers.ipynb #e12d7db4
-def attention(attn: nn.Module, x: Tensor,  # (rows, hidden), in the order of the sequence
-              cos_sin: tuple[Tensor, Tensor], samples: tuple) -> Tensor:
+def attention(
+    attn: nn.Module,
+    x: Tensor,  # (rows, hidden), in the order of the sequence
+    cos_sin: tuple[Tensor, Tensor],
+    samples: tuple,
+) -> Tensor:
     "One attention of a layer over packed samples: (rows, hidden)"
     attn = active(attn)
-    q, k, v = (p.unflatten(-1, (-1, attn.head_dim)) for p in project((attn.q_proj, attn.k_proj, attn.v_proj), x))
-    return project((attn.o_proj,), attend(attn, rotate(q, *cos_sin), rotate(k, *cos_sin), v, *samples))[0]
+    q, k, v = (
+        p.unflatten(-1, (-1, attn.head_dim))
+        for p in project((attn.q_proj, attn.k_proj, attn.v_proj), x)
+    )
+    return project(
+        (attn.o_proj,), attend(attn, rotate(q, *cos_sin), rotate(k, *cos_sin), v, *samples)
+    )[0]
+
 
 def feed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
     "One feed-forward network of a layer: (rows, hidden)"
     gate, up = project((mlp.gate_proj, mlp.up_proj), x)
-    return project((mlp.down_proj,), swiglu(gate, up) if mlp.config.hidden_act == "silu" else mlp.act_fn(gate) * up)[0]
+    return project(
+        (mlp.down_proj,),
+        swiglu(gate, up) if mlp.config.hidden_act == "silu" else mlp.act_fn(gate) * up,
+    )[0]
+
 
 class HiggsLayer(HiggsAudioV2DecoderLayer):
     "A decoder layer that also takes a packed row."
+
     def forward(self, hidden_states, *args, packed: PackedRow | None = None, **kwargs):
         "See the stock layer; with `packed`, `hidden_states` are (rows, hidden), sorted."
-        return super().forward(hidden_states, *args, **kwargs) if packed is None else self.packed_forward(hidden_states, packed)
+        return (
+            super().forward(hidden_states, *args, **kwargs)
+            if packed is None
+            else self.packed_forward(hidden_states, packed)
+        )
 
     def packed_forward(self, hidden: Tensor, row: PackedRow) -> Tensor:
         "(rows, hidden), sorted"
         hidden, normed = self.before_attention(hidden, row)
-        attended = attention(self.self_attn, permute(normed, row.place, row.order), row.cos_sin, row.samples)
+        attended = attention(
+            self.self_attn, permute(normed, row.place, row.order), row.cos_sin, row.samples
+        )
         hidden = hidden + permute(attended, row.order, row.place)
-        normed = rms_norm_pair(hidden, self.post_attention_layernorm, self.audio_post_attention_layernorm, row.texts)
-        return hidden + torch.cat([feed_forward(self.mlp, normed[:row.texts]), feed_forward(self.audio_mlp, normed[row.texts:])])
+        normed = rms_norm_pair(
+            hidden, self.post_attention_layernorm, self.audio_post_attention_layernorm, row.texts
+        )
+        return hidden + torch.cat(
+            [
+                feed_forward(self.mlp, normed[: row.texts]),
+                feed_forward(self.audio_mlp, normed[row.texts :]),
+            ]
+        )
 
     def before_attention(self, hidden: Tensor, row: PackedRow) -> tuple[Tensor, Tensor]:
         "Hidden states and what the shared attention reads of them, (rows, hidden) each."
-        return hidden, rms_norm_pair(hidden, self.input_layernorm, self.audio_input_layernorm, row.texts)
+        return hidden, rms_norm_pair(
+            hidden, self.input_layernorm, self.audio_input_layernorm, row.texts
+        )
 
 # %% ../nbs/04d_layers.ipynb #f3b2d0e3
 @dataclass
 class Frames:
     "Where the frames of a batch stand, and what they may attend to."
+
     rows: Tensor  # (frames,) in the flattened positions
     text_rows: Tensor  # (others,) the rest
     order: Tensor  # (1, frames) the how-manieth frame of its sample each one is
-    mask: Tensor | None = None  # for `audio_attn`, in the form that the attention implementation wants
+    mask: Tensor | None = (
+        None  # for `audio_attn`, in the form that the attention implementation wants
+    )
     cached: bool = False  # `mask` is over all positions of the cache, not over `rows`
 
-def frame_order(is_frame: Tensor,  # (batch, positions) bool
-                position_ids: Tensor,  # (batch or 1, positions), 0 at the start of each sample
-                ) -> Tensor:
+
+def frame_order(
+    is_frame: Tensor,  # (batch, positions) bool
+    position_ids: Tensor,  # (batch or 1, positions), 0 at the start of each sample
+) -> Tensor:
     "The how-manieth frame of its sample each frame is: (frames,)"
-    is_frame, sample = is_frame.flatten(), (position_ids == 0).expand_as(is_frame).flatten().cumsum(0)
+    is_frame, sample = (
+        is_frame.flatten(),
+        (position_ids == 0).expand_as(is_frame).flatten().cumsum(0),
+    )
     count, sample = is_frame.cumsum(0)[is_frame], sample[is_frame]
     first = torch.ones_like(sample, dtype=torch.bool)
     first[1:] = sample[1:] != sample[:-1]
     return count - torch.where(first, count, 0).cummax(0).values
 
 # %% ../nbs/04d_layers.ipynb #27bac74f
-def gathered_frames(config: HiggsAudioV2Config, embeds: Tensor,  # (batch, positions, hidden)
-                    is_frame: Tensor, position_ids: Tensor) -> Frames:
+def gathered_frames(
+    config: HiggsAudioV2Config,
+    embeds: Tensor,  # (batch, positions, hidden)
+    is_frame: Tensor,
+    position_ids: Tensor,
+) -> Frames:
     "The index for a forward without cache."
     rows, order = is_frame.flatten().nonzero().flatten(), frame_order(is_frame, position_ids)[None]
-    mask = create_causal_mask(config, embeds.new_empty(1, len(rows), 1), None, None, position_ids=order) if len(rows) else None
+    mask = (
+        create_causal_mask(
+            config, embeds.new_empty(1, len(rows), 1), None, None, position_ids=order
+        )
+        if len(rows)
+        else None
+    )
     return Frames(rows, (~is_frame).flatten().nonzero().flatten(), order, mask)
 
-def cached_frames(config: HiggsAudioV2Config, embeds: Tensor, is_frame: Tensor, cache: Cache) -> Frames:
-    "The index for a forward with cache, which gets a place for the keys of `audio_attn` and remembers where frames stand."
+
+def cached_frames(
+    config: HiggsAudioV2Config, embeds: Tensor, is_frame: Tensor, cache: Cache
+) -> Frames:
+    """The index for a forward with cache, which gets a place for the keys of `audio_attn` and
+    remembers where frames stand.
+    """
     if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        raise ValueError(f"audio self-attention generates with a DynamicCache, not with a {type(cache).__name__}: leave cache_implementation at its default")
-    if cache.layer_class_to_replicate is None: cache.layers += [DynamicLayer() for _ in range(2 * config.num_hidden_layers - len(cache.layers))]
+        raise ValueError(
+            "audio self-attention generates with a DynamicCache, not with a "
+            f"{type(cache).__name__}: leave cache_implementation at its default"
+        )
+    if cache.layer_class_to_replicate is None:
+        cache.layers += [
+            DynamicLayer() for _ in range(2 * config.num_hidden_layers - len(cache.layers))
+        ]
     before = getattr(cache, "frames", is_frame[:, :0])
     if before.shape[1] != cache.get_seq_length():
-        raise ValueError(f"the cache holds {cache.get_seq_length()} positions and knows of {before.shape[1]} whether they are frames: start with a new cache")
+        raise ValueError(
+            f"the cache holds {cache.get_seq_length()} positions and knows of "
+            f"{before.shape[1]} whether they are frames: start with a new cache"
+        )
     cache.frames = torch.cat([before, is_frame], 1)
     mask = create_causal_mask(config, embeds, cache.frames, cache, allow_is_causal_skip=False)
     rows = is_frame.flatten()
@@ -129,55 +238,109 @@ def cached_frames(config: HiggsAudioV2Config, embeds: Tensor, is_frame: Tensor, 
 
 # %% ../nbs/04d_layers.ipynb #d5d12118
 def zero_gradient(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    "An empty tensor of `shape` that gives every parameter of `module` the gradient zero: a module with nothing to do must still have one under DDP."
+    """An empty tensor of `shape` that gives every parameter of `module` the gradient zero: a
+    module with nothing to do must still have one under DDP.
+    """
     return torch.cat([p.flatten()[:0] for p in module.parameters()]).view(shape)
 
+
 class AudioAttentionLayer(HiggsLayer):
-    "A decoder layer whose frames attend to the frames before them, and then with all positions to everything before them."
+    """A decoder layer whose frames attend to the frames before them, and then with all positions
+    to everything before them.
+    """
+
     def __init__(self, config: HiggsAudioV2Config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.audio_attn = HiggsAudioV2Attention(config, layer_idx + config.num_hidden_layers)
-        self.audio_post_audio_attn_layer_norm = HiggsAudioV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.audio_post_audio_attn_layer_norm = HiggsAudioV2RMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps
+        )
 
     def before_attention(self, hidden, row: PackedRow):
         "See `HiggsLayer`: the frames of a packed row come last, so that no row has to be sought."
-        texts, frames = hidden[:row.texts], hidden[row.texts:]
+        texts, frames = hidden[: row.texts], hidden[row.texts :]
         normed = rms_norm_pair(frames, self.audio_input_layernorm, self.audio_input_layernorm, 0)
-        hidden = torch.cat([texts, frames + attention(self.audio_attn, normed, row.frame_cos_sin, row.frames)])
-        return hidden, rms_norm_pair(hidden, self.input_layernorm, self.audio_post_audio_attn_layer_norm, row.texts)
+        hidden = torch.cat(
+            [texts, frames + attention(self.audio_attn, normed, row.frame_cos_sin, row.frames)]
+        )
+        return hidden, rms_norm_pair(
+            hidden, self.input_layernorm, self.audio_post_audio_attn_layer_norm, row.texts
+        )
 
     def among_frames(self, hidden, position_embeddings, frames: Frames, cache) -> Tensor:
         "What `audio_attn` adds to each frame: (frames, hidden)"
         if frames.cached:
-            out, _ = self.audio_attn(self.audio_input_layernorm(hidden), position_embeddings, frames.mask, **cache_argument(cache))
+            out, _ = self.audio_attn(
+                self.audio_input_layernorm(hidden),
+                position_embeddings,
+                frames.mask,
+                **cache_argument(cache),
+            )
             return out.flatten(0, 1)[frames.rows]
-        cos_sin = tuple(x.expand(len(hidden), -1, -1).flatten(0, 1)[frames.rows][None] for x in position_embeddings)
+        cos_sin = tuple(
+            x.expand(len(hidden), -1, -1).flatten(0, 1)[frames.rows][None]
+            for x in position_embeddings
+        )
         normed = self.audio_input_layernorm(hidden.flatten(0, 1)[frames.rows])
-        if not len(normed): return normed + zero_gradient(self.audio_attn, normed.shape)
+        if not len(normed):
+            return normed + zero_gradient(self.audio_attn, normed.shape)
         return self.audio_attn(normed[None], cos_sin, frames.mask, position_ids=frames.order)[0][0]
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, audio_token_mask=None, position_ids=None, past_key_values=None, cache=None,
-                use_cache=False, frames: Frames | None = None, packed: PackedRow | None = None, **kwargs):
-        "See the stock layer; `frames` takes the place of `audio_token_mask`. (batch, positions, hidden), or (rows, hidden) with `packed`"
-        if packed is not None: return self.packed_forward(hidden_states, packed)
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        audio_token_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        cache=None,
+        use_cache=False,
+        frames: Frames | None = None,
+        packed: PackedRow | None = None,
+        **kwargs,
+    ):
+        """See the stock layer; `frames` takes the place of `audio_token_mask`. (batch, positions,
+        hidden), or (rows, hidden) with `packed`
+        """
+        if packed is not None:
+            return self.packed_forward(hidden_states, packed)
         past = cache_argument(cache, past_key_values)
         shape, flat = hidden_states.shape, hidden_states.flatten(0, 1)
-        heard = flat[frames.rows] + self.among_frames(hidden_states, position_embeddings, frames, past[CACHE])
-        normed = torch.empty_like(flat).index_copy(0, frames.text_rows, self.input_layernorm(flat[frames.text_rows]))
+        heard = flat[frames.rows] + self.among_frames(
+            hidden_states, position_embeddings, frames, past[CACHE]
+        )
+        normed = torch.empty_like(flat).index_copy(
+            0, frames.text_rows, self.input_layernorm(flat[frames.text_rows])
+        )
         normed = normed.index_copy(0, frames.rows, self.audio_post_audio_attn_layer_norm(heard))
-        attended, _ = self.self_attn(normed.view(shape), position_embeddings, attention_mask, position_ids=position_ids, **past, **kwargs)
+        attended, _ = self.self_attn(
+            normed.view(shape),
+            position_embeddings,
+            attention_mask,
+            position_ids=position_ids,
+            **past,
+            **kwargs,
+        )
         flat = flat.index_copy(0, frames.rows, heard) + attended.flatten(0, 1)
         text, audio = flat[frames.text_rows], flat[frames.rows]
-        flat = flat.index_copy(0, frames.text_rows, text + self.mlp(self.post_attention_layernorm(text)))
-        return flat.index_copy(0, frames.rows, audio + self.audio_mlp(self.audio_post_attention_layernorm(audio))).view(shape)
+        flat = flat.index_copy(
+            0, frames.text_rows, text + self.mlp(self.post_attention_layernorm(text))
+        )
+        return flat.index_copy(
+            0, frames.rows, audio + self.audio_mlp(self.audio_post_attention_layernorm(audio))
+        ).view(shape)
 
 # %% ../nbs/04d_layers.ipynb #d1bfe64e
 AUDIO_ATTENTION_MODULES = ("audio_attn", "audio_post_audio_attn_layer_norm")  # of a layer
 
+
 @torch.no_grad()
-def start_as_identity(layer: AudioAttentionLayer,  # of a model, changed in place
-                      std: float = 0.02,  # standard deviation of the random projections
-                      seed: int = 0) -> None:  # the same one gives the same values
+def start_as_identity(
+    layer: AudioAttentionLayer,  # of a model, changed in place
+    std: float = 0.02,  # standard deviation of the random projections
+    seed: int = 0,
+) -> None:  # the same one gives the same values
     "Let audio self-attention begin as the exact identity. The same `seed` gives the same values."
     generator = torch.Generator().manual_seed(seed)
     for p in "qkv":
@@ -188,115 +351,238 @@ def start_as_identity(layer: AudioAttentionLayer,  # of a model, changed in plac
 
 # %% ../nbs/04d_layers.ipynb #c8238a53
 class HiggsDecoder(HiggsAudioV2Model):
-    "`HiggsAudioV2Model` that also reads packed rows, with audio self-attention where `config.use_audio_out_self_attention`, and Whisper features at `whisper_rows`."
+    """`HiggsAudioV2Model` that also reads packed rows, with audio self-attention where
+    `config.use_audio_out_self_attention`, and Whisper features at `whisper_rows`.
+    """
+
     _no_split_modules = ["HiggsLayer", "AudioAttentionLayer", "WhisperEncoderLayer"]
 
     def __init__(self, config: HiggsAudioV2Config):
         super().__init__(config)
         self.audio_attention = getattr(config, "use_audio_out_self_attention", False)
         if self.audio_attention:
-            self.layers = nn.ModuleList([AudioAttentionLayer(config, i) for i in range(config.num_hidden_layers)])
+            self.layers = nn.ModuleList(
+                [AudioAttentionLayer(config, i) for i in range(config.num_hidden_layers)]
+            )
             self.post_init()
         else:
-            for layer in self.layers: layer.__class__ = HiggsLayer  # the same parts, one more way through them
+            for layer in self.layers:
+                layer.__class__ = HiggsLayer  # the same parts, one more way through them
 
     @property
     def precision(self) -> torch.dtype:
-        "The dtype of the base's layers, also where the last norm is trained in float32 beside the original."
+        """The dtype of the base's layers, also where the last norm is trained in float32 beside
+        the original.
+        """
         return getattr(self.norm, "original_module", self.norm).weight.dtype
 
     @property
     def mixed(self) -> bool:
-        "Whether embeddings have another dtype than the layers, as float32 ones that are trained on a 16-bit base."
-        tables = (active(self.embed_tokens).weight, active(self.embed_audio_tokens).embed_audio_tokens.weight)
+        """Whether embeddings have another dtype than the layers, as float32 ones that are trained
+        on a 16-bit base.
+        """
+        tables = (
+            active(self.embed_tokens).weight,
+            active(self.embed_audio_tokens).embed_audio_tokens.weight,
+        )
         return any(table.dtype != self.precision for table in tables)
 
     def get_placeholder_mask(self, input_ids, inputs_embeds, audio_input_ids_mask):
-        "As stock; with embeddings in place of ids, `audio_input_ids_mask` (batch, positions) says where frames stand."
-        if input_ids is None and inputs_embeds is not None: return audio_input_ids_mask
+        """As stock; with embeddings in place of ids, `audio_input_ids_mask` (batch, positions)
+        says where frames stand.
+        """
+        if input_ids is None and inputs_embeds is not None:
+            return audio_input_ids_mask
         return super().get_placeholder_mask(input_ids, inputs_embeds, audio_input_ids_mask)
 
-    @torch.compiler.disable  # its operations are fused already, and torch.compile fails on rows of changing length (torch 2.13)
-    def packed_forward(self, input_ids, audio_input_ids, position_ids, packed: dict, whisper=None, whisper_rows=None) -> Tensor:
-        "The last hidden states of a packed row in the order of the sequence: (positions, hidden). `ValueError` in training with attention dropout."
+    # its operations are fused already, and torch.compile fails on rows of changing length
+    # (torch 2.13)
+    @torch.compiler.disable
+    def packed_forward(
+        self,
+        input_ids,
+        audio_input_ids,
+        position_ids,
+        packed: dict,
+        whisper=None,
+        whisper_rows=None,
+    ) -> Tensor:
+        """The last hidden states of a packed row in the order of the sequence: (positions,
+        hidden). `ValueError` in training with attention dropout.
+        """
         if self.training and self.config.attention_dropout:
-            raise ValueError(f"the config has attention_dropout={self.config.attention_dropout}, which packed rows do not apply: "
-                             "set model.config.attention_dropout = 0 before training")
-        texts = self.embed_tokens(input_ids.index_select(1, packed["text_positions"]))[0]  # 2-D, as NEFTune's hook on the table wants it
+            raise ValueError(
+                f"the config has attention_dropout={self.config.attention_dropout}, "
+                "which packed rows do not apply: "
+                "set model.config.attention_dropout = 0 before training"
+            )
+        texts = self.embed_tokens(input_ids.index_select(1, packed["text_positions"]))[
+            0
+        ]  # 2-D, as NEFTune's hook on the table wants it
         frames = self.embed_audio_tokens(audio_input_ids[0])
-        hidden = torch.cat([texts, frames.to(texts.dtype)])  # under autocast, a GPU adds up the codebooks in float32
+        hidden = torch.cat(
+            [texts, frames.to(texts.dtype)]
+        )  # under autocast, a GPU adds up the codebooks in float32
         row = PackedRow.make(self.config, self.rotary_emb, hidden, position_ids, **packed)
-        if whisper is not None: hidden = hidden.index_copy(0, row.place[whisper_rows], whisper.to(hidden.dtype))
-        for layer in self.layers: hidden = layer(hidden, packed=row)
+        if whisper is not None:
+            hidden = hidden.index_copy(0, row.place[whisper_rows], whisper.to(hidden.dtype))
+        for layer in self.layers:
+            hidden = layer(hidden, packed=row)
         return permute(rms_norm_pair(hidden, self.norm, self.norm, row.texts), row.place, row.order)
 
     def embed(self, input_ids, audio_input_ids, audio_input_ids_mask, is_frame) -> Tensor:
         "Text and frames: (batch, positions, hidden)"
         frames = None if audio_input_ids is None else self.embed_audio_tokens(audio_input_ids)
-        if input_ids is None: return frames
+        if input_ids is None:
+            return frames
         embeds = self.embed_tokens(input_ids)
-        if frames is None: return embeds
+        if frames is None:
+            return embeds
         frames = frames.to(embeds.dtype)  # under autocast, a GPU adds up the codebooks in float32
-        return embeds.masked_scatter(is_frame[..., None], frames if audio_input_ids_mask is None else frames[audio_input_ids_mask])
+        return embeds.masked_scatter(
+            is_frame[..., None],
+            frames if audio_input_ids_mask is None else frames[audio_input_ids_mask],
+        )
 
-    def forward(self, input_ids=None, audio_input_ids=None, attention_mask=None, audio_input_ids_mask=None, position_ids=None, past_key_values=None,
-                cache=None, inputs_embeds=None, use_cache=None, whisper=None, whisper_rows=None, packed: dict | None = None, **kwargs):
-        """See the stock model; `whisper` (features, hidden) goes to the flattened positions `whisper_rows`. With `packed`, the fields of a packed batch that
-        `PackedRow` is made of, the one row is computed without a mask and without a search, (1, positions, hidden)."""
-        if packed is not None: return BaseModelOutputWithPast(self.packed_forward(input_ids, audio_input_ids, position_ids, packed, whisper, whisper_rows)[None])
+    def forward(
+        self,
+        input_ids=None,
+        audio_input_ids=None,
+        attention_mask=None,
+        audio_input_ids_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+        whisper=None,
+        whisper_rows=None,
+        packed: dict | None = None,
+        **kwargs,
+    ):
+        """See the stock model; `whisper` (features, hidden) goes to the flattened positions
+        `whisper_rows`. With `packed`, the fields of a packed batch that `PackedRow` is made of,
+        the one row is computed without a mask and without a search, (1, positions, hidden).
+        """
+        if packed is not None:
+            return BaseModelOutputWithPast(
+                self.packed_forward(
+                    input_ids, audio_input_ids, position_ids, packed, whisper, whisper_rows
+                )[None]
+            )
         cache = past_key_values if cache is None else cache
-        sequence = dict(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
-        if not (self.audio_attention or whisper is not None or self.mixed and inputs_embeds is None):
-            return super().forward(input_ids=input_ids, audio_input_ids=audio_input_ids, audio_input_ids_mask=audio_input_ids_mask,
-                                   inputs_embeds=inputs_embeds, **cache_argument(cache), **sequence, **kwargs)
-        if inputs_embeds is not None: raise ValueError("audio self-attention and Whisper features need input_ids, not inputs_embeds")
+        sequence = dict(
+            attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
+        )
+        if not (
+            self.audio_attention or whisper is not None or self.mixed and inputs_embeds is None
+        ):
+            return super().forward(
+                input_ids=input_ids,
+                audio_input_ids=audio_input_ids,
+                audio_input_ids_mask=audio_input_ids_mask,
+                inputs_embeds=inputs_embeds,
+                **cache_argument(cache),
+                **sequence,
+                **kwargs,
+            )
+        if inputs_embeds is not None:
+            raise ValueError(
+                "audio self-attention and Whisper features need input_ids, not inputs_embeds"
+            )
         is_frame = self.get_placeholder_mask(input_ids, None, None)
-        embeds = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, is_frame).to(self.precision)
-        if is_frame is None: is_frame = torch.ones_like(embeds[..., 0], dtype=torch.bool)
-        if whisper is not None: embeds = embeds.flatten(0, 1).index_copy(0, whisper_rows, whisper.to(embeds.dtype)).view_as(embeds)
+        embeds = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, is_frame).to(
+            self.precision
+        )
+        if is_frame is None:
+            is_frame = torch.ones_like(embeds[..., 0], dtype=torch.bool)
+        if whisper is not None:
+            embeds = (
+                embeds.flatten(0, 1)
+                .index_copy(0, whisper_rows, whisper.to(embeds.dtype))
+                .view_as(embeds)
+            )
         if self.audio_attention:
-            if use_cache and cache is None: cache = DynamicCache(config=self.config)
-            if cache is not None: kwargs["frames"] = cached_frames(self.config, embeds, is_frame, cache)
+            if use_cache and cache is None:
+                cache = DynamicCache(config=self.config)
+            if cache is not None:
+                kwargs["frames"] = cached_frames(self.config, embeds, is_frame, cache)
             else:
-                starts = torch.arange(embeds.shape[1], device=embeds.device)[None] if position_ids is None else position_ids
+                starts = (
+                    torch.arange(embeds.shape[1], device=embeds.device)[None]
+                    if position_ids is None
+                    else position_ids
+                )
                 kwargs["frames"] = gathered_frames(self.config, embeds, is_frame, starts)
-        return super().forward(inputs_embeds=embeds, audio_input_ids_mask=is_frame, **cache_argument(cache), **sequence, **kwargs)
+        return super().forward(
+            inputs_embeds=embeds,
+            audio_input_ids_mask=is_frame,
+            **cache_argument(cache),
+            **sequence,
+            **kwargs,
+        )
 
 # %% ../nbs/04d_layers.ipynb #4374edcb
 class WhisperTower(WhisperEncoder):
-    "Whisper's encoder with a mask and average pooling, as in the original `HiggsAudioEncoder`; holds the weights of any `WhisperModel`'s encoder."
+    """Whisper's encoder with a mask and average pooling, as in the original `HiggsAudioEncoder`;
+    holds the weights of any `WhisperModel`'s encoder.
+    """
+
     def __init__(self, config: WhisperConfig):
         super().__init__(config)
         self.avg_pooler = nn.AvgPool1d(2, stride=2)
 
-    def lengths(self, mask: Tensor,  # (chunks, mel_frames)
-                ) -> Tensor:
+    def lengths(
+        self,
+        mask: Tensor,  # (chunks, mel_frames)
+    ) -> Tensor:
         "Features of each chunk: (chunks,). A mel frame is 10 ms, a feature 40 ms."
         convolved = (mask.sum(-1) - 1) // 2 + 1
         return (convolved - 2) // 2 + 1
 
-    def forward(self, input_features: Tensor,  # (chunks, mel_bins, mel_frames), log-mel of at most 30 s
-                attention_mask: Tensor,  # (chunks, mel_frames) 1 where there is sound
-                rows: Tensor | None = None,  # (features,) those outputs, of all chunks in a line, that are sound; None: counted by the mask
-                ) -> Tensor:
+    def forward(
+        self,
+        input_features: Tensor,  # (chunks, mel_bins, mel_frames), log-mel of at most 30 s
+        attention_mask: Tensor,  # (chunks, mel_frames) 1 where there is sound
+        # (features,) those outputs, of all chunks in a line, that are sound; None: counted by
+        # the mask
+        rows: Tensor | None = None,
+    ) -> Tensor:
         "The features of all chunks, one behind the other: (features, d_model)"
-        if not len(input_features): return zero_gradient(self, (0, self.config.d_model))
+        if not len(input_features):
+            return zero_gradient(self, (0, self.config.d_model))
         if input_features.shape[-1] != 2 * self.max_source_positions:
-            raise ValueError(f"Whisper hears chunks of {2 * self.max_source_positions} mel frames, these have {input_features.shape[-1]}: pad them to 30 s")
+            raise ValueError(
+                f"Whisper hears chunks of {2 * self.max_source_positions} mel frames, "
+                f"these have {input_features.shape[-1]}: pad them to 30 s"
+            )
         hidden = nn.functional.gelu(self.conv1(input_features.to(self.conv1.weight)))
-        hidden = nn.functional.gelu(self.conv2(hidden)).transpose(1, 2) + self.embed_positions.weight
+        hidden = (
+            nn.functional.gelu(self.conv2(hidden)).transpose(1, 2) + self.embed_positions.weight
+        )
         hidden = nn.functional.dropout(hidden, p=self.dropout, training=self.training)
-        inside = torch.arange(hidden.shape[1], device=hidden.device) < ((attention_mask.sum(-1) - 1) // 2 + 1)[:, None]
+        inside = (
+            torch.arange(hidden.shape[1], device=hidden.device)
+            < ((attention_mask.sum(-1) - 1) // 2 + 1)[:, None]
+        )
         mask = create_bidirectional_mask(self.config, hidden, inside)
-        for layer in self.layers: hidden = layer(hidden, mask)
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
         hidden = self.layer_norm(self.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
-        if rows is not None: return hidden.flatten(0, 1)[rows]
-        return hidden[torch.arange(hidden.shape[1], device=hidden.device) < self.lengths(attention_mask)[:, None]]
+        if rows is not None:
+            return hidden.flatten(0, 1)[rows]
+        return hidden[
+            torch.arange(hidden.shape[1], device=hidden.device)
+            < self.lengths(attention_mask)[:, None]
+        ]
+
 
 class AudioEncoderProjector(nn.Module):
     "From Whisper's width to the decoder's."
+
     def __init__(self, d_model: int, hidden_size: int):
         super().__init__()
         self.linear = nn.Linear(d_model, hidden_size)
 
-    def forward(self, features: Tensor) -> Tensor: return self.linear(features)
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features)

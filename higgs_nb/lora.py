@@ -29,72 +29,125 @@ TEXT_FFN = tuple(f"mlp.{p}_proj" for p in ("gate", "up", "down"))
 AUDIO_FFN = tuple(f"audio_mlp.{p}_proj" for p in ("gate", "up", "down"))
 AUDIO_ATTENTION = tuple(f"audio_attn.{p}_proj" for p in "qkvo")  # where the model has it
 PRESETS = {
-    "all": ATTENTION + TEXT_FFN + AUDIO_FFN + AUDIO_ATTENTION,  # the default: attention and both feed-forward networks
+    "all": ATTENTION
+    + TEXT_FFN
+    + AUDIO_FFN
+    + AUDIO_ATTENTION,  # the default: attention and both feed-forward networks
     "attention": ATTENTION + AUDIO_ATTENTION,  # the smallest
-    "audio": ATTENTION + AUDIO_FFN + AUDIO_ATTENTION,  # what frames pass through; the text network stays as it is
+    "audio": ATTENTION
+    + AUDIO_FFN
+    + AUDIO_ATTENTION,  # what frames pass through; the text network stays as it is
 }
 HEADS = ("audio_lm_head", "text_lm_head")
 EMBEDDINGS = ("model.embed_audio_tokens", "model.embed_tokens")
 
 # %% ../nbs/06_lora.ipynb #dc74c77f
-def create_lora_config(targets: str | tuple[str, ...] = "all",  # a preset ("all", "attention", "audio") or names such as "self_attn.q_proj"
-                       r: int = 16,  # rank
-                       alpha: int | None = None,  # scale is alpha / r; None: 2 * r, for each rank of `rank_pattern` too
-                       dropout: float = 0.0,  # share of the adapters' inputs set to 0 in training
-                       train: tuple[str, ...] = (),  # modules trained in full: HEADS, EMBEDDINGS or parts of them
-                       rank_pattern: dict[str, int] | None = None,  # another rank for single targets: {"mlp.gate_proj": 8}
-                       **peft_options,  # use_rslora, use_dora, ...: see peft.LoraConfig
-                       ) -> LoraConfig:
+def create_lora_config(
+    # a preset ("all", "attention", "audio") or names such as "self_attn.q_proj"
+    targets: str | tuple[str, ...] = "all",
+    r: int = 16,  # rank
+    # scale is alpha / r; None: 2 * r, for each rank of `rank_pattern` too
+    alpha: int | None = None,
+    dropout: float = 0.0,  # share of the adapters' inputs set to 0 in training
+    train: tuple[str, ...] = (),  # modules trained in full: HEADS, EMBEDDINGS or parts of them
+    # another rank for single targets: {"mlp.gate_proj": 8}
+    rank_pattern: dict[str, int] | None = None,
+    **peft_options,  # use_rslora, use_dora, ...: see peft.LoraConfig
+) -> LoraConfig:
     "A PEFT configuration; `ValueError` if `targets` is neither a preset nor a list of names."
     preset = targets if isinstance(targets, str) else None
     if preset is not None:
-        if targets not in PRESETS: raise ValueError(f"no preset {targets!r}: choose one of {sorted(PRESETS)}, or give a list of names such as {PRESETS['all'][:2]}")
+        if targets not in PRESETS:
+            raise ValueError(
+                f"no preset {targets!r}: choose one of {sorted(PRESETS)}, or give a "
+                f"list of names such as {PRESETS['all'][:2]}"
+            )
         targets = PRESETS[targets]
     ranks = {k: int(v) for k, v in (rank_pattern or {}).items()}
-    if alpha is None: peft_options = {"alpha_pattern": {k: 2 * v for k, v in ranks.items()}, **peft_options}
-    config = LoraConfig(r=r, rank_pattern=ranks, lora_alpha=2 * r if alpha is None else alpha, lora_dropout=dropout, target_modules=list(targets),
-                        modules_to_save=list(train) or None, **peft_options)
-    config.preset = preset  # a preset takes what the model has, a list of names is taken at its word
+    if alpha is None:
+        peft_options = {"alpha_pattern": {k: 2 * v for k, v in ranks.items()}, **peft_options}
+    config = LoraConfig(
+        r=r,
+        rank_pattern=ranks,
+        lora_alpha=2 * r if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        modules_to_save=list(train) or None,
+        **peft_options,
+    )
+    config.preset = (
+        preset  # a preset takes what the model has, a list of names is taken at its word
+    )
     return config
 
 # %% ../nbs/06_lora.ipynb #f0a53b36
 TOWER = "audio_tower"
 
+
 def only_lora(config: PeftConfig) -> None:  # of any of PEFT's tuners
-    "`ValueError` if `config` is not of LoRA: checkpoints of other tuners would not come back on their base."
+    """`ValueError` if `config` is not of LoRA: checkpoints of other tuners would not come back on
+    their base.
+    """
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != PeftType.LORA.value or not isinstance(config, LoraConfig):
-        raise ValueError(f"the adapter is of the kind {kind} ({type(config).__name__}), and only LoRA is supported, with DoRA, rsLoRA and what else "
-                         "LoraConfig offers: make it with create_lora_config and apply_lora")
+        raise ValueError(
+            f"the adapter is of the kind {kind} ({type(config).__name__}), and only "
+            "LoRA is supported, with DoRA, rsLoRA and what else "
+            "LoraConfig offers: make it with create_lora_config and apply_lora"
+        )
 
-def fit_config(config: LoraConfig,  # of `create_lora_config`, or one of PEFT's that lists its target modules
-               model: nn.Module,  # the base, before it is adapted
-               ) -> LoraConfig:
-    "A copy of `config` that fits what `model` has; `ValueError` if a name asks for LoRA on a module that is new and so has to be trained in full."
+
+def fit_config(
+    config: LoraConfig,  # of `create_lora_config`, or one of PEFT's that lists its target modules
+    model: nn.Module,  # the base, before it is adapted
+) -> LoraConfig:
+    """A copy of `config` that fits what `model` has; `ValueError` if a name asks for LoRA on a
+    module that is new and so has to be trained in full.
+    """
     only_lora(config)
-    if not isinstance(config.target_modules, (list, set, tuple)): raise ValueError(f"target_modules={config.target_modules!r}: name the modules in a list, or take `create_lora_config`, whose presets do")
+    if not isinstance(config.target_modules, (list, set, tuple)):
+        raise ValueError(
+            f"target_modules={config.target_modules!r}: name the modules in a list, or "
+            "take `create_lora_config`, whose presets do"
+        )
     config, new = copy.copy(config), getattr(model, "new_modules", ())
-    targets, has = list(config.target_modules), {part for name, _ in model.named_modules() for part in name.split(".")}
+    targets, has = (
+        list(config.target_modules),
+        {part for name, _ in model.named_modules() for part in name.split(".")},
+    )
     inside = [t for t in targets if set(t.split(".")) & set(new)]
-    if getattr(config, "preset", None): targets = [t for t in targets if t not in AUDIO_ATTENTION or "audio_attn" in has and t not in inside]
-    elif inside: raise ValueError(f"{inside} are not in the base checkpoint, so LoRA factors alone would not bring them back: leave them out and they are trained "
-                                  "in full, or save the model with save_pretrained and use that as the base")
+    if getattr(config, "preset", None):
+        targets = [
+            t
+            for t in targets
+            if t not in AUDIO_ATTENTION or "audio_attn" in has and t not in inside
+        ]
+    elif inside:
+        raise ValueError(
+            f"{inside} are not in the base checkpoint, so LoRA factors alone would not "
+            "bring them back: leave them out and they are trained "
+            "in full, or save the model with save_pretrained and use that as the base"
+        )
     config.target_modules = targets
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *new])) or None
-    if TOWER in has and not config.exclude_modules: config.exclude_modules = rf"(.*\.)?{TOWER}\..*"
+    if TOWER in has and not config.exclude_modules:
+        config.exclude_modules = rf"(.*\.)?{TOWER}\..*"
     return config
 
 # %% ../nbs/06_lora.ipynb #deee53a7
 @dataclass
 class Match:
     "What one target matched."
+
     target: str
     kind: str  # "lora", "trained in full", or "single rows" of an embedding
     modules: list[str]
     trainable: int  # parameters this adds to training
 
+
 class MatchTable(list):
     "The `Match`es of a configuration on a model; shows itself as a table."
+
     @property
     def trainable(self) -> int:
         "Parameters that will be trained in all."
@@ -102,7 +155,9 @@ class MatchTable(list):
 
     def rows(self) -> list[tuple]:
         "Target, how, modules and parameters of each, then of all."
-        return [(m.target, m.kind, len(m.modules), f"{m.trainable:,}") for m in self] + [("all", "", sum(len(m.modules) for m in self), f"{self.trainable:,}")]
+        return [(m.target, m.kind, len(m.modules), f"{m.trainable:,}") for m in self] + [
+            ("all", "", sum(len(m.modules) for m in self), f"{self.trainable:,}")
+        ]
 
     def __str__(self):
         rows = [("target", "how", "modules", "parameters"), *self.rows()]
@@ -110,104 +165,224 @@ class MatchTable(list):
         return "\n".join(f"{t:<{width}}{k:<18}{n:>8}{p:>14}" for t, k, n, p in rows)
 
     def _repr_html_(self):
-        body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in self.rows())
-        return f"<table><thead><tr><th>target</th><th>how</th><th>modules</th><th>trainable parameters</th></tr></thead><tbody>{body}</tbody></table>"
+        body = "".join(
+            "<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in self.rows()
+        )
+        return (
+            "<table><thead><tr><th>target</th><th>how</th><th>modules</th><th>trainable "
+            f"parameters</th></tr></thead><tbody>{body}</tbody></table>"
+        )
 
 # %% ../nbs/06_lora.ipynb #909f0d35
-def match_table(model: nn.Module,  # the base, before it is adapted
-                config: LoraConfig) -> MatchTable:  # of `create_lora_config`, or any of PEFT's
-    "What each target and each fully trained module matches on `model`; `ValueError` naming the near misses if one matches nothing."
-    config, modules = fit_config(config, model), {n: m for n, m in model.named_modules() if TOWER not in n.split(".")}
+def match_table(
+    model: nn.Module,  # the base, before it is adapted
+    config: LoraConfig,
+) -> MatchTable:  # of `create_lora_config`, or any of PEFT's
+    """What each target and each fully trained module matches on `model`; `ValueError` naming the
+    near misses if one matches nothing.
+    """
+    config, modules = (
+        fit_config(config, model),
+        {n: m for n, m in model.named_modules() if TOWER not in n.split(".")},
+    )
     linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear)}
-    def matching(names, target): return [n for n in names if n == target or n.endswith("." + target)]
+
+    def matching(names, target):
+        return [n for n in names if n == target or n.endswith("." + target)]
+
     def missing(target, names):
         known = {".".join(n.split(".")[-2:]) for n in names} | set(names)
         near = difflib.get_close_matches(target, known, n=3, cutoff=0.5)
-        return ValueError(f"{target!r} matches nothing in {type(model).__name__}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        return ValueError(
+            f"{target!r} matches nothing in {type(model).__name__}"
+            + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
+
     table = MatchTable()
-    for target in sorted(config.target_modules, key=lambda t: (PRESETS["all"].index(t) if t in PRESETS["all"] else len(PRESETS["all"]), t)):
+    for target in sorted(
+        config.target_modules,
+        key=lambda t: (PRESETS["all"].index(t) if t in PRESETS["all"] else len(PRESETS["all"]), t),
+    ):
         found = matching(linear, target)
-        if not found: raise missing(target, linear)
+        if not found:
+            raise missing(target, linear)
         rank = lambda n: config.rank_pattern.get(get_pattern_key(config.rank_pattern, n), config.r)
-        table.append(Match(target, "lora", found, sum(rank(n) * (linear[n].in_features + linear[n].out_features) + config.use_dora * linear[n].out_features for n in found)))
+        table.append(
+            Match(
+                target,
+                "lora",
+                found,
+                sum(
+                    rank(n) * (linear[n].in_features + linear[n].out_features)
+                    + config.use_dora * linear[n].out_features
+                    for n in found
+                ),
+            )
+        )
     adapted = [n for m in table for n in m.modules]
     for key in config.rank_pattern:
-        if not any(get_pattern_key([key], n) != n or n == key for n in adapted): raise missing(key, adapted)
+        if not any(get_pattern_key([key], n) != n or n == key for n in adapted):
+            raise missing(key, adapted)
     for target in config.modules_to_save or ():
         found = matching(modules, target)
-        if not found: raise missing(target, modules)
-        if len(found) > 1 and target not in getattr(model, "new_modules", ()): raise ValueError(f"{target!r} matches {found}: give the full name, e.g. {found[0]!r}")
-        table.append(Match(target, "trained in full", found, sum(p.numel() for n in found for p in modules[n].parameters())))
+        if not found:
+            raise missing(target, modules)
+        if len(found) > 1 and target not in getattr(model, "new_modules", ()):
+            raise ValueError(f"{target!r} matches {found}: give the full name, e.g. {found[0]!r}")
+        table.append(
+            Match(
+                target,
+                "trained in full",
+                found,
+                sum(p.numel() for n in found for p in modules[n].parameters()),
+            )
+        )
     rows = config.trainable_token_indices or {}
-    for target, tokens in (rows if isinstance(rows, dict) else {"embed_tokens": rows}).items():  # a list is PEFT's short form
+    for target, tokens in (
+        rows if isinstance(rows, dict) else {"embed_tokens": rows}
+    ).items():  # a list is PEFT's short form
         found = matching(modules, target)
-        if not found: raise missing(target, modules)
-        table.append(Match(target, "single rows", found, sum(len(tokens) * modules[n].weight.shape[1] for n in found)))
+        if not found:
+            raise missing(target, modules)
+        table.append(
+            Match(
+                target,
+                "single rows",
+                found,
+                sum(len(tokens) * modules[n].weight.shape[1] for n in found),
+            )
+        )
     return table
 
 # %% ../nbs/06_lora.ipynb #3e76bc20
-def apply_lora(model: nn.Module,  # changed in place, as PEFT does
-               config: LoraConfig,  # of `create_lora_config`, or one of PEFT's that lists its target modules
-               text_loss: bool = True,  # False: text is not supervised, see `freeze_silent`
-               ) -> PeftModel:
-    "Put adapters into `model`; `RuntimeError` if the trainable parameters are not those of `match_table`. Fresh adapters change no output."
+def apply_lora(
+    model: nn.Module,  # changed in place, as PEFT does
+    config: LoraConfig,  # of `create_lora_config`, or one of PEFT's that lists its target modules
+    text_loss: bool = True,  # False: text is not supervised, see `freeze_silent`
+) -> PeftModel:
+    """Put adapters into `model`; `RuntimeError` if the trainable parameters are not those of
+    `match_table`. Fresh adapters change no output.
+    """
     table = match_table(model, config)
     adapted = get_peft_model(model, fit_config(config, model))
     adapted.match_table = table
-    lora = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    lora = {
+        n.removeprefix("base_model.model.")
+        for n, m in adapted.named_modules()
+        if hasattr(m, "lora_A")
+    }
     expected = {n for m in table if m.kind == "lora" for n in m.modules}
-    if lora != expected: raise RuntimeError(f"PEFT adapted {len(lora)} modules, expected {len(expected)}; first difference: {sorted(lora ^ expected)[:3]}{narrowed(config)}")
+    if lora != expected:
+        raise RuntimeError(
+            f"PEFT adapted {len(lora)} modules, expected {len(expected)}; first "
+            f"difference: {sorted(lora ^ expected)[:3]}{narrowed(config)}"
+        )
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    if trainable != table.trainable: raise RuntimeError(f"{trainable:,} parameters are trainable, expected {table.trainable:,}{narrowed(config)}")
-    if not text_loss: freeze_silent(adapted)
+    if trainable != table.trainable:
+        raise RuntimeError(
+            f"{trainable:,} parameters are trainable, expected "
+            f"{table.trainable:,}{narrowed(config)}"
+        )
+    if not text_loss:
+        freeze_silent(adapted)
     keep_float32(adapted)
     return adapted
 
+
 def narrowed(config: LoraConfig) -> str:  # of `create_lora_config`, or one of PEFT's
-    "The end of a message: which settings of `config` make PEFT train other parameters than the table counts, if any does."
-    names = ("layers_to_transform", "layers_pattern", "exclude_modules", "lora_bias", "bias", "target_parameters", "layer_replication")
-    set_here = [f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name, None) not in (None, False, "none", [], ())]
-    return f". Not supported: {', '.join(set_here)}; leave it out and name what is to be adapted in targets" if set_here else ""
+    """The end of a message: which settings of `config` make PEFT train other parameters than the
+    table counts, if any does.
+    """
+    names = (
+        "layers_to_transform",
+        "layers_pattern",
+        "exclude_modules",
+        "lora_bias",
+        "bias",
+        "target_parameters",
+        "layer_replication",
+    )
+    set_here = [
+        f"{name}={getattr(config, name)!r}"
+        for name in names
+        if getattr(config, name, None) not in (None, False, "none", [], ())
+    ]
+    return (
+        f". Not supported: {', '.join(set_here)}; leave it out and name what is to be "
+        "adapted in targets"
+        if set_here
+        else ""
+    )
+
 
 def keep_float32(model: PeftModel) -> None:  # changed in place
-    "Keep what is trained beside LoRA in float32 where the base is in 16 bits, see `to_float32`; the base stays as it is."
+    """Keep what is trained beside LoRA in float32 where the base is in 16 bits, see `to_float32`;
+    the base stays as it is.
+    """
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             for trained in module.modules_to_save.values():
                 to_float32(trained)
         elif isinstance(module, TrainableTokensLayer):
             for rows in module.trainable_tokens_delta.values():
-                if rows.dtype in HALF: rows.data = rows.data.float()
+                if rows.dtype in HALF:
+                    rows.data = rows.data.float()
 
 # %% ../nbs/06_lora.ipynb #17762877
 def freeze_silent(model: PeftModel) -> list[str]:  # of `apply_lora`, changed in place
-    "Freeze what has no gradient without text loss, the last layer's text network and the text head; logs and returns their names, and the match table shows them."
+    """Freeze what has no gradient without text loss, the last layer's text network and the text
+    head; logs and returns their names, and the match table shows them.
+    """
     last = f"layers.{model.config.num_hidden_layers - 1}.mlp."
-    silent = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (last in n or "text_lm_head" in n)]
-    for _, p in silent: p.requires_grad_(False)
+    silent = [
+        (n, p)
+        for n, p in model.named_parameters()
+        if p.requires_grad and (last in n or "text_lm_head" in n)
+    ]
+    for _, p in silent:
+        p.requires_grad_(False)
     for m in list(getattr(model, "match_table", ())):
         quiet = [n for n in m.modules if last in n or n == "text_lm_head"]
-        if not quiet or m.kind == FROZEN: continue
+        if not quiet or m.kind == FROZEN:
+            continue
         inside = sum(p.numel() for n, p in silent if any(f".{q}." in n for q in quiet))
         model.match_table.append(Match(m.target, FROZEN, quiet, 0))
         m.modules, m.trainable = [n for n in m.modules if n not in quiet], m.trainable - inside
-    if silent: logger.warning(f"the text loss has weight 0: {len(silent)} parameters of {last.strip('.')} and the text head get no gradient and are frozen")
+    if silent:
+        logger.warning(
+            f"the text loss has weight 0: {len(silent)} parameters of {last.strip('.')} "
+            "and the text head get no gradient and are frozen"
+        )
     return [n for n, _ in silent]
+
 
 FROZEN = "no gradient"
 
+
 def untrained(model: PeftModel) -> list[str]:  # of `apply_lora`, after training
-    "Names of adapters and fully trained modules that are as they were at the start: `lora_B` zero, or equal to the base's."
+    """Names of adapters and fully trained modules that are as they were at the start: `lora_B`
+    zero, or equal to the base's.
+    """
     lora = [n for n, p in model.named_parameters() if ".lora_B." in n and not p.any()]
-    pairs = [(n, p, n.replace("modules_to_save.default", "original_module")) for n, p in model.named_parameters() if ".modules_to_save." in n]
+    pairs = [
+        (n, p, n.replace("modules_to_save.default", "original_module"))
+        for n, p in model.named_parameters()
+        if ".modules_to_save." in n
+    ]
     return lora + [n for n, p, before in pairs if torch.equal(p, model.get_parameter(before))]
 
 # %% ../nbs/06_lora.ipynb #52e7b2c5
 def merge_lora(model: PeftModel) -> nn.Module:  # of `apply_lora` or `load_lora_adapters`
-    "A copy of the base with the adapter added into its weights; `model` is left as it is. `ValueError` if the base is quantised."
+    """A copy of the base with the adapter added into its weights; `model` is left as it is.
+    `ValueError` if the base is quantised.
+    """
     if getattr(model.get_base_model(), "is_quantized", False):
-        raise ValueError("a quantised base cannot take up an adapter: its sums would be rounded to a few bits again. Load the base in bfloat16, put the adapter on it with PeftModel.from_pretrained, listen to what "
-                         "has changed, and merge that")
+        raise ValueError(
+            "a quantised base cannot take up an adapter: its sums would be rounded to "
+            "a few bits again. Load the base in bfloat16, put the adapter on it with "
+            "PeftModel.from_pretrained, listen to what "
+            "has changed, and merge that"
+        )
     merged = copy.deepcopy(model).merge_and_unload()
     from_float32(merged)
     merged.new_modules = ()  # they are in its weights now

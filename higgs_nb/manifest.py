@@ -21,14 +21,24 @@ __all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILE', 'MAX_FILES', 'MA
 # %% ../nbs/06b_manifest.ipynb #746b8d5a
 MANIFEST, FORMAT = "manifest.json", "higgs_nb-checkpoint-1"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's names
-MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")  # transformers' names: of one, or of parts
-MAX_FILES, MAX_HEADER, MAX_JSON = 1000, 2**24, 2**24  # files a checkpoint; bytes of a safetensors header, of a JSON file
+MODEL_FILE = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors"
+)  # transformers' names: of one, or of parts
+MAX_FILES, MAX_HEADER, MAX_JSON = (
+    1000,
+    2**24,
+    2**24,
+)  # files a checkpoint; bytes of a safetensors header, of a JSON file
+
 
 @dataclass(frozen=True)
 class Manifest:
     "What a checkpoint holds."
-    files: dict[str, dict]  # relative path -> {"size", "sha256"} and for safetensors "tensors": {name: {"dtype", "shape"}}
-    meta: dict              # what it is, of which base model, at which step: whatever the saver noted
+
+    files: dict[
+        str, dict
+    ]  # relative path -> {"size", "sha256"} and for safetensors "tensors": {name: {"dtype", "shape"}}
+    meta: dict  # what it is, of which base model, at which step: whatever the saver noted
 
     def dumps(self) -> str:
         "The text of `manifest.json`."
@@ -40,27 +50,47 @@ class Manifest:
     def loads(cls, text: str) -> Manifest:
         "Read what `dumps` wrote; ValueError if it is anything else."
         body = json.loads(text)
-        if not isinstance(body, dict) or body.get("format") != FORMAT: raise ValueError(f"its format is not {FORMAT!r}")
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
         files, meta = body.get("files"), body.get("meta")
-        if not isinstance(files, dict) or not isinstance(meta, dict): raise ValueError("it lacks 'files' or 'meta'")
+        if not isinstance(files, dict) or not isinstance(meta, dict):
+            raise ValueError("it lacks 'files' or 'meta'")
         for name, entry in files.items():
-            if not inside(name): raise ValueError(f"{name!r} is no plain path inside the checkpoint")
-            size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+            if not inside(name):
+                raise ValueError(f"{name!r} is no plain path inside the checkpoint")
+            size, digest = (
+                (entry.get("size"), entry.get("sha256"))
+                if isinstance(entry, dict)
+                else (None, None)
+            )
             if type(size) is not int or not 0 <= size < 2**63 or not isinstance(digest, str):
                 raise ValueError(f"{name!r} lacks 'size' or 'sha256'")
         manifest = cls(files, meta)
-        if manifest.dumps() != text: raise ValueError("it is not as it was written: its own sha256 or its form differs")
+        if manifest.dumps() != text:
+            raise ValueError("it is not as it was written: its own sha256 or its form differs")
         return manifest
 
+
 def inside(name: str) -> bool:
-    "Whether `name` is a relative path in plain form that stays inside its directory and is not the manifest's own."
-    return (name.isprintable() and "\\" not in name and name == PurePosixPath(name).as_posix() and not name.startswith("/")
-            and ".." not in PurePosixPath(name).parts and name not in (".", MANIFEST))
+    """Whether `name` is a relative path in plain form that stays inside its directory and is not
+    the manifest's own.
+    """
+    return (
+        name.isprintable()
+        and "\\" not in name
+        and name == PurePosixPath(name).as_posix()
+        and not name.startswith("/")
+        and ".." not in PurePosixPath(name).parts
+        and name not in (".", MANIFEST)
+    )
 
 # %% ../nbs/06b_manifest.ipynb #6f9d1ed4
 @dataclass(frozen=True)
 class Fault:
-    "One thing found in a checkpoint. `kind`: 'corrupt', 'missing', 'unreadable', or 'note' for what does no harm."
+    """One thing found in a checkpoint. `kind`: 'corrupt', 'missing', 'unreadable', or 'note' for
+    what does no harm.
+    """
+
     kind: str
     file: str
     what: str
@@ -72,82 +102,143 @@ class Fault:
         found = f" (expected {self.expected}, found {self.found})" if self.expected else ""
         return shown(f"{self.file}: {self.what}{found}")
 
+
 def scan(directory: Path) -> tuple[dict[str, int], list[Fault]]:
-    "Plain files (relative path -> bytes) below `directory`, and what has no place there; ValueError if there are too many."
+    """Plain files (relative path -> bytes) below `directory`, and what has no place there;
+    ValueError if there are too many.
+    """
     files, faults, folders, seen = {}, [], [directory], 0
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
-                if entry.name == ".git" and Path(entry.path).parent == directory: continue
-                if (seen := seen + 1) > MAX_FILES: raise ValueError(f"more than {MAX_FILES:,} files")
-                name, info = Path(entry.path).relative_to(directory).as_posix(), entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(info.st_mode): folders.append(Path(entry.path))
-                elif stat.S_ISREG(info.st_mode): files[name] = info.st_size
-                elif stat.S_ISLNK(info.st_mode): faults.append(Fault("corrupt", name, "a symbolic link; copy the file itself here"))
-                else: faults.append(Fault("corrupt", name, "neither a file nor a directory"))
+                if entry.name == ".git" and Path(entry.path).parent == directory:
+                    continue
+                if (seen := seen + 1) > MAX_FILES:
+                    raise ValueError(f"more than {MAX_FILES:,} files")
+                name, info = (
+                    Path(entry.path).relative_to(directory).as_posix(),
+                    entry.stat(follow_symlinks=False),
+                )
+                if stat.S_ISDIR(info.st_mode):
+                    folders.append(Path(entry.path))
+                elif stat.S_ISREG(info.st_mode):
+                    files[name] = info.st_size
+                elif stat.S_ISLNK(info.st_mode):
+                    faults.append(
+                        Fault("corrupt", name, "a symbolic link; copy the file itself here")
+                    )
+                else:
+                    faults.append(Fault("corrupt", name, "neither a file nor a directory"))
     return files, faults
 
 # %% ../nbs/06b_manifest.ipynb #e43744ed
 def sha256(path: Path) -> str:
     "The sha256 of a file, in hexadecimal."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 def is_pickle(name: str, start: bytes) -> bool:
     "By its name, or by how pickles and torch's archives begin."
-    if name.endswith(".safetensors"): return False  # its first bytes are a length, which may be any, and no reader of it unpickles
-    return (PurePosixPath(name).suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"} or start[:4] == b"PK\3\4"
-            or start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
+    if name.endswith(".safetensors"):
+        return (
+            False  # its first bytes are a length, which may be any, and no reader of it unpickles
+        )
+    return (
+        PurePosixPath(name).suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+        or start[:4] == b"PK\3\4"
+        or start[:1] == b"\x80"
+        and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
+    )
+
 
 def holds_pickle(path: Path) -> bool:
     "Whether the file `path` is one."
-    with open(path, "rb") as f: return is_pickle(path.name, f.read(4))
+    with open(path, "rb") as f:
+        return is_pickle(path.name, f.read(4))
+
 
 def tensor_table(path: Path) -> dict[str, dict]:
     "name -> {'dtype', 'shape'} of a safetensors file, from its header; ValueError if it is none."
-    with open(path, "rb") as f: header_bytes = int.from_bytes(f.read(8), "little")
-    if header_bytes > min(MAX_HEADER, path.stat().st_size): raise ValueError(f"its header claims {header_bytes:,} bytes")
+    with open(path, "rb") as f:
+        header_bytes = int.from_bytes(f.read(8), "little")
+    if header_bytes > min(MAX_HEADER, path.stat().st_size):
+        raise ValueError(f"its header claims {header_bytes:,} bytes")
     try:
-        with safe_open(path, "np") as f: return {k: dict(dtype=(s := f.get_slice(k)).get_dtype(), shape=s.get_shape()) for k in f.keys()}
+        with safe_open(path, "np") as f:
+            return {
+                k: dict(dtype=(s := f.get_slice(k)).get_dtype(), shape=s.get_shape())
+                for k in f.keys()
+            }
     except SafetensorError as error:
-        if found := re.search(r"os error (\d+)", str(error)): raise OSError(int(found[1]), str(error)) from error
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), str(error)) from error
         raise ValueError(str(error)) from error
 
 # %% ../nbs/06b_manifest.ipynb #ccbf8fcd
 MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-HIDDEN = re.compile(r"\.(?P<target>.+)\.(?P<verb>saving|removing)-(?P<machine>[0-9a-f]{6})-[0-9a-f]{8}")
+HIDDEN = re.compile(
+    r"\.(?P<target>.+)\.(?P<verb>saving|removing)-(?P<machine>[0-9a-f]{6})-[0-9a-f]{8}"
+)
+
 
 def hidden_name(path: Path, verb: str) -> Path:
     "A new hidden sibling of `path`; `verb`: what is being done, saving or removing."
-    return path.parent/f".{path.name}.{verb}-{MACHINE}-{uuid.uuid4().hex[:8]}"
+    return path.parent / f".{path.name}.{verb}-{MACHINE}-{uuid.uuid4().hex[:8]}"
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system says that knows no locks
+
+NO_LOCKS = {
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+}  # what a file system says that knows no locks
+
 
 def writer_of(hidden: Path) -> str:
-    "Whether the writer of a hidden directory is 'alive', 'gone', or 'unknown' (on another machine, or a file system without locks)."
-    if HIDDEN.fullmatch(hidden.name)["machine"] != MACHINE: return "unknown"
+    """Whether the writer of a hidden directory is 'alive', 'gone', or 'unknown' (on another
+    machine, or a file system without locks).
+    """
+    if HIDDEN.fullmatch(hidden.name)["machine"] != MACHINE:
+        return "unknown"
     fd = os.open(hidden, os.O_RDONLY)
-    try: fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError: return "alive"
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "alive"
     except OSError as error:
-        if error.errno in NO_LOCKS: return "unknown"
+        if error.errno in NO_LOCKS:
+            return "unknown"
         raise
-    finally: os.close(fd)
+    finally:
+        os.close(fd)
     return "gone"
 
 # %% ../nbs/06b_manifest.ipynb #034a11f8
 @dataclass(frozen=True, repr=False)
 class CheckpointReport:
     "What `validate_checkpoint` found out about the directory `path`."
+
     path: Path
     problems: tuple[Fault, ...] = ()
     manifest: Manifest | None = None  # None if there is none, or none that can be read
 
     @property
     def status(self) -> str:
-        '"whole", "corrupt", "incomplete" (files are missing), "unverified" (no manifest) or "unreadable" (the disk gave an error).'
+        """ "whole", "corrupt", "incomplete" (files are missing), "unverified" (no manifest) or
+        "unreadable" (the disk gave an error).
+        """
         kinds = {p.kind for p in self.problems}
-        if "unreadable" in kinds: return "unreadable"
-        return "corrupt" if "corrupt" in kinds else "incomplete" if "missing" in kinds else "whole" if self.manifest else "unverified"
+        if "unreadable" in kinds:
+            return "unreadable"
+        return (
+            "corrupt"
+            if "corrupt" in kinds
+            else "incomplete"
+            if "missing" in kinds
+            else "whole"
+            if self.manifest
+            else "unverified"
+        )
 
     @property
     def whole(self) -> bool:
@@ -156,95 +247,174 @@ class CheckpointReport:
 
     @property
     def step(self) -> int | None:
-        "40 of `checkpoint-40` and of its hidden names; None of any other name, `checkpoint-040` among them."
+        """40 of `checkpoint-40` and of its hidden names; None of any other name, `checkpoint-040`
+        among them.
+        """
         hidden = HIDDEN.fullmatch(self.path.name)
-        found = re.fullmatch(r"checkpoint-(0|[1-9][0-9]{0,17})", hidden["target"] if hidden else self.path.name)
+        found = re.fullmatch(
+            r"checkpoint-(0|[1-9][0-9]{0,17})", hidden["target"] if hidden else self.path.name
+        )
         return int(found[1]) if found else None
 
     def readable(self) -> CheckpointReport:
-        "This report; `OSError` with errno and path if the checkpoint could not be read, which says nothing of its content."
+        """This report; `OSError` with errno and path if the checkpoint could not be read, which
+        says nothing of its content.
+        """
         for problem in self.problems:
             if problem.kind == "unreadable":
                 what = f"{problem.what}; nothing was changed, try again once it can be read"
                 raise OSError(problem.errno, what, shown(str(self.path / problem.file)))
         return self
 
-    def __str__(self): return "\n  ".join([shown(f"{self.status}: {self.path}"), *map(str, self.problems)])
-    __repr__ = __str__
-    def _repr_html_(self): return Reports([self])._repr_html_()
-
-class Reports(list):
-    "Reports as a table, in text and in a notebook."
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        "Status, path, size and problems of each, as they are shown."
-        size = lambda m: f"{sum(f['size'] for f in m.files.values()) / 1e6:,.2f} MB" if m else ""
-        return [(r.status, shown(str(r.path)), size(r.manifest), "; ".join(map(str, r.problems))) for r in self]
-
     def __str__(self):
-        width = [max((len(row[i]) for row in self.rows()), default=0) for i in range(3)]
-        return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, width)), row[3]]).rstrip() for row in self.rows())
+        return "\n  ".join([shown(f"{self.status}: {self.path}"), *map(str, self.problems)])
+
     __repr__ = __str__
 
     def _repr_html_(self):
-        line = lambda cells, tag: "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+        return Reports([self])._repr_html_()
+
+
+class Reports(list):
+    "Reports as a table, in text and in a notebook."
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        "Status, path, size and problems of each, as they are shown."
+        size = lambda m: f"{sum(f['size'] for f in m.files.values()) / 1e6:,.2f} MB" if m else ""
+        return [
+            (r.status, shown(str(r.path)), size(r.manifest), "; ".join(map(str, r.problems)))
+            for r in self
+        ]
+
+    def __str__(self):
+        width = [max((len(row[i]) for row in self.rows()), default=0) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, width)), row[3]]).rstrip()
+            for row in self.rows()
+        )
+
+    __repr__ = __str__
+
+    def _repr_html_(self):
+        line = lambda cells, tag: (
+            "<tr>"
+            + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells)
+            + "</tr>"
+        )
         head = line(("status", "checkpoint", "size", "what was found"), "th")
         return f"<table>{head}{''.join(line(row, 'td') for row in self.rows())}</table>"
 
 # %% ../nbs/06b_manifest.ipynb #dfb135b4
 PICKLE = "a pickle, which may run code: never opened"
 
+
 def read_json(path: Path) -> str:
     "The text of a JSON file; ValueError if it is too large to be one of ours or is not UTF-8."
-    if path.stat().st_size > MAX_JSON: raise ValueError(f"larger than {MAX_JSON:,} bytes")
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"larger than {MAX_JSON:,} bytes")
     return path.read_bytes().decode("utf-8")
 
+
 def check_file(path: Path, name: str, entry: dict, size: int | None) -> Fault | None:
-    "What is wrong with the file `path`, called `name` in the manifest; its `size` in bytes is None if it is not there."
-    if size is None: return Fault("missing", name, "missing", f"{entry['size']} bytes", "nothing")
-    if size != entry["size"]: return Fault("corrupt", name, "wrong size", f"{entry['size']} bytes", f"{size}")
-    if holds_pickle(path): return Fault("corrupt", name, PICKLE)
+    """What is wrong with the file `path`, called `name` in the manifest; its `size` in bytes is
+    None if it is not there.
+    """
+    if size is None:
+        return Fault("missing", name, "missing", f"{entry['size']} bytes", "nothing")
+    if size != entry["size"]:
+        return Fault("corrupt", name, "wrong size", f"{entry['size']} bytes", f"{size}")
+    if holds_pickle(path):
+        return Fault("corrupt", name, PICKLE)
     if (found := sha256(path)) != entry["sha256"]:
-        return Fault("corrupt", name, "other content than was saved", f"sha256 {entry['sha256'][:8]}...", f"{found[:8]}...")
+        return Fault(
+            "corrupt",
+            name,
+            "other content than was saved",
+            f"sha256 {entry['sha256'][:8]}...",
+            f"{found[:8]}...",
+        )
     if path.suffix == ".safetensors" and tensor_table(path) != entry.get("tensors"):
         return Fault("corrupt", name, "other tensors than the manifest says")
 
-BYSTANDERS = re.compile(r"\.git[a-z]*|README\.md|\.cache/huggingface/.*|\.DS_Store|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini")
+
+BYSTANDERS = re.compile(
+    r"\.git[a-z]*|README\.md|\.cache/huggingface/.*|\.DS_Store|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini"
+)
+
 
 def check_unknown(path: Path, name: str, owned: bool) -> Fault | None:
     "What to say of a file that no manifest names; `owned`: the directory has a manifest."
-    if holds_pickle(path): return Fault("corrupt" if owned else "note", name, PICKLE)
-    if owned and BYSTANDERS.fullmatch(name): return Fault("note", name, "not in the manifest")
-    if owned: return Fault("corrupt", name, "not in the manifest, and a loader may read it; move it away")
+    if holds_pickle(path):
+        return Fault("corrupt" if owned else "note", name, PICKLE)
+    if owned and BYSTANDERS.fullmatch(name):
+        return Fault("note", name, "not in the manifest")
+    if owned:
+        return Fault("corrupt", name, "not in the manifest, and a loader may read it; move it away")
 
-def check_steps(path: Path,  # of a checkpoint
-                manifest: Manifest) -> list[Fault]:
-    "What is wrong with its step: the directory's name, the manifest and `trainer_state.json` must agree."
-    steps = {"the directory's name": None if HIDDEN.fullmatch(path.name) else CheckpointReport(path.absolute()).step,
-             "manifest.json": manifest.meta.get("step")}
+
+def check_steps(
+    path: Path,  # of a checkpoint
+    manifest: Manifest,
+) -> list[Fault]:
+    """What is wrong with its step: the directory's name, the manifest and `trainer_state.json`
+    must agree.
+    """
+    steps = {
+        "the directory's name": None
+        if HIDDEN.fullmatch(path.name)
+        else CheckpointReport(path.absolute()).step,
+        "manifest.json": manifest.meta.get("step"),
+    }
     if "trainer_state.json" in manifest.files:
         try:
-            state = json.loads(read_json(path/"trainer_state.json"))
+            state = json.loads(read_json(path / "trainer_state.json"))
         except (ValueError, RecursionError, FileNotFoundError):
             state = None
-        if isinstance(state, dict): steps["trainer_state.json"] = state.get("global_step")
+        if isinstance(state, dict):
+            steps["trainer_state.json"] = state.get("global_step")
     known = {where: step for where, step in steps.items() if step is not None}
     first = next(iter(known.items()), None)
     odd = [item for item in known.items() if type(item[1]) is not int or item[1] != first[1]]
-    if not odd: return []
-    return [Fault("corrupt", odd[0][0], "another step", f"{first[1]} of {first[0]}", shown(str(odd[0][1])[:40]))]
+    if not odd:
+        return []
+    return [
+        Fault(
+            "corrupt",
+            odd[0][0],
+            "another step",
+            f"{first[1]} of {first[0]}",
+            shown(str(odd[0][1])[:40]),
+        )
+    ]
+
 
 def check_adapter(directory: Path, names: set[str]) -> list[Fault]:
     "All that can be checked of an adapter directory without a manifest."
     faults = [Fault("missing", name, "missing") for name in ADAPTER_FILES if name not in names]
-    for name, check in zip(ADAPTER_FILES, (lambda p: json.loads(read_json(p))["peft_type"], tensor_table)):
-        if name not in names: continue
-        try: check(directory/name)
-        except (ValueError, KeyError, TypeError, RecursionError) as error: faults.append(Fault("corrupt", name, f"cannot be read: {error}"))
-    return faults or [Fault("note", MANIFEST, "missing: the files have a right form, but nothing says whether they are as saved")]
+    for name, check in zip(
+        ADAPTER_FILES, (lambda p: json.loads(read_json(p))["peft_type"], tensor_table)
+    ):
+        if name not in names:
+            continue
+        try:
+            check(directory / name)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            faults.append(Fault("corrupt", name, f"cannot be read: {error}"))
+    return faults or [
+        Fault(
+            "note",
+            MANIFEST,
+            "missing: the files have a right form, but nothing says whether they are as saved",
+        )
+    ]
 
 # %% ../nbs/06b_manifest.ipynb #e9d058d5
-def validate_checkpoint(path: Path | str) -> CheckpointReport:  # the directory of a checkpoint, an adapter or an export
-    "Hold a directory against its manifest. Reads each file once, runs nothing, writes nothing, and raises nothing over what it finds."
+def validate_checkpoint(
+    path: Path | str,
+) -> CheckpointReport:  # the directory of a checkpoint, an adapter or an export
+    """Hold a directory against its manifest. Reads each file once, runs nothing, writes nothing,
+    and raises nothing over what it finds.
+    """
     path = Path(path)
     try:
         try:
@@ -252,161 +422,296 @@ def validate_checkpoint(path: Path | str) -> CheckpointReport:  # the directory 
         except (FileNotFoundError, NotADirectoryError):
             return CheckpointReport(path, (Fault("missing", ".", "does not exist"),))
         if hidden := HIDDEN.fullmatch(path.name):
-            state = dict(alive="is at it now", gone="is gone", unknown="may be on another machine")[writer_of(path)]
+            state = dict(alive="is at it now", gone="is gone", unknown="may be on another machine")[
+                writer_of(path)
+            ]
             what = f"{hidden['verb']} {hidden['target']} was not finished; its writer {state}"
             return CheckpointReport(path, (Fault("missing", ".", what),))
-        if not path.is_dir(): return CheckpointReport(path, (Fault("corrupt", ".", "not a directory"),))
+        if not path.is_dir():
+            return CheckpointReport(path, (Fault("corrupt", ".", "not a directory"),))
         return CheckpointReport(path, *_validate(path))
-    except OSError as error: return CheckpointReport(path, (reading_fault(path, ".", error),))
-    except ValueError as error: return CheckpointReport(path, (Fault("corrupt", ".", f"cannot be read: {error}"),))
+    except OSError as error:
+        return CheckpointReport(path, (reading_fault(path, ".", error),))
+    except ValueError as error:
+        return CheckpointReport(path, (Fault("corrupt", ".", f"cannot be read: {error}"),))
 
-def reading_fault(path: Path,  # of the checkpoint
-                  name: str,  # of the file in it
-                  error: OSError) -> Fault:
-    "What an error of reading says: that something is missing, has no right place in a checkpoint, or cannot be read now."
+
+def reading_fault(
+    path: Path,  # of the checkpoint
+    name: str,  # of the file in it
+    error: OSError,
+) -> Fault:
+    """What an error of reading says: that something is missing, has no right place in a
+    checkpoint, or cannot be read now.
+    """
     if error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(path):
         name = Path(os.fsdecode(error.filename)).relative_to(path).as_posix()
-    if error.errno == errno.ENOENT: return Fault("missing", name, "missing")
+    if error.errno == errno.ENOENT:
+        return Fault("missing", name, "missing")
     kind = "corrupt" if error.errno in WRONG_PLACE else "unreadable"
     return Fault(kind, name, f"cannot be read: {error}", errno=error.errno or errno.EIO)
 
-WRONG_PLACE = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}  # errors that come from what lies there, not from its disk
+
+WRONG_PLACE = {
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}  # errors that come from what lies there, not from its disk
+
 
 def _validate(path: Path) -> tuple[tuple[Fault, ...], Manifest | None]:
     "Faults and manifest of a directory."
     files, faults = scan(path)
-    unknown = lambda names, owned: [f for n in sorted(names) if (f := check_unknown(path/n, n, owned))]
+    unknown = lambda names, owned: [
+        f for n in sorted(names) if (f := check_unknown(path / n, n, owned))
+    ]
     if MANIFEST not in files:
-        foreign = any(name.startswith("adapter_") or name == "trainer_state.json" for name in files)  # PEFT's, or of transformers' Trainer
+        foreign = any(
+            name.startswith("adapter_") or name == "trainer_state.json" for name in files
+        )  # PEFT's, or of transformers' Trainer
         names = (MANIFEST,) if "config.json" in files else (MANIFEST, *ADAPTER_FILES)
-        faults += check_adapter(path, set(files)) if foreign else [Fault("missing", name, "missing") for name in names]
+        faults += (
+            check_adapter(path, set(files))
+            if foreign
+            else [Fault("missing", name, "missing") for name in names]
+        )
         return (*faults, *unknown(files, False)), None
-    try: manifest = Manifest.loads(read_json(path/MANIFEST))
-    except (ValueError, RecursionError) as error: return (*faults, Fault("corrupt", MANIFEST, f"refused: {error}")), None
-    own = {"adapter": ADAPTER_FILES, "model": ("config.json",)}.get(kind := str(manifest.meta.get("kind")), ())
-    faults += [Fault("missing", name, f"not in the manifest of this {kind}") for name in own if name not in manifest.files]
+    try:
+        manifest = Manifest.loads(read_json(path / MANIFEST))
+    except (ValueError, RecursionError) as error:
+        return (*faults, Fault("corrupt", MANIFEST, f"refused: {error}")), None
+    own = {"adapter": ADAPTER_FILES, "model": ("config.json",)}.get(
+        kind := str(manifest.meta.get("kind")), ()
+    )
+    faults += [
+        Fault("missing", name, f"not in the manifest of this {kind}")
+        for name in own
+        if name not in manifest.files
+    ]
     faults += check_steps(path, manifest)
     for name, entry in manifest.files.items():
-        try: fault = check_file(path/name, name, entry, files.get(name))
-        except OSError as error: fault = reading_fault(path, name, error)
-        except ValueError as error: fault = Fault("corrupt", name, f"cannot be read: {error}")
-        if fault: faults.append(fault)
+        try:
+            fault = check_file(path / name, name, entry, files.get(name))
+        except OSError as error:
+            fault = reading_fault(path, name, error)
+        except ValueError as error:
+            fault = Fault("corrupt", name, f"cannot be read: {error}")
+        if fault:
+            faults.append(fault)
     return (*faults, *unknown(files.keys() - manifest.files.keys() - {MANIFEST}, True)), manifest
 
 # %% ../nbs/06b_manifest.ipynb #55fc21ee
 def members(run_dir: Path | str) -> list[CheckpointReport]:
-    "All that is named like a checkpoint in `run_dir`, by step, then name; reports without findings. A run that has not begun has none."
+    """All that is named like a checkpoint in `run_dir`, by step, then name; reports without
+    findings. A run that has not begun has none.
+    """
     try:
         reports = [CheckpointReport(p) for p in Path(run_dir).iterdir()]
     except FileNotFoundError:
         reports = []
     return sorted((r for r in reports if r.step is not None), key=lambda r: (r.step, r.path.name))
 
+
 def list_checkpoints(run_dir: Path | str) -> Reports:  # output directory of a run
     "Verdicts on every `checkpoint-*` and unfinished save of a run, by step."
     return Reports(validate_checkpoint(r.path) for r in members(run_dir))
 
-def latest_checkpoint(run_dir: Path | str) -> tuple[CheckpointReport | None, Reports]:  # output directory of a run
-    """The newest whole checkpoint of a run, None if there is none, and the newer ones that were passed over. Reads no older one. `OSError`
-    with errno and path if one cannot be read, because it may be the newest."""
+
+def latest_checkpoint(
+    run_dir: Path | str,
+) -> tuple[CheckpointReport | None, Reports]:  # output directory of a run
+    """The newest whole checkpoint of a run, None if there is none, and the newer ones that were
+    passed over. Reads no older one. `OSError` with errno and path if one cannot be read,
+    because it may be the newest.
+    """
     passed = Reports()
     for member in reversed(members(run_dir)):
-        if (report := validate_checkpoint(member.path)).whole: return report, passed
-        if not HIDDEN.fullmatch(report.path.name): report.readable()
+        if (report := validate_checkpoint(member.path)).whole:
+            return report, passed
+        if not HIDDEN.fullmatch(report.path.name):
+            report.readable()
         passed.append(report)
     return None, passed
 
 # %% ../nbs/06b_manifest.ipynb #1bcaca50
 DEPTH = 4  # how many folders a parent of many runs is searched down
 
-def find_checkpoints(path: Path,  # a checkpoint, a run, or a folder of runs
-                     depth: int = DEPTH) -> list[Path]:  # how many folders deep
-    """The checkpoints in a folder and in the folders in it, with itself if it is one too or cannot be read, and what killed writers left. No link
-    is followed, and what earlier repairs moved away is left out."""
+
+def find_checkpoints(
+    path: Path,  # a checkpoint, a run, or a folder of runs
+    depth: int = DEPTH,
+) -> list[Path]:  # how many folders deep
+    """The checkpoints in a folder and in the folders in it, with itself if it is one too or cannot
+    be read, and what killed writers left. No link is followed, and what earlier repairs moved
+    away is left out.
+    """
     try:
         return _find_checkpoints(path, depth)
     except OSError:
         return [path]
 
-EXPORT_CARD = b"`higgs_validate` checks its files against `manifest.json`"  # in the README.md of every export
+
+EXPORT_CARD = (
+    b"`higgs_validate` checks its files against `manifest.json`"  # in the README.md of every export
+)
+
 
 def holds_export(path: Path) -> bool:
-    "Whether the directory `path` holds a model that was exported here, by its card; with a manifest or without."
+    """Whether the directory `path` holds a model that was exported here, by its card; with a
+    manifest or without.
+    """
     names = {p.name for p in path.iterdir()}
-    if not {"config.json", "README.md"} <= names or not any(MODEL_FILE.fullmatch(name) for name in names): return False
-    with open(path/"README.md", "rb") as file: return EXPORT_CARD in file.read(2**20)
+    if not {"config.json", "README.md"} <= names or not any(
+        MODEL_FILE.fullmatch(name) for name in names
+    ):
+        return False
+    with open(path / "README.md", "rb") as file:
+        return EXPORT_CARD in file.read(2**20)
+
 
 def _find_checkpoints(path: Path, depth: int) -> list[Path]:
     "See `find_checkpoints`; `OSError` if `path` cannot be read."
-    if path.is_symlink() or not path.is_dir(): return []
-    itself = any((path/name).exists() for name in (MANIFEST, *ADAPTER_FILES)) or holds_export(path)
+    if path.is_symlink() or not path.is_dir():
+        return []
+    itself = any((path / name).exists() for name in (MANIFEST, *ADAPTER_FILES)) or holds_export(
+        path
+    )
     within = [r.path for r in members(path)]
     within += sorted(p for p in path.iterdir() if HIDDEN.fullmatch(p.name) and p not in within)
-    if itself or depth == 0: return [path] * itself + within
-    further = sorted(p for p in path.iterdir() if p not in within and not p.name.startswith(".") and not re.fullmatch(r"broken-\d+", p.name))
+    if itself or depth == 0:
+        return [path] * itself + within
+    further = sorted(
+        p
+        for p in path.iterdir()
+        if p not in within
+        and not p.name.startswith(".")
+        and not re.fullmatch(r"broken-\d+", p.name)
+    )
     return within + [c for p in further for c in find_checkpoints(p, depth - 1)]
 
+
 def move_aside(report: CheckpointReport) -> Path | None:  # of `validate_checkpoint`
-    "Move a broken checkpoint into a new folder `broken-N` beside it, and say where to; None if it is whole, unverified, gone, or its writer may live."
-    if report.status not in ("corrupt", "incomplete") or not (report.path.exists() or report.path.is_symlink()): return None
-    if HIDDEN.fullmatch(report.path.name) and writer_of(report.path) != "gone": return None
+    """Move a broken checkpoint into a new folder `broken-N` beside it, and say where to; None if
+    it is whole, unverified, gone, or its writer may live.
+    """
+    if report.status not in ("corrupt", "incomplete") or not (
+        report.path.exists() or report.path.is_symlink()
+    ):
+        return None
+    if HIDDEN.fullmatch(report.path.name) and writer_of(report.path) != "gone":
+        return None
     for number in range(1, 10_000):
         path = report.path.absolute()
-        aside = path.parent/f"broken-{number}"
-        if (aside/path.name).exists() or (aside/path.name).is_symlink(): continue
+        aside = path.parent / f"broken-{number}"
+        if (aside / path.name).exists() or (aside / path.name).is_symlink():
+            continue
         aside.mkdir(exist_ok=True)
-        path.rename(aside/path.name)
-        return aside/path.name
+        path.rename(aside / path.name)
+        return aside / path.name
 
-RUN_FILES = ("parameters.json", "log.jsonl", "run.json", "environment.jsonl")  # a run of ours holds at least two
+
+RUN_FILES = (
+    "parameters.json",
+    "log.jsonl",
+    "run.json",
+    "environment.jsonl",
+)  # a run of ours holds at least two
+
 
 def holds_our_manifest(path: Path) -> bool:
     "Whether the directory `path` has a manifest with our format string, damaged or not."
     try:
-        with open(path/MANIFEST, "rb") as file: return FORMAT.encode() in file.read(MAX_JSON)
+        with open(path / MANIFEST, "rb") as file:
+            return FORMAT.encode() in file.read(MAX_JSON)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
 
+
 def is_ours(path: Path) -> bool:  # a checkpoint that is broken
-    "Whether a directory was made here: its manifest has our format, or its name is that of a checkpoint (or of a save) in a run of ours."
+    """Whether a directory was made here: its manifest has our format, or its name is that of a
+    checkpoint (or of a save) in a run of ours.
+    """
     path = path.absolute()
-    if HIDDEN.fullmatch(path.name) or holds_our_manifest(path): return True
-    if CheckpointReport(path).step is None: return False
-    marks = sum((path.parent/name).exists() for name in RUN_FILES)
+    if HIDDEN.fullmatch(path.name) or holds_our_manifest(path):
+        return True
+    if CheckpointReport(path).step is None:
+        return False
+    marks = sum((path.parent / name).exists() for name in RUN_FILES)
     return marks >= 2 or any(holds_our_manifest(r.path) for r in members(path.parent))
 
+
 def repair(report: CheckpointReport) -> str | None:  # of `validate_checkpoint`
-    "Move a broken checkpoint of ours aside, or remove what a killed export left; what was done, or None if there is nothing to do. `OSError` if that fails."
+    """Move a broken checkpoint of ours aside, or remove what a killed export left; what was done,
+    or None if there is nothing to do. `OSError` if that fails.
+    """
     path = report.path
-    if report.status not in ("corrupt", "incomplete"): return None
+    if report.status not in ("corrupt", "incomplete"):
+        return None
     hidden = HIDDEN.fullmatch(path.absolute().name)
     if hidden and report.step is None:
-        if path.is_symlink() or not path.is_dir() or writer_of(path) != "gone": return None
+        if path.is_symlink() or not path.is_dir() or writer_of(path) != "gone":
+            return None
         shutil.rmtree(path)
         return f"removed: {path}, which a killed writer left"
-    if not is_ours(path): return f"not ours, left as it is: {path}"
+    if not is_ours(path):
+        return f"not ours, left as it is: {path}"
     moved = move_aside(report)
     return moved and f"moved: {path} -> {moved.parent.name}/{moved.name}"
 
-def main(argv: list[str] | None = None) -> int:  # words of the command line; None: those of this process
+
+def main(
+    argv: list[str] | None = None,
+) -> int:  # words of the command line; None: those of this process
     "Print a verdict on every checkpoint given, or found below the directories given."
-    parser = argparse.ArgumentParser("higgs_validate", epilog="exit code: 0 if all are whole, 1 otherwise, 2 for wrong usage",
-                                     description="Say of checkpoints whether they are whole, incomplete, corrupt, unverified or unreadable.")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkpoint, a run directory with checkpoint-* in it, or a folder with many runs")
-    parser.add_argument("--repair", action="store_true", help="move broken ones of ours into a folder broken-N beside them, and remove what killed exports left")
+    parser = argparse.ArgumentParser(
+        "higgs_validate",
+        epilog="exit code: 0 if all are whole, 1 otherwise, 2 for wrong usage",
+        description=(
+            "Say of checkpoints whether they are whole, incomplete, corrupt, unverified or "
+            "unreadable."
+        ),
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="a checkpoint, a run directory with checkpoint-* in it, or a folder with many runs",
+    )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help=(
+            "move broken ones of ours into a folder broken-N beside them, and remove what "
+            "killed exports left"
+        ),
+    )
     args = parser.parse_args(argv)
-    paths = [Path(os.path.realpath(p)) if os.path.islink(p) and os.path.isdir(p) else p for p in args.paths]  # a link that is named is followed
+    paths = [
+        Path(os.path.realpath(p)) if os.path.islink(p) and os.path.isdir(p) else p
+        for p in args.paths
+    ]  # a link that is named is followed
     below = {path: find_checkpoints(path) for path in paths}
     found = [checkpoint for inside_it in below.values() for checkpoint in inside_it]
-    reports = Reports(map(validate_checkpoint, found + [path for path, inside_it in below.items() if not inside_it]))
+    reports = Reports(
+        map(
+            validate_checkpoint,
+            found + [path for path, inside_it in below.items() if not inside_it],
+        )
+    )
     print(reports)
-    for report in reports[:len(found)] if args.repair else ():  # a directory without any checkpoint is not ours to move
+    for report in (
+        reports[: len(found)] if args.repair else ()
+    ):  # a directory without any checkpoint is not ours to move
         try:
-            if done := repair(report): print(shown(done))
+            if done := repair(report):
+                print(shown(done))
         except OSError as error:
             print(shown(f"could not be repaired: {report.path}: {error}"))
     return 0 if all(r.whole for r in reports) else 1
 
 # %% ../nbs/06b_manifest.ipynb #a8b23b71
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

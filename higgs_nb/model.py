@@ -15,13 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch import nn
-from transformers import BitsAndBytesConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, WhisperConfig, WhisperModel
+from transformers import (
+    BitsAndBytesConfig,
+    HiggsAudioV2Config,
+    HiggsAudioV2ForConditionalGeneration,
+    WhisperConfig,
+    WhisperModel,
+)
 from transformers.utils import ModelOutput, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from .files import load_json, shown
 from .fused import chunked_cross_entropy
-from .layers import (AUDIO_ATTENTION_MODULES, AudioEncoderProjector, HiggsDecoder, WhisperTower, cache_argument,
-                             start_as_identity)
+from higgs_nb.layers import (
+    AUDIO_ATTENTION_MODULES,
+    AudioEncoderProjector,
+    HiggsDecoder,
+    WhisperTower,
+    cache_argument,
+    start_as_identity,
+)
 from .samples import IGNORE, AudioTokens
 
 logger = logging.get_logger(__name__)
@@ -33,15 +45,23 @@ __all__ = ['logger', 'PACKED_FIELDS', 'RELEASED', 'WHISPER_FIELDS', 'PRECISE', '
            'check_source', 'load_model', 'tokenizer_fingerprint']
 
 # %% ../nbs/05_model.ipynb #2bbe41b1
-def codebook_loss_sums(logits: Tensor,  # (rows, codebooks, codes)
-                       targets: Tensor,  # (rows, codebooks), -100 = not supervised
-                       ) -> Tensor:
-    "Summed cross-entropy of each codebook, in float32; (codebooks,). The text loss is the same with one codebook, the vocabulary."
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+def codebook_loss_sums(
+    logits: Tensor,  # (rows, codebooks, codes)
+    targets: Tensor,  # (rows, codebooks), -100 = not supervised
+) -> Tensor:
+    """Summed cross-entropy of each codebook, in float32; (codebooks,). The text loss is the same
+    with one codebook, the vocabulary.
+    """
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
     return losses.view_as(targets).sum(0)
 
+
 def target_counts(batch: dict[str, Tensor]) -> Tensor:
-    "How many cells a batch supervises: (1 + codebooks,), text first, then each codebook. What the loss of a step is divided by."
+    """How many cells a batch supervises: (1 + codebooks,), text first, then each codebook. What
+    the loss of a step is divided by.
+    """
     text = batch["text_targets"]
     return torch.cat([text.new_full((1,), len(text)), (batch["audio_targets"] != IGNORE).sum(0)])
 
@@ -49,19 +69,36 @@ def target_counts(batch: dict[str, Tensor]) -> Tensor:
 @dataclass(frozen=True)
 class LossWeights:
     "How the parts of the loss are added up."
+
     text: float = 1.0  # weight of the text loss
     audio: float = 1.0  # weight of the audio loss, the mean over codebooks
-    codebooks: tuple[float, ...] | None = None  # weight of each codebook within the audio loss; None: all 1
-    label_smoothing: float = 0.0  # share of a label that is spread over all classes, in `loss` alone: the parts are reported without
+    codebooks: tuple[float, ...] | None = (
+        None  # weight of each codebook within the audio loss; None: all 1
+    )
+    # share of a label that is spread over all classes, in `loss` alone: the parts are reported
+    # without
+    label_smoothing: float = 0.0
 
     @lru_cache
     def shares(self, num_codebooks: int, device: torch.device) -> Tensor:
-        "The weight of the mean text loss and of each codebook's mean loss in the sum: (1 + codebooks,). Kept, so that no step waits for a copy."
-        return torch.tensor([self.text, *(self.audio * w / num_codebooks for w in self.codebooks or [1.0] * num_codebooks)], device=device)
+        """The weight of the mean text loss and of each codebook's mean loss in the sum: (1 +
+        codebooks,). Kept, so that no step waits for a copy.
+        """
+        return torch.tensor(
+            [
+                self.text,
+                *(self.audio * w / num_codebooks for w in self.codebooks or [1.0] * num_codebooks),
+            ],
+            device=device,
+        )
+
 
 @dataclass
 class HiggsOutput(ModelOutput):
-    "What a training forward returns. Losses are means over this batch, except `loss` when `counts` were given."
+    """What a training forward returns. Losses are means over this batch, except `loss` when
+    `counts` were given.
+    """
+
     loss: Tensor | None = None  # what to call backward on
     text_loss: Tensor | None = None
     audio_loss: Tensor | None = None  # mean over codebooks
@@ -69,89 +106,228 @@ class HiggsOutput(ModelOutput):
     counts: Tensor | None = None  # (1 + codebooks,) supervised cells of this batch, text first
 
 # %% ../nbs/05_model.ipynb #9f618eb4
-PACKED_FIELDS = ("text_positions", "audio_positions", "lengths", "frame_lengths", "cu_seqlens", "frame_cu_seqlens")  # of `PackedCollator`, for the decoder
+PACKED_FIELDS = (
+    "text_positions",
+    "audio_positions",
+    "lengths",
+    "frame_lengths",
+    "cu_seqlens",
+    "frame_cu_seqlens",
+)  # of `PackedCollator`, for the decoder
 
-def cast_input(module: nn.Linear,  # a head
-               args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # its inputs
-    "A forward pre-hook: the input in the dtype of the weight, for a float32 head that is trained on a 16-bit base."
+
+def cast_input(
+    module: nn.Linear,  # a head
+    args: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:  # its inputs
+    """A forward pre-hook: the input in the dtype of the weight, for a float32 head that is trained
+    on a 16-bit base.
+    """
     return args[0].to(module.weight.dtype), *args[1:]
 
+
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
-    """`HiggsAudioV2ForConditionalGeneration` with a text head and the two losses, with audio self-attention where `config.use_audio_out_self_attention`
-    and a Whisper tower where `config.encode_whisper_embed`. A batch of `PaddedCollator` or `PackedCollator` gives a `HiggsOutput`, the packed one several
-    times as fast; any other input goes to the stock forward, so that generation is unchanged."""
+    """`HiggsAudioV2ForConditionalGeneration` with a text head and the two losses, with audio
+    self-attention where `config.use_audio_out_self_attention` and a Whisper tower where
+    `config.encode_whisper_embed`. A batch of `PaddedCollator` or `PackedCollator` gives a
+    `HiggsOutput`, the packed one several times as fast; any other input goes to the stock
+    forward, so that generation is unchanged.
+    """
+
     _keys_to_ignore_on_load_unexpected = []
     _no_split_modules = HiggsDecoder._no_split_modules
 
     def __init__(self, config: HiggsAudioV2Config, use_text_head: bool = True):
-        super(HiggsAudioV2ForConditionalGeneration, self).__init__(config)  # the stock class would build the stock decoder
+        super(HiggsAudioV2ForConditionalGeneration, self).__init__(
+            config
+        )  # the stock class would build the stock decoder
         self.model = HiggsDecoder(config)
-        self.audio_lm_head = nn.Linear(config.hidden_size, config.num_codebooks * config.codebook_size, bias=False)
-        self.text_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if use_text_head else None
+        self.audio_lm_head = nn.Linear(
+            config.hidden_size, config.num_codebooks * config.codebook_size, bias=False
+        )
+        self.text_lm_head = (
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False) if use_text_head else None
+        )
         for head in (self.audio_lm_head, self.text_lm_head):
-            if head is not None: head.register_forward_pre_hook(cast_input)
+            if head is not None:
+                head.register_forward_pre_hook(cast_input)
         self.audio_tower = self.audio_encoder_proj = None
         if getattr(config, "encode_whisper_embed", False):
             self.audio_tower = WhisperTower(WhisperConfig(**config.whisper_config))
-            self.audio_encoder_proj = AudioEncoderProjector(self.audio_tower.config.d_model, config.hidden_size)
+            self.audio_encoder_proj = AudioEncoderProjector(
+                self.audio_tower.config.d_model, config.hidden_size
+            )
         self.post_init()
         self.loss_weights, self.new_modules = LossWeights(), ()
 
-    def forward(self, input_ids=None, attention_mask=None, audio_input_ids=None, audio_input_ids_mask=None, position_ids=None,
-                audio_rows=None, audio_targets=None, text_rows=None, text_targets=None,  # of `target_index`
-                audio_features=None, audio_feature_attention_mask=None, whisper_rows=None, feature_rows=None,  # of what is heard, see `heard`
-                counts=None,  # (1 + codebooks,) supervised cells of the whole optimizer step, all devices; None: this batch is all
-                logits_to_keep=0,  # last positions whose logits are computed; 0: all
-                **inputs):
-        "See the stock model for the other arguments, and `hidden`; `counts` makes the losses of several batches add up to that of one."
-        sequence = dict(input_ids=input_ids, attention_mask=attention_mask, audio_input_ids=audio_input_ids,
-                        audio_input_ids_mask=audio_input_ids_mask, position_ids=position_ids)
-        recordings = dict(audio_features=audio_features, audio_feature_attention_mask=audio_feature_attention_mask, whisper_rows=whisper_rows, feature_rows=feature_rows)
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        audio_input_ids=None,
+        audio_input_ids_mask=None,
+        position_ids=None,
+        audio_rows=None,
+        audio_targets=None,
+        text_rows=None,
+        text_targets=None,  # of `target_index`
+        audio_features=None,
+        audio_feature_attention_mask=None,
+        whisper_rows=None,
+        feature_rows=None,  # of what is heard, see `heard`
+        # (1 + codebooks,) supervised cells of the whole optimizer step, all devices; None: this
+        # batch is all
+        counts=None,
+        logits_to_keep=0,  # last positions whose logits are computed; 0: all
+        **inputs,
+    ):
+        """See the stock model for the other arguments, and `hidden`; `counts` makes the losses of
+        several batches add up to that of one.
+        """
+        sequence = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            audio_input_ids=audio_input_ids,
+            audio_input_ids_mask=audio_input_ids_mask,
+            position_ids=position_ids,
+        )
+        recordings = dict(
+            audio_features=audio_features,
+            audio_feature_attention_mask=audio_feature_attention_mask,
+            whisper_rows=whisper_rows,
+            feature_rows=feature_rows,
+        )
         if audio_rows is None:
             whisper = self.heard(input_ids, **recordings)
             return super().forward(**sequence, **whisper, logits_to_keep=logits_to_keep, **inputs)
-        return self.losses(self.hidden(**sequence, **recordings, **inputs), text_rows, text_targets, audio_rows, audio_targets, counts)
+        return self.losses(
+            self.hidden(**sequence, **recordings, **inputs),
+            text_rows,
+            text_targets,
+            audio_rows,
+            audio_targets,
+            counts,
+        )
 
-    def hidden(self, input_ids, attention_mask=None, audio_input_ids=None, audio_input_ids_mask=None, position_ids=None, audio_features=None,
-               audio_feature_attention_mask=None, whisper_rows=None, feature_rows=None, **batch) -> Tensor:
-        "The last hidden state of every position of a batch, rows flattened: (rows * positions, hidden). What else is in a batch is left alone."
-        inputs = dict(input_ids=input_ids, audio_input_ids=audio_input_ids, position_ids=position_ids,
-                      **self.heard(input_ids, audio_features, audio_feature_attention_mask, whisper_rows, feature_rows))
-        if "lengths" in batch: inputs["packed"] = {k: batch[k] for k in PACKED_FIELDS}
-        else: inputs |= dict(attention_mask=attention_mask, audio_input_ids_mask=audio_input_ids_mask, use_cache=False)
+    def hidden(
+        self,
+        input_ids,
+        attention_mask=None,
+        audio_input_ids=None,
+        audio_input_ids_mask=None,
+        position_ids=None,
+        audio_features=None,
+        audio_feature_attention_mask=None,
+        whisper_rows=None,
+        feature_rows=None,
+        **batch,
+    ) -> Tensor:
+        """The last hidden state of every position of a batch, rows flattened: (rows * positions,
+        hidden). What else is in a batch is left alone.
+        """
+        inputs = dict(
+            input_ids=input_ids,
+            audio_input_ids=audio_input_ids,
+            position_ids=position_ids,
+            **self.heard(
+                input_ids, audio_features, audio_feature_attention_mask, whisper_rows, feature_rows
+            ),
+        )
+        if "lengths" in batch:
+            inputs["packed"] = {k: batch[k] for k in PACKED_FIELDS}
+        else:
+            inputs |= dict(
+                attention_mask=attention_mask,
+                audio_input_ids_mask=audio_input_ids_mask,
+                use_cache=False,
+            )
         return self.model(**inputs).last_hidden_state.flatten(0, 1)
 
-    def heard(self, input_ids, audio_features=None,  # (chunks, mel_bins, mel_frames)
-              audio_feature_attention_mask=None,  # (chunks, mel_frames)
-              whisper_rows=None,  # (features,) their flattened positions; None: wherever `<|AUDIO|>` stands
-              feature_rows=None,  # (features,) which outputs of the tower they are; None: those that the mask counts
-              ) -> dict[str, Tensor]:
-        "Whisper's features as hidden states, and where they go. `ValueError` if the model cannot hear them or they do not fit."
+    def heard(
+        self,
+        input_ids,
+        audio_features=None,  # (chunks, mel_bins, mel_frames)
+        audio_feature_attention_mask=None,  # (chunks, mel_frames)
+        # (features,) their flattened positions; None: wherever `<|AUDIO|>` stands
+        whisper_rows=None,
+        # (features,) which outputs of the tower they are; None: those that the mask counts
+        feature_rows=None,
+    ) -> dict[str, Tensor]:
+        """Whisper's features as hidden states, and where they go. `ValueError` if the model cannot
+        hear them or they do not fit.
+        """
         chunks = 0 if audio_features is None else len(audio_features)
         if self.audio_tower is None:
-            if chunks: raise ValueError("the batch has Whisper features and this model no tower: load it with whisper=..., or collate with encode_whisper_embed=False")
+            if chunks:
+                raise ValueError(
+                    "the batch has Whisper features and this model no tower: load it "
+                    "with whisper=..., or collate with encode_whisper_embed=False"
+                )
             return {}
-        if not chunks: audio_features, audio_feature_attention_mask = (self.audio_tower.conv1.weight.new_zeros(0, *n) for n in ((1, 1), (1,)))
-        features = self.audio_encoder_proj(self.audio_tower(audio_features, audio_feature_attention_mask, feature_rows))
+        if not chunks:
+            audio_features, audio_feature_attention_mask = (
+                self.audio_tower.conv1.weight.new_zeros(0, *n) for n in ((1, 1), (1,))
+            )
+        features = self.audio_encoder_proj(
+            self.audio_tower(audio_features, audio_feature_attention_mask, feature_rows)
+        )
         if whisper_rows is None:
-            whisper_rows = (input_ids.flatten() == self.config.audio_in_token_id).nonzero().flatten() if input_ids is not None else features.new_zeros(0, dtype=torch.long)
-        if len(whisper_rows) != len(features): raise ValueError(f"{chunks} chunks give {len(features)} Whisper features for {len(whisper_rows)} <|AUDIO|> positions")
+            whisper_rows = (
+                (input_ids.flatten() == self.config.audio_in_token_id).nonzero().flatten()
+                if input_ids is not None
+                else features.new_zeros(0, dtype=torch.long)
+            )
+        if len(whisper_rows) != len(features):
+            raise ValueError(
+                f"{chunks} chunks give {len(features)} Whisper features for "
+                f"{len(whisper_rows)} <|AUDIO|> positions"
+            )
         return dict(whisper=features, whisper_rows=whisper_rows)
 
-    def prepare_inputs_for_generation(self, input_ids, audio_input_ids=None, audio_input_ids_mask=None, audio_features=None,
-                                      audio_feature_attention_mask=None, past_key_values=None, cache=None, **kwargs):
-        "As stock; recordings are heard once, and without a cache the whole prompt is read at every step."
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        audio_input_ids=None,
+        audio_input_ids_mask=None,
+        audio_features=None,
+        audio_feature_attention_mask=None,
+        past_key_values=None,
+        cache=None,
+        **kwargs,
+    ):
+        """As stock; recordings are heard once, and without a cache the whole prompt is read at
+        every step.
+        """
         cache = past_key_values if cache is None else cache
-        inputs = super().prepare_inputs_for_generation(input_ids, audio_input_ids=audio_input_ids, audio_input_ids_mask=audio_input_ids_mask,
-                                                       **cache_argument(cache), **kwargs)
-        if cache is None: inputs |= dict(input_ids=input_ids, audio_input_ids=audio_input_ids, audio_input_ids_mask=audio_input_ids_mask)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            audio_input_ids=audio_input_ids,
+            audio_input_ids_mask=audio_input_ids_mask,
+            **cache_argument(cache),
+            **kwargs,
+        )
+        if cache is None:
+            inputs |= dict(
+                input_ids=input_ids,
+                audio_input_ids=audio_input_ids,
+                audio_input_ids_mask=audio_input_ids_mask,
+            )
         if cache is None or not cache.get_seq_length():
-            inputs |= dict(audio_features=audio_features, audio_feature_attention_mask=audio_feature_attention_mask)
+            inputs |= dict(
+                audio_features=audio_features,
+                audio_feature_attention_mask=audio_feature_attention_mask,
+            )
         return inputs
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None,
-                                mean_resizing: bool = True) -> nn.Embedding:
-        "As stock, and the text head follows: its new rows are the mean of the old ones, or random without `mean_resizing`."
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """As stock, and the text head follows: its new rows are the mean of the old ones, or
+        random without `mean_resizing`.
+        """
         table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if self.text_lm_head is not None and self.text_lm_head.out_features != table.num_embeddings:
             self.text_lm_head = self.resized_head(table.num_embeddings, mean_resizing)
@@ -162,8 +338,10 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         "A text head with so many rows, the first ones those of the present head."
         old = self.text_lm_head.weight
         head = nn.Linear(old.shape[1], rows, bias=False, device=old.device, dtype=old.dtype)
-        if mean_resizing: head.weight.copy_(old.float().mean(0).expand(rows, -1))
-        else: head.weight.normal_(std=self.config.initializer_range)
+        if mean_resizing:
+            head.weight.copy_(old.float().mean(0).expand(rows, -1))
+        else:
+            head.weight.normal_(std=self.config.initializer_range)
         kept = min(rows, len(old))
         head.weight[:kept] = old[:kept]
         head.weight.requires_grad_(old.requires_grad)
@@ -172,160 +350,363 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
         "(rows, hidden) -> (rows, codebooks, codes)"
-        return self.audio_lm_head(hidden).unflatten(-1, (self.config.num_codebooks, self.config.codebook_size))
+        return self.audio_lm_head(hidden).unflatten(
+            -1, (self.config.num_codebooks, self.config.codebook_size)
+        )
 
-    def losses(self, hidden: Tensor, text_rows, text_targets, audio_rows, audio_targets, counts=None) -> HiggsOutput:
-        "The losses of one batch from its hidden states, (rows, hidden), and the index of `target_index`; see `HiggsOutput`."
-        w, here = self.loss_weights, target_counts(dict(text_targets=text_targets, audio_targets=audio_targets))
-        share = w.shares(self.config.num_codebooks, hidden.device) / (here if counts is None else counts).clamp(min=1)
-        text, text_sum = chunked_cross_entropy(hidden.index_select(0, text_rows), self.text_lm_head, text_targets[:, None], share[:1], w.label_smoothing)
-        audio, audio_sums = chunked_cross_entropy(hidden.index_select(0, audio_rows), self.audio_lm_head, audio_targets, share[1:], w.label_smoothing)
+    def losses(
+        self, hidden: Tensor, text_rows, text_targets, audio_rows, audio_targets, counts=None
+    ) -> HiggsOutput:
+        """The losses of one batch from its hidden states, (rows, hidden), and the index of
+        `target_index`; see `HiggsOutput`.
+        """
+        w, here = (
+            self.loss_weights,
+            target_counts(dict(text_targets=text_targets, audio_targets=audio_targets)),
+        )
+        share = w.shares(self.config.num_codebooks, hidden.device) / (
+            here if counts is None else counts
+        ).clamp(min=1)
+        text, text_sum = chunked_cross_entropy(
+            hidden.index_select(0, text_rows),
+            self.text_lm_head,
+            text_targets[:, None],
+            share[:1],
+            w.label_smoothing,
+        )
+        audio, audio_sums = chunked_cross_entropy(
+            hidden.index_select(0, audio_rows),
+            self.audio_lm_head,
+            audio_targets,
+            share[1:],
+            w.label_smoothing,
+        )
         means = torch.cat([text_sum, audio_sums]) / here.clamp(min=1)
-        return HiggsOutput(loss=text + audio, text_loss=means[0], audio_loss=means[1:].mean(), codebook_losses=means[1:], counts=here)
+        return HiggsOutput(
+            loss=text + audio,
+            text_loss=means[0],
+            audio_loss=means[1:].mean(),
+            codebook_losses=means[1:],
+            counts=here,
+        )
 
 # %% ../nbs/05_model.ipynb #7d2dca18
-def tiny_config(tokenizer,  # gives the vocabulary and the special ids
-                hidden_size: int = 256,  # width of the residual stream
-                num_layers: int = 4,  # decoder layers
-                num_heads: int = 4,  # query heads; half as many for keys and values
-                intermediate_size: int = 768,  # width inside both feed-forward networks
-                codebook_size: int = 1026,  # codes of a codebook and the two stream codes
-                num_codebooks: int = 8) -> HiggsAudioV2Config:  # codes of a frame
-    "A small configuration of the released model's class: about 10 million parameters with the defaults."
+def tiny_config(
+    tokenizer,  # gives the vocabulary and the special ids
+    hidden_size: int = 256,  # width of the residual stream
+    num_layers: int = 4,  # decoder layers
+    num_heads: int = 4,  # query heads; half as many for keys and values
+    intermediate_size: int = 768,  # width inside both feed-forward networks
+    codebook_size: int = 1026,  # codes of a codebook and the two stream codes
+    num_codebooks: int = 8,
+) -> HiggsAudioV2Config:  # codes of a frame
+    """A small configuration of the released model's class: about 10 million parameters with the
+    defaults.
+    """
     ids = tokenizer.convert_tokens_to_ids
     return HiggsAudioV2Config(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=num_layers, num_attention_heads=num_heads, num_key_value_heads=num_heads // 2,
-        head_dim=hidden_size // num_heads, intermediate_size=intermediate_size, num_codebooks=num_codebooks, codebook_size=codebook_size,
-        audio_stream_bos_id=codebook_size - 2, audio_stream_eos_id=codebook_size - 1, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, audio_token_id=ids("<|AUDIO_OUT|>"),
-        audio_bos_token_id=ids("<|audio_out_bos|>"), audio_delay_token_id=ids("<|reserved_special_token_6|>"))
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // 2,
+        head_dim=hidden_size // num_heads,
+        intermediate_size=intermediate_size,
+        num_codebooks=num_codebooks,
+        codebook_size=codebook_size,
+        audio_stream_bos_id=codebook_size - 2,
+        audio_stream_eos_id=codebook_size - 1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        audio_token_id=ids("<|AUDIO_OUT|>"),
+        audio_bos_token_id=ids("<|audio_out_bos|>"),
+        audio_delay_token_id=ids("<|reserved_special_token_6|>"),
+    )
 
-def tiny_model(tokenizer,  # gives the vocabulary and the special ids
-               seed: int = 0,  # of the random weights
-               **config) -> HiggsAudioForTraining:  # of `tiny_config`
-    "A small model with random weights, the same for the same `seed`; `config` goes to `tiny_config`."
+
+def tiny_model(
+    tokenizer,  # gives the vocabulary and the special ids
+    seed: int = 0,  # of the random weights
+    **config,
+) -> HiggsAudioForTraining:  # of `tiny_config`
+    """A small model with random weights, the same for the same `seed`; `config` goes to
+    `tiny_config`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return HiggsAudioForTraining(tiny_config(tokenizer, **config))
 
-def base_path(base: str,  # "small": the base in the package; "tiny": that of a training run; else what `load_model` takes
-              run: str | Path = "",  # directory of the training run
-              ) -> str:
-    "Where a base lies that a run calls by its name: a folder, or its id on the hub."
-    return {"small": str(files("higgs_nb") / "data" / "base"), "tiny": str(Path(run) / "base")}.get(base, base)
 
+def base_path(
+    # "small": the base in the package; "tiny": that of a training run; else what `load_model`
+    # takes
+    base: str,
+    run: str | Path = "",  # directory of the training run
+) -> str:
+    "Where a base lies that a run calls by its name: a folder, or its id on the hub."
+    return {"small": str(files("higgs_nb") / "data" / "base"), "tiny": str(Path(run) / "base")}.get(
+        base, base
+    )
 
 # %% ../nbs/05_model.ipynb #d4958de8
-RELEASED = "bosonai/higgs-audio-v2-generation-3B-base"  # 128256 tokens, 28 layers, 5.77 billion parameters
-WHISPER_FIELDS = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions", "activation_function",
-                  "dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
+RELEASED = (
+    "bosonai/higgs-audio-v2-generation-3B-base"  # 128256 tokens, 28 layers, 5.77 billion parameters
+)
+WHISPER_FIELDS = (
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "num_mel_bins",
+    "max_source_positions",
+    "activation_function",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "encoder_layerdrop",
+)
 
-def whisper_settings(config: HiggsAudioV2Config, whisper: WhisperConfig, audio_in_token_id: int | None = None) -> None:
-    "Say in `config` that the model has a tower like `whisper`'s encoder. `<|AUDIO|>` stands before `<|AUDIO_OUT|>` in the vocabulary unless told otherwise."
-    config.encode_whisper_embed, config.whisper_config = True, {k: getattr(whisper, k) for k in WHISPER_FIELDS}
-    config.audio_in_token_id = config.audio_token_id - 1 if audio_in_token_id is None else audio_in_token_id
 
-def extend_config(config: HiggsAudioV2Config,  # of the checkpoint, changed in place
-                  name: str,  # of the checkpoint, for errors
-                  use_audio_out_self_attention: bool | None,  # see `load_model`
-                  encode_whisper_embed: bool | None,  # see `load_model`
-                  whisper: str | None) -> tuple[str, ...]:  # see `load_model`
-    "Change `config` to what a run asks for; returns the modules that its checkpoint lacks. `ValueError` if that cannot be done."
-    attends, hears = (getattr(config, key, False) for key in ("use_audio_out_self_attention", "encode_whisper_embed"))
-    for key, has, asked in (("use_audio_out_self_attention", attends, use_audio_out_self_attention), ("encode_whisper_embed", hears, encode_whisper_embed)):
-        if has and asked is False: raise ValueError(f"{name} was trained with {key}: without it is another model, so it cannot be switched off")
-    if hears and whisper: raise ValueError(f"{name} has a Whisper tower of its own: leave whisper={whisper!r} out")
+def whisper_settings(
+    config: HiggsAudioV2Config, whisper: WhisperConfig, audio_in_token_id: int | None = None
+) -> None:
+    """Say in `config` that the model has a tower like `whisper`'s encoder. `<|AUDIO|>` stands
+    before `<|AUDIO_OUT|>` in the vocabulary unless told otherwise.
+    """
+    config.encode_whisper_embed, config.whisper_config = (
+        True,
+        {k: getattr(whisper, k) for k in WHISPER_FIELDS},
+    )
+    config.audio_in_token_id = (
+        config.audio_token_id - 1 if audio_in_token_id is None else audio_in_token_id
+    )
+
+
+def extend_config(
+    config: HiggsAudioV2Config,  # of the checkpoint, changed in place
+    name: str,  # of the checkpoint, for errors
+    use_audio_out_self_attention: bool | None,  # see `load_model`
+    encode_whisper_embed: bool | None,  # see `load_model`
+    whisper: str | None,
+) -> tuple[str, ...]:  # see `load_model`
+    """Change `config` to what a run asks for; returns the modules that its checkpoint lacks.
+    `ValueError` if that cannot be done.
+    """
+    attends, hears = (
+        getattr(config, key, False)
+        for key in ("use_audio_out_self_attention", "encode_whisper_embed")
+    )
+    for key, has, asked in (
+        ("use_audio_out_self_attention", attends, use_audio_out_self_attention),
+        ("encode_whisper_embed", hears, encode_whisper_embed),
+    ):
+        if has and asked is False:
+            raise ValueError(
+                f"{name} was trained with {key}: without it is another model, so it "
+                "cannot be switched off"
+            )
+    if hears and whisper:
+        raise ValueError(f"{name} has a Whisper tower of its own: leave whisper={whisper!r} out")
     if encode_whisper_embed and not hears and not whisper:
-        raise ValueError(f"{name} has no Whisper tower: say where its weights come from, e.g. whisper='openai/whisper-large-v3', or leave encode_whisper_embed out")
+        raise ValueError(
+            f"{name} has no Whisper tower: say where its weights come from, e.g. "
+            "whisper='openai/whisper-large-v3', or leave encode_whisper_embed out"
+        )
     new = ()
-    if use_audio_out_self_attention and not attends: config.use_audio_out_self_attention, new = True, AUDIO_ATTENTION_MODULES
-    if whisper and not hears: check_directory(whisper, "Whisper model"); whisper_settings(config, WhisperConfig.from_pretrained(whisper)); new += ("audio_encoder_proj",)
+    if use_audio_out_self_attention and not attends:
+        config.use_audio_out_self_attention, new = True, AUDIO_ATTENTION_MODULES
+    if whisper and not hears:
+        check_directory(whisper, "Whisper model")
+        whisper_settings(config, WhisperConfig.from_pretrained(whisper))
+        new += ("audio_encoder_proj",)
     return new
 
 # %% ../nbs/05_model.ipynb #eb8e7261
 @torch.no_grad()
-def start_new_modules(model: HiggsAudioForTraining, new: tuple[str, ...], whisper: str | None) -> None:
+def start_new_modules(
+    model: HiggsAudioForTraining, new: tuple[str, ...], whisper: str | None
+) -> None:
     "Give modules that a checkpoint lacks their first values, the same every time, and log them."
     std = model.config.initializer_range
     if new[:2] == AUDIO_ATTENTION_MODULES:
-        for i, layer in enumerate(model.model.layers): start_as_identity(layer, std, seed=i)
-        added = sum(p.numel() for n, p in model.named_parameters() if any(f".{m}." in n for m in AUDIO_ATTENTION_MODULES))
-        logger.warning(f"audio self-attention: on, and new to this checkpoint. It adds {added:,} parameters, which change nothing until they are trained.")
+        for i, layer in enumerate(model.model.layers):
+            start_as_identity(layer, std, seed=i)
+        added = sum(
+            p.numel()
+            for n, p in model.named_parameters()
+            if any(f".{m}." in n for m in AUDIO_ATTENTION_MODULES)
+        )
+        logger.warning(
+            f"audio self-attention: on, and new to this checkpoint. It adds {added:,} "
+            "parameters, which change nothing until they are trained."
+        )
     if "audio_encoder_proj" in new:
-        model.audio_tower.load_state_dict(WhisperModel.from_pretrained(whisper, use_safetensors=True).encoder.state_dict())
+        model.audio_tower.load_state_dict(
+            WhisperModel.from_pretrained(whisper, use_safetensors=True).encoder.state_dict()
+        )
         weight = model.audio_encoder_proj.linear.weight
         weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * std)
         model.audio_encoder_proj.linear.bias.zero_()
-        tower, projector = (sum(p.numel() for p in m.parameters()) for m in (model.audio_tower, model.audio_encoder_proj))
-        logger.warning(f"Whisper tower: on, from {whisper}, {tower:,} parameters; its projector, {projector:,} parameters, is new to this checkpoint and has to be trained.")
+        tower, projector = (
+            sum(p.numel() for p in m.parameters())
+            for m in (model.audio_tower, model.audio_encoder_proj)
+        )
+        logger.warning(
+            f"Whisper tower: on, from {whisper}, {tower:,} parameters; its projector, "
+            f"{projector:,} parameters, is new to this checkpoint and has to be trained."
+        )
     model.new_modules = new
 
-PRECISE = ("text_lm_head", "audio_lm_head", "audio_tower", "audio_encoder_proj", r".*\.audio_attn")  # names of modules, as regular expressions
+
+PRECISE = (
+    "text_lm_head",
+    "audio_lm_head",
+    "audio_tower",
+    "audio_encoder_proj",
+    r".*\.audio_attn",
+)  # names of modules, as regular expressions
+
 
 def keep_precise(config: QuantizationConfigMixin | None) -> QuantizationConfigMixin | None:
-    "A quantization that leaves heads, Whisper tower and audio self-attention as they are, if it does not say itself what it leaves: losses are computed with their matrices, and they may be trained in full."
-    if not isinstance(config, BitsAndBytesConfig) or config.llm_int8_skip_modules is not None: return config
+    """A quantization that leaves heads, Whisper tower and audio self-attention as they are, if it
+    does not say itself what it leaves: losses are computed with their matrices, and they may be
+    trained in full.
+    """
+    if not isinstance(config, BitsAndBytesConfig) or config.llm_int8_skip_modules is not None:
+        return config
     return BitsAndBytesConfig.from_dict({**config.to_dict(), "llm_int8_skip_modules": [*PRECISE]})
 
-def check_directory(name: str | Path,  # a directory, or OWNER/NAME on the hub
-                    what: str = "model") -> None:  # that is meant, for the error
-    """`FileNotFoundError` if `name` is no directory and cannot be meant for the hub, so that a misspelt path is not asked of it: an id there is OWNER/NAME, and no directory
-    is called OWNER here."""
+
+def check_directory(
+    name: str | Path,  # a directory, or OWNER/NAME on the hub
+    what: str = "model",
+) -> None:  # that is meant, for the error
+    """`FileNotFoundError` if `name` is no directory and cannot be meant for the hub, so that a
+    misspelt path is not asked of it: an id there is OWNER/NAME, and no directory is called
+    OWNER here.
+    """
     text = str(name)
-    if text and Path(text).is_dir(): return
+    if text and Path(text).is_dir():
+        return
     parts = text.split("/")
-    is_id = 1 <= len(parts) <= 2 and all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts)
+    is_id = 1 <= len(parts) <= 2 and all(
+        re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts
+    )
     if not is_id or len(parts) == 2 and Path(parts[0]).is_dir():
-        raise FileNotFoundError(f"there is no directory {shown(text)!r} here, and it is not asked of the hub: correct the path of the {what}. "
-                                f"The present directory is {Path.cwd()}")
+        raise FileNotFoundError(
+            f"there is no directory {shown(text)!r} here, and it is not asked of the "
+            f"hub: correct the path of the {what}. "
+            f"The present directory is {Path.cwd()}"
+        )
+
 
 def check_source(name: str | Path) -> None:  # see `load_model`
-    "`ValueError` names what a directory is, where it holds something else than a base in transformers' format; see `check_directory`, too."
+    """`ValueError` names what a directory is, where it holds something else than a base in
+    transformers' format; see `check_directory`, too.
+    """
     check_directory(name, "base")
     file = Path(name) / "config.json"
     if (Path(name) / "adapter_config.json").is_file() and not file.is_file():
-        raise ValueError(f"{name} is an adapter: load its base with load_model, then load_lora_adapters(base, {str(name)!r})")
-    if not file.is_file(): return
+        raise ValueError(
+            f"{name} is an adapter: load its base with load_model, then "
+            f"load_lora_adapters(base, {str(name)!r})"
+        )
+    if not file.is_file():
+        return
     config = load_json(file)
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind == "higgs_audio_v2": return
-    if kind == "higgs_audio": remedy = "it is a checkpoint in the original format: load it with higgs_nb.convert.load_original"
-    elif "tokenizer" in str(kind) or "codec" in str(kind): remedy = f"it is a codec ({kind}): give it to load_codec, and the directory of the language model here"
-    else: remedy = f"its config.json says model_type {kind!r}, and a base has 'higgs_audio_v2'"
+    if kind == "higgs_audio_v2":
+        return
+    if kind == "higgs_audio":
+        remedy = (
+            "it is a checkpoint in the original format: load it with higgs_nb.convert.load_original"
+        )
+    elif "tokenizer" in str(kind) or "codec" in str(kind):
+        remedy = (
+            f"it is a codec ({kind}): give it to load_codec, and the directory of the "
+            "language model here"
+        )
+    else:
+        remedy = f"its config.json says model_type {kind!r}, and a base has 'higgs_audio_v2'"
     raise ValueError(f"{name} cannot be loaded as a base: {remedy}")
 
-def load_model(name_or_path: str,  # directory or hub id
-               revision: str | None = None,  # commit of the hub repository; pin it: an early conversion there broke loaders
-               dtype: str | torch.dtype = "auto",  # "auto": as saved
-               attn_implementation: str = "sdpa",  # or "flash_attention_2", "flex_attention", "eager"
-               device: str | torch.device | None = None,  # None: stays on the CPU
-               use_audio_out_self_attention: bool | None = None,  # None: as the checkpoint's config says; True: add it where it is not
-               encode_whisper_embed: bool | None = None,  # None: as the checkpoint's config says; True: insist on a Whisper tower
-               whisper: str | None = None,  # a WhisperModel's directory or hub id: gives a checkpoint without a tower one
-               quantization_config: QuantizationConfigMixin | None = None,  # a BitsAndBytesConfig: the decoder layers' matrices in 4 or 8 bits, see `keep_precise`
-               **kwargs) -> HiggsAudioForTraining:  # more for `from_pretrained`
-    "Load a checkpoint in transformers' format with its text head; `ValueError` if weights are missing, left over or of another shape."
+
+def load_model(
+    name_or_path: str,  # directory or hub id
+    # commit of the hub repository; pin it: an early conversion there broke loaders
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",  # "auto": as saved
+    attn_implementation: str = "sdpa",  # or "flash_attention_2", "flex_attention", "eager"
+    device: str | torch.device | None = None,  # None: stays on the CPU
+    # None: as the checkpoint's config says; True: add it where it is not
+    use_audio_out_self_attention: bool | None = None,
+    # None: as the checkpoint's config says; True: insist on a Whisper tower
+    encode_whisper_embed: bool | None = None,
+    # a WhisperModel's directory or hub id: gives a checkpoint without a tower one
+    whisper: str | None = None,
+    # a BitsAndBytesConfig: the decoder layers' matrices in 4 or 8 bits, see `keep_precise`
+    quantization_config: QuantizationConfigMixin | None = None,
+    **kwargs,
+) -> HiggsAudioForTraining:  # more for `from_pretrained`
+    """Load a checkpoint in transformers' format with its text head; `ValueError` if weights are
+    missing, left over or of another shape.
+    """
     check_source(name_or_path)
-    try: config = HiggsAudioV2Config.from_pretrained(name_or_path, revision=revision)
-    except OSError as error: raise OSError(f"{error}\nWithout a network, fetch the base where there is one, `hf download {name_or_path}`, and give its directory. `higgs_doctor --base {name_or_path}` looks what is wrong.") from error
-    new = extend_config(config, str(name_or_path), use_audio_out_self_attention, encode_whisper_embed, whisper)
-    model, info = HiggsAudioForTraining.from_pretrained(name_or_path, config=config, revision=revision, dtype=dtype, attn_implementation=attn_implementation,
-                                                        output_loading_info=True, use_safetensors=True, quantization_config=keep_precise(quantization_config), **kwargs)
-    wrong = {what: sorted(map(str, info.get(f"{what}_keys") or ())) for what in ("missing", "unexpected", "mismatched")}
+    try:
+        config = HiggsAudioV2Config.from_pretrained(name_or_path, revision=revision)
+    except OSError as error:
+        raise OSError(
+            f"{error}\nWithout a network, fetch the base where there is one, `hf "
+            f"download {name_or_path}`, and give its directory. `higgs_doctor --base "
+            f"{name_or_path}` looks what is wrong."
+        ) from error
+    new = extend_config(
+        config, str(name_or_path), use_audio_out_self_attention, encode_whisper_embed, whisper
+    )
+    model, info = HiggsAudioForTraining.from_pretrained(
+        name_or_path,
+        config=config,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+        use_safetensors=True,
+        quantization_config=keep_precise(quantization_config),
+        **kwargs,
+    )
+    wrong = {
+        what: sorted(map(str, info.get(f"{what}_keys") or ()))
+        for what in ("missing", "unexpected", "mismatched")
+    }
     started = (*new, "audio_tower") if "audio_encoder_proj" in new else new
     wrong["missing"] = [k for k in wrong["missing"] if not set(k.split(".")) & set(started)]
     if any(wrong.values()):
-        raise ValueError(f"{name_or_path} does not fit the model: " + "; ".join(f"{len(k)} {what} ({', '.join(k[:4])})" for what, k in wrong.items() if k)
-                         + ". Is it in transformers' format, saved with its text head?")
+        raise ValueError(
+            f"{name_or_path} does not fit the model: "
+            + "; ".join(f"{len(k)} {what} ({', '.join(k[:4])})" for what, k in wrong.items() if k)
+            + ". Is it in transformers' format, saved with its text head?"
+        )
     if model.config.codebook_size <= model.config.audio_stream_eos_id:
-        raise ValueError(f"{name_or_path}: codebook_size {model.config.codebook_size} has no room for the stream code {model.config.audio_stream_eos_id}")
+        raise ValueError(
+            f"{name_or_path}: codebook_size {model.config.codebook_size} has no room "
+            f"for the stream code {model.config.audio_stream_eos_id}"
+        )
     start_new_modules(model, new, whisper)
-    for module in model.modules():  # bitsandbytes would repack 4-bit matrices at the first evaluation on such a CPU, with rounded scales, and train on with those
-        if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
+    # bitsandbytes would repack 4-bit matrices at the first evaluation on such a CPU, with
+    # rounded scales, and train on with those
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.to(device) if device is not None else model
 
 # %% ../nbs/05_model.ipynb #abf125c5
-PANGRAMS = ("The quick brown fox jumps over the lazy dog. 0123456789", "Größe, façade, naïve; 你好 — привет!", "  two spaces\n\tand a tab")
+PANGRAMS = (
+    "The quick brown fox jumps over the lazy dog. 0123456789",
+    "Größe, façade, naïve; 你好 — привет!",
+    "  two spaces\n\tand a tab",
+)
+
 
 def tokenizer_fingerprint(tokenizer) -> str:  # of a model
     "A sha256 over the vocabulary of a tokenizer and what it makes of a few texts, 64 hex digits."

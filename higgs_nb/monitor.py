@@ -26,9 +26,12 @@ __all__ = ['VIEWS', 'is_number', 'read_entry', 'read_log_lines', 'read_log', 'ch
 
 # %% ../nbs/11c_monitor.ipynb #48298f1f
 def is_number(value) -> bool:  # any value of a JSON file
-    "Whether `value` is a number that can be drawn: an int or a float, but no bool, and not beyond 1e30."
+    """Whether `value` is a number that can be drawn: an int or a float, but no bool, and not
+    beyond 1e30.
+    """
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     return plain and not abs(value) > 1e30  # NaN is one
+
 
 def read_entry(line: str) -> dict | None:  # of a log.jsonl
     "An entry with a `step` and plain values, or None."
@@ -36,13 +39,22 @@ def read_entry(line: str) -> dict | None:  # of a log.jsonl
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or type(entry.get("step")) is not int or not is_number(entry["step"]):
+    if (
+        not isinstance(entry, dict)
+        or type(entry.get("step")) is not int
+        or not is_number(entry["step"])
+    ):
         return None
-    odd = [v for v in entry.values() if not (is_number(v) or v is None or isinstance(v, (str, bool)))]
+    odd = [
+        v for v in entry.values() if not (is_number(v) or v is None or isinstance(v, (str, bool)))
+    ]
     return None if odd else entry
 
+
 def read_log_lines(run_dir: str | Path) -> tuple[list[dict], int]:  # output directory of a run
-    "The entries of a run's `log.jsonl`, and how many lines could not be read; a line that is still being written is neither."
+    """The entries of a run's `log.jsonl`, and how many lines could not be read; a line that is
+    still being written is neither.
+    """
     log = Path(run_dir) / "log.jsonl"
     if not log.exists():
         return [], 0
@@ -51,36 +63,57 @@ def read_log_lines(run_dir: str | Path) -> tuple[list[dict], int]:  # output dir
     readable = [e for e in entries if e is not None]
     return readable, len(entries) - len(readable)
 
+
 def read_log(run_dir: str | Path) -> list[dict]:  # output directory of a run
-    "The entries of a run's `log.jsonl` that can be read, without a line that is still being written; an empty list before the first."
+    """The entries of a run's `log.jsonl` that can be read, without a line that is still being
+    written; an empty list before the first.
+    """
     return read_log_lines(run_dir)[0]
 
+
 @lru_cache(1024)
-def _verdict(path: Path, changed: float) -> str: return validate_checkpoint(path).status
+def _verdict(path: Path, changed: float) -> str:
+    return validate_checkpoint(path).status
+
 
 def checkpoint_rows(run_dir: str | Path) -> list[tuple[str, str]]:  # output directory of a run
-    "Name and verdict of each checkpoint of a run, by step; each is read once and again when its manifest has changed."
+    """Name and verdict of each checkpoint of a run, by step; each is read once and again when its
+    manifest has changed.
+    """
     rows = []
     for path in (r.path for r in members(run_dir)):
         manifest = path / "manifest.json"
-        try: rows.append((path.name, _verdict(path, manifest.stat().st_mtime)))
-        except (FileNotFoundError, NotADirectoryError): rows.append((path.name, "being written, or broken"))  # or pruned while it was looked at
-        except OSError as error: rows.append((path.name, f"cannot be read: {error.strerror}"))
+        try:
+            rows.append((path.name, _verdict(path, manifest.stat().st_mtime)))
+        except (FileNotFoundError, NotADirectoryError):
+            rows.append((path.name, "being written, or broken"))  # or pruned while it was looked at
+        except OSError as error:
+            rows.append((path.name, f"cannot be read: {error.strerror}"))
     return rows
 
+
 def listed_clips(folder: Path) -> list[tuple[str, Path]]:  # of one step's samples
-    "Id and file of each clip in a folder, in the order of its `clips.json`; of a folder without a readable one, the names and files of its recordings."
+    """Id and file of each clip in a folder, in the order of its `clips.json`; of a folder without
+    a readable one, the names and files of its recordings.
+    """
     try:
-        rows = [(str(row["id"]), within(folder, row["file"])) for row in load_json(folder / "clips.json")]
+        rows = [
+            (str(row["id"]), within(folder, row["file"]))
+            for row in load_json(folder / "clips.json")
+        ]
         return [(id, file) for id, file in rows if file.is_file()]
     except (OSError, ValueError, TypeError, KeyError):
         return [(file.stem, file) for file in sorted(folder.glob("*.wav"))]
 
+
 def samples_of(run_dir: str | Path) -> dict[str, Path]:  # output directory of a run
-    """The speech of a run, `step N, ID` to wav file, in the order of the steps; an id that is there twice gets a number. A directory whose name
-    ends with no step is passed over."""
+    """The speech of a run, `step N, ID` to wav file, in the order of the steps; an id that is
+    there twice gets a number. A directory whose name ends with no step is passed over.
+    """
     found = {}
-    steps = [f for f in Path(run_dir).glob("samples/step-*") if re.fullmatch("[0-9]{1,15}", f.name[5:])]
+    steps = [
+        f for f in Path(run_dir).glob("samples/step-*") if re.fullmatch("[0-9]{1,15}", f.name[5:])
+    ]
     for folder in sorted(steps, key=lambda f: int(f.name[5:])):
         for id, file in listed_clips(folder):
             name = shown(f"step {int(folder.name[5:])}, {id}")
@@ -91,35 +124,70 @@ def samples_of(run_dir: str | Path) -> dict[str, Path]:  # output directory of a
 # %% ../nbs/11c_monitor.ipynb #b9f038f2
 VIEWS = ("losses", "probe", "scores", "speed and memory")
 
-def plot_run(history: list[dict],  # of `read_log`
-             view: str,  # one of `VIEWS`
-             chance: float | None = None) -> Figure:  # loss of a model that knows nothing
+
+def plot_run(
+    history: list[dict],  # of `read_log`
+    view: str,  # one of `VIEWS`
+    chance: float | None = None,
+) -> Figure:  # loss of a model that knows nothing
     "One of `VIEWS` of a run's log."
     fig = Figure(figsize=(9, 2.8), layout="constrained")
-    if view == "losses": return plot_losses(history, chance, fig)
-    if view == "scores": return plot_scores(history, fig)
+    if view == "losses":
+        return plot_losses(history, chance, fig)
+    if view == "scores":
+        return plot_scores(history, fig)
     if view == "probe":
         ax = fig.subplots()
         for offset, style in (("-1", ":"), ("+0", "--"), ("+1", "-"), ("+2", "-.")):
-            ax.plot(*series(history, f"eval_probe_{offset}"), style, marker=".", lw=2 if offset == "+1" else 1, label={"+0": "+0, its input", "+1": "+1, the next frame"}.get(offset, offset))
-        if chance: ax.axhline(chance, color="crimson", lw=0.8)
-        ax.set(title="held-out loss if the frame at this offset were asked for (nats)", xlabel="step"); ax.title.set_fontsize(10); ax.legend(fontsize=7)
+            ax.plot(
+                *series(history, f"eval_probe_{offset}"),
+                style,
+                marker=".",
+                lw=2 if offset == "+1" else 1,
+                label={"+0": "+0, its input", "+1": "+1, the next frame"}.get(offset, offset),
+            )
+        if chance:
+            ax.axhline(chance, color="crimson", lw=0.8)
+        ax.set(
+            title="held-out loss if the frame at this offset were asked for (nats)", xlabel="step"
+        )
+        ax.title.set_fontsize(10)
+        ax.legend(fontsize=7)
     else:
-        for ax, key, name in zip(fig.subplots(1, 2), ("tokens_per_second", "memory_mb"), ("tokens a second", "memory, at most so far (MB)")):
+        for ax, key, name in zip(
+            fig.subplots(1, 2),
+            ("tokens_per_second", "memory_mb"),
+            ("tokens a second", "memory, at most so far (MB)"),
+        ):
             ax.plot(*series(history, key), ".-", color="#264653")
-            ax.set(title=name, xlabel="step", ylim=(0, None)); ax.title.set_fontsize(10)
+            ax.set(title=name, xlabel="step", ylim=(0, None))
+            ax.title.set_fontsize(10)
     return fig
 
 # %% ../nbs/11c_monitor.ipynb #1fe61da4
 class RunMonitor(Panel):
     "See `run_monitor`."
+
     def __init__(self, run_dir: str | Path, every_s: float, follow: bool, chance: float):
         self.run_dir, self.every_s, self.chance, self.task = Path(run_dir), every_s, chance, None
         self.status, self.sound = W.HTML(), W.HTML()
-        self.follow = W.ToggleButton(description="follow", value=False, tooltip=f"look at the run every {every_s:g} s")
+        self.follow = W.ToggleButton(
+            description="follow", value=False, tooltip=f"look at the run every {every_s:g} s"
+        )
         self.again = W.Button(description="look now", tooltip="look at the run once")
-        self.show = W.ToggleButtons(description="show", options=VIEWS, tooltips=["audio, text and each codebook", "the offset probe", "speech that is judged", "tokens a second, memory"])
-        self.sample = W.Dropdown(description="speech", options=["none"], tooltip="what the model said, by step")
+        self.show = W.ToggleButtons(
+            description="show",
+            options=VIEWS,
+            tooltips=[
+                "audio, text and each codebook",
+                "the offset probe",
+                "speech that is judged",
+                "tokens a second, memory",
+            ],
+        )
+        self.sample = W.Dropdown(
+            description="speech", options=["none"], tooltip="what the model said, by step"
+        )
         self.again.on_click(lambda button: self.update())
         super().__init__([self.follow, self.again, self.show, self.sample])
         self.children = (self.children[0], self.status, self.view, self.sound)
@@ -127,60 +195,112 @@ class RunMonitor(Panel):
         self.follow.value = follow
 
     def start(self):
-        "Follow in the background of the kernel for as long as `follow` is on; outside of a kernel there is no background, and `follow` goes off."
-        if not self.follow.value or self.task and not self.task.done(): return
-        try: loop = asyncio.get_running_loop()
-        except RuntimeError: self.follow.value = False
-        else: self.task = loop.create_task(self.keep_looking())
+        """Follow in the background of the kernel for as long as `follow` is on; outside of a
+        kernel there is no background, and `follow` goes off.
+        """
+        if not self.follow.value or self.task and not self.task.done():
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.follow.value = False
+        else:
+            self.task = loop.create_task(self.keep_looking())
 
     async def keep_looking(self):
         "Update until `follow` is switched off or the run has ended."
         while self.follow.value:
             self.update()
-            if self.ended(): self.follow.value = False
-            else: await asyncio.sleep(self.every_s)
+            if self.ended():
+                self.follow.value = False
+            else:
+                await asyncio.sleep(self.every_s)
 
     def ended(self) -> bool:
         "Whether the run has come to its end."
-        return (self.run_dir / "run.json").exists() or bool(self.steps()) and any("train_runtime" in e for e in read_log(self.run_dir)[-2:])
+        return (
+            (self.run_dir / "run.json").exists()
+            or bool(self.steps())
+            and any("train_runtime" in e for e in read_log(self.run_dir)[-2:])
+        )
 
     def steps(self) -> int:
-        "How many steps the run wants, as it was told or as its newest checkpoint says; 0: not known."
+        """How many steps the run wants, as it was told or as its newest checkpoint says; 0: not
+        known.
+        """
         newest = [r.path / "trainer_state.json" for r in members(self.run_dir)][-1:]
-        for file, name in ((self.run_dir / "parameters.json", "steps"), *((f, "max_steps") for f in newest)):
+        for file, name in (
+            (self.run_dir / "parameters.json", "steps"),
+            *((f, "max_steps") for f in newest),
+        ):
             try:
                 steps = load_json(file)[name]
             except (OSError, ValueError, TypeError, KeyError, IndexError):
                 continue
-            if type(steps) is int and 0 < steps < 10**12: return steps
+            if type(steps) is int and 0 < steps < 10**12:
+                return steps
         return 0
 
     def last_line(self) -> str:
         "When the log was last written to."
-        return time.strftime("%H:%M:%S", time.localtime((self.run_dir / "log.jsonl").stat().st_mtime))
+        return time.strftime(
+            "%H:%M:%S", time.localtime((self.run_dir / "log.jsonl").stat().st_mtime)
+        )
 
     def said(self, history: list[dict], unreadable: int = 0) -> str:
-        "How far the run is, its newest losses, the time that is left, its checkpoints, and how many lines of its log could not be read."
+        """How far the run is, its newest losses, the time that is left, its checkpoints, and how
+        many lines of its log could not be read.
+        """
         lost = f"<p>{unreadable} lines of log.jsonl could not be read</p>" if unreadable else ""
-        if not history: return f"<p>{html.escape(shown(str(self.run_dir)))}: there is no log yet</p>{lost}"
+        if not history:
+            return f"<p>{html.escape(shown(str(self.run_dir)))}: there is no log yet</p>{lost}"
         step, steps = history[-1]["step"], self.steps()
         newest = {k: v for e in history for k, v in e.items() if is_number(v)}
-        facts = [f"step {step}" + f" of {steps}" * bool(steps), "ended" if self.ended() else f"last line at {self.last_line()}"]
-        facts += [f"{name} {newest[key]:.3f}" for name, key in (("audio", "audio_loss"), ("text", "text_loss"), ("held out", "eval_audio_loss")) if key in newest]
-        if "tokens_per_second" in newest: facts.append(f"{newest['tokens_per_second']:.0f} tokens/s")
-        saved = "; ".join(f"{name}: {verdict}" for name, verdict in checkpoint_rows(self.run_dir)) or "none yet"
-        return f"<p role='status'><strong>{html.escape(', '.join(facts))}</strong></p><p>checkpoints: {html.escape(shown(saved))}</p>{lost}"
+        facts = [
+            f"step {step}" + f" of {steps}" * bool(steps),
+            "ended" if self.ended() else f"last line at {self.last_line()}",
+        ]
+        facts += [
+            f"{name} {newest[key]:.3f}"
+            for name, key in (
+                ("audio", "audio_loss"),
+                ("text", "text_loss"),
+                ("held out", "eval_audio_loss"),
+            )
+            if key in newest
+        ]
+        if "tokens_per_second" in newest:
+            facts.append(f"{newest['tokens_per_second']:.0f} tokens/s")
+        saved = (
+            "; ".join(f"{name}: {verdict}" for name, verdict in checkpoint_rows(self.run_dir))
+            or "none yet"
+        )
+        return (
+            "<p "
+            f"role='status'><strong>{html.escape(', '.join(facts))}</strong></p><p>checkpoints: "
+            f"{html.escape(shown(saved))}</p>{lost}"
+        )
 
     def chart(self, history: list[dict]) -> str:
         "The chosen picture of the log, as HTML."
-        return picture(plot_run(history, self.show.value, self.chance), f"The {self.show.value} of {self.run_dir.name} up to step {history[-1]['step']}") if history else ""
+        return (
+            picture(
+                plot_run(history, self.show.value, self.chance),
+                f"The {self.show.value} of {self.run_dir.name} up to step {history[-1]['step']}",
+            )
+            if history
+            else ""
+        )
 
     def heard(self) -> str:
         "A player of the chosen sample, as HTML."
         wav = samples_of(self.run_dir).get(self.sample.value)
-        if not wav: return ""
+        if not wav:
+            return ""
         try:
-            wave = load_audio(wav, 24000, None) if soundfile.info(wav).frames else np.zeros(0)  # a model may say nothing
+            wave = (
+                load_audio(wav, 24000, None) if soundfile.info(wav).frames else np.zeros(0)
+            )  # a model may say nothing
             sound = player(wave, 24000, self.sample.value)
         except (OSError, RuntimeError, ValueError) as error:
             sound = html.escape(shown(f"cannot be played: {error}"))
@@ -192,7 +312,12 @@ class RunMonitor(Panel):
             history, unreadable = read_log_lines(self.run_dir)
             return self.said(history, unreadable), self.chart(history), self.heard()
         except OSError as error:
-            return f"<p role='status'>{html.escape(shown(f'{self.run_dir} cannot be read: {error}'))}</p>", "", ""
+            return (
+                "<p "
+                f"role='status'>{html.escape(shown(f'{self.run_dir} cannot be read: {error}'))}</p>",
+                "",
+                "",
+            )
 
     def update(self):
         try:
@@ -205,51 +330,81 @@ class RunMonitor(Panel):
     def still(self) -> str:
         return "".join(self.looked())
 
-def run_monitor(run_dir: str | Path,  # what the run was given as output directory
-                every_s: float = 2.0,  # seconds between looks
-                follow: bool = True,  # look again and again until the run has ended
-                chance: float = math.log(1026)) -> RunMonitor:  # loss of a model that knows nothing
-    "Watch a run that another process trains: losses a codebook, offset probe, speed, memory, checkpoints, speech. Reads files, changes nothing."
+
+def run_monitor(
+    run_dir: str | Path,  # what the run was given as output directory
+    every_s: float = 2.0,  # seconds between looks
+    follow: bool = True,  # look again and again until the run has ended
+    chance: float = math.log(1026),
+) -> RunMonitor:  # loss of a model that knows nothing
+    """Watch a run that another process trains: losses a codebook, offset probe, speed, memory,
+    checkpoints, speech. Reads files, changes nothing.
+    """
     return RunMonitor(run_dir, every_s, follow, chance)
 
 # %% ../nbs/11c_monitor.ipynb #514a64ab
-def binomial_interval(wins: int,  # of `trials`
-                      trials: int,  # ties left out
-                      level: float = 0.95) -> tuple[float, float]:  # probability that the interval holds the true share
+def binomial_interval(
+    wins: int,  # of `trials`
+    trials: int,  # ties left out
+    level: float = 0.95,
+) -> tuple[float, float]:  # probability that the interval holds the true share
     "Wilson's interval (1927) for the share of wins; (0, 1) without a trial."
-    if not trials: return 0.0, 1.0
+    if not trials:
+        return 0.0, 1.0
     z, share = NormalDist().inv_cdf((1 + level) / 2), wins / trials
-    centre, half = share + z * z / (2 * trials), z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    centre, half = (
+        share + z * z / (2 * trials),
+        z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)),
+    )
     return (centre - half) / (1 + z * z / trials), (centre + half) / (1 + z * z / trials)
 
-def sign_test(wins: int,  # ties left out
-              losses: int) -> float:  # likewise
+
+def sign_test(
+    wins: int,  # ties left out
+    losses: int,
+) -> float:  # likewise
     "How probable a result at least this uneven is if both are equally good (two-sided)."
     n, k = wins + losses, max(wins, losses)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k, n + 1)) / 2 ** n)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k, n + 1)) / 2**n)
 
-def equally_loud(waveform,  # (samples,)
-                 rms: float = 0.06) -> np.ndarray:  # root mean square of full scale, about -24 dB
+
+def equally_loud(
+    waveform,  # (samples,)
+    rms: float = 0.06,
+) -> np.ndarray:  # root mean square of full scale, about -24 dB
     "The waveform at a level of `rms`, or as near as its peak allows; silence stays silence."
     wave = np.asarray(waveform, dtype=np.float32)
-    level, peak = (np.sqrt(np.mean(wave ** 2)), np.abs(wave).max()) if len(wave) else (0, 0)
+    level, peak = (np.sqrt(np.mean(wave**2)), np.abs(wave).max()) if len(wave) else (0, 0)
     return wave * min(rms / level, 0.99 / peak) if level > 1e-6 else wave
 
 # %% ../nbs/11c_monitor.ipynb #336eb700
 class ABListener(Panel):
-    "See `ab_listener`; `votes` holds by sentence what was said: one of the two names, or None for no difference."
+    """See `ab_listener`; `votes` holds by sentence what was said: one of the two names, or None
+    for no difference.
+    """
+
     def __init__(self, a: list[Speech], b: list[Speech], names: tuple[str, str], seed: int):
         if not a or [s.id for s in a] != [s.id for s in b]:
-            raise ValueError(f"a and b have to say the same sentences in the same order, these are {[s.id for s in a]} and {[s.id for s in b]}")
-        if silent := [s.id for s in [*a, *b] if s.waveform is None]: raise ValueError(f"{silent[0]} has codes and no sound: generate it with a codec")
+            raise ValueError(
+                "a and b have to say the same sentences in the same order, these are "
+                f"{[s.id for s in a]} and {[s.id for s in b]}"
+            )
+        if silent := [s.id for s in [*a, *b] if s.waveform is None]:
+            raise ValueError(f"{silent[0]} has codes and no sound: generate it with a codec")
         shuffled = random.Random(seed)
         self.names, self.votes = names, {}
         self.order = shuffled.sample(range(len(a)), len(a))
-        self.pairs = [tuple(shuffled.sample([(names[0], a[i]), (names[1], b[i])], 2)) for i in self.order]
+        self.pairs = [
+            tuple(shuffled.sample([(names[0], a[i]), (names[1], b[i])], 2)) for i in self.order
+        ]
         words = ("first is better", "second is better", "no difference")
-        self.buttons = [W.Button(description=text, layout=W.Layout(width="10rem"), tooltip=text) for text in words]
+        self.buttons = [
+            W.Button(description=text, layout=W.Layout(width="10rem"), tooltip=text)
+            for text in words
+        ]
         self.back = W.Button(description="back", tooltip="change the last answer", disabled=True)
-        for n, button in enumerate(self.buttons): button.on_click(lambda _, n=n: self.vote(n))
+        for n, button in enumerate(self.buttons):
+            button.on_click(lambda _, n=n: self.vote(n))
         self.back.on_click(lambda _: self.undo())
         super().__init__([*self.buttons, self.back])
 
@@ -260,48 +415,94 @@ class ABListener(Panel):
 
     def vote(self, choice: int):
         "Judge the present pair: 0 the first, 1 the second, 2 no difference."
-        if self.turn < len(self.pairs): self.votes[self.order[self.turn]] = self.pairs[self.turn][choice][0] if choice < 2 else None
+        if self.turn < len(self.pairs):
+            self.votes[self.order[self.turn]] = (
+                self.pairs[self.turn][choice][0] if choice < 2 else None
+            )
         self.update()
 
     def undo(self):
-        "Take the last answer back, also from the result: who has seen the result should start anew."
-        if self.votes: self.votes.popitem()
+        """Take the last answer back, also from the result: who has seen the result should start
+        anew.
+        """
+        if self.votes:
+            self.votes.popitem()
         self.update()
 
     def score(self) -> dict:
-        "Wins of each name, ties, and for the second name its share of the decided pairs, the 95% interval and the sign test."
+        """Wins of each name, ties, and for the second name its share of the decided pairs, the 95%
+        interval and the sign test.
+        """
         a, b = (sum(v == name for v in self.votes.values()) for name in self.names)
         low, high = binomial_interval(b, a + b)
-        return {self.names[0]: a, self.names[1]: b, "ties": self.turn - a - b, "share": b / (a + b) if a + b else math.nan, "low": low, "high": high, "p": sign_test(a, b)}
+        return {
+            self.names[0]: a,
+            self.names[1]: b,
+            "ties": self.turn - a - b,
+            "share": b / (a + b) if a + b else math.nan,
+            "low": low,
+            "high": high,
+            "p": sign_test(a, b),
+        }
 
     def update(self):
         done = self.turn == len(self.pairs)
-        for button in self.buttons: button.disabled = done
+        for button in self.buttons:
+            button.disabled = done
         self.back.disabled = not self.turn
         self.view.value = self.result() if done else self.question(self.turn)
 
     def question(self, turn: int) -> str:
         "One pair, unnamed."
         text = html.escape(self.pairs[turn][0][1].text)
-        sounds = "".join(f"<p>{place}<br>{player(equally_loud(s.waveform), s.sampling_rate, f'{place} of pair {turn + 1}')}</p>" for place, (_, s) in zip(("first", "second"), self.pairs[turn]))
+        sounds = "".join(
+            f"<p>{place}<br>{player(equally_loud(s.waveform), s.sampling_rate, f'{place} of pair {turn + 1}')}</p>"
+            for place, (_, s) in zip(("first", "second"), self.pairs[turn])
+        )
         return f"<p role='status'>pair {turn + 1} of {len(self.pairs)}: {text}</p>{sounds}"
 
     def result(self) -> str:
         "The score in words, and a row a sentence."
         s, (a, b) = self.score(), self.names
         decided = s[a] + s[b]
-        verdict = f"{html.escape(b)} was preferred in {s[b]} of {decided} decided pairs, {s['ties']} ties" + (f" ({s['share']:.0%}, 95% interval {s['low']:.0%} to {s['high']:.0%}, sign test p = {s['p']:.2g})" if decided else "")
-        rows = "".join(f"<tr><td>{html.escape(pair[0][1].text)}</td><td>{html.escape(pair[0][0])}</td><td>{html.escape(self.votes[i] or 'no difference')}</td></tr>" for i, pair in zip(self.order, self.pairs))
-        return f"<p role='status'><strong>{verdict}</strong></p><table><tr><th>sentence</th><th>came first</th><th>preferred</th></tr>{rows}</table>"
+        verdict = (
+            f"{html.escape(b)} was preferred in {s[b]} of {decided} decided pairs, {s['ties']} ties"
+            + (
+                f" ({s['share']:.0%}, 95% interval {s['low']:.0%} to {s['high']:.0%}, "
+                f"sign test p = {s['p']:.2g})"
+                if decided
+                else ""
+            )
+        )
+        rows = "".join(
+            f"<tr><td>{html.escape(pair[0][1].text)}</td><td>{html.escape(pair[0][0])}</td><td>{html.escape(self.votes[i] or 'no difference')}</td></tr>"
+            for i, pair in zip(self.order, self.pairs)
+        )
+        return (
+            "<p "
+            f"role='status'><strong>{verdict}</strong></p><table><tr><th>sentence</th><th>came "
+            f"first</th><th>preferred</th></tr>{rows}</table>"
+        )
 
     def still(self) -> str:
         "All pairs, and the key to them under a fold: a listening test on paper."
-        key = "".join(f"<li>pair {n + 1}: first {html.escape(p[0][0])}, second {html.escape(p[1][0])}</li>" for n, p in enumerate(self.pairs))
-        return "".join(self.question(n) for n in range(len(self.pairs))) + f"<details><summary>which was which</summary><ul>{key}</ul></details>"
+        key = "".join(
+            f"<li>pair {n + 1}: first {html.escape(p[0][0])}, second {html.escape(p[1][0])}</li>"
+            for n, p in enumerate(self.pairs)
+        )
+        return (
+            "".join(self.question(n) for n in range(len(self.pairs)))
+            + f"<details><summary>which was which</summary><ul>{key}</ul></details>"
+        )
 
-def ab_listener(a: list[Speech],  # e.g. of the base
-                b: list[Speech],  # the same sentences, e.g. of the adapter
-                names: tuple[str, str] = ("base", "adapter"),  # of a and b, told at the end
-                seed: int = 0) -> ABListener:  # of the order, in which sentences and the two of a pair come
-    "Compare two models pair by pair, shuffled, equally loud and without names; at the end the score, its 95% interval and a sign test."
+
+def ab_listener(
+    a: list[Speech],  # e.g. of the base
+    b: list[Speech],  # the same sentences, e.g. of the adapter
+    names: tuple[str, str] = ("base", "adapter"),  # of a and b, told at the end
+    seed: int = 0,
+) -> ABListener:  # of the order, in which sentences and the two of a pair come
+    """Compare two models pair by pair, shuffled, equally loud and without names; at the end the
+    score, its 95% interval and a sign test.
+    """
     return ABListener(a, b, names, seed)

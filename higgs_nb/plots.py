@@ -20,82 +20,164 @@ from .files import shown
 __all__ = ['plain_text', 'plot_waveform', 'plot_codes', 'series', 'plot_losses', 'plot_scores', 'LiveLosses']
 
 # %% ../nbs/11_plots.ipynb #08e4d668
-def plain_text(text: str,  # from outside: an id, a speaker, words of a transcript
-               ) -> str:
-    "`text` for a title, a label or a legend of matplotlib: `$` is a dollar sign, control characters are escapes."
+def plain_text(
+    text: str,  # from outside: an id, a speaker, words of a transcript
+) -> str:
+    """`text` for a title, a label or a legend of matplotlib: `$` is a dollar sign, control
+    characters are escapes.
+    """
     text = shown(str(text)).replace("$", r"\$")
     left_out = not text or text.startswith("_")  # matplotlib leaves such a label out of legends
     return " " + text if left_out else text
 
 # %% ../nbs/11_plots.ipynb #389f54b2
-def plot_waveform(waveform: np.ndarray,  # (samples,)
-                  sampling_rate: int = 24000,  # Hz
-                  ax=None):  # matplotlib axes to draw on; None: new ones
+def plot_waveform(
+    waveform: np.ndarray,  # (samples,)
+    sampling_rate: int = 24000,  # Hz
+    ax=None,
+):  # matplotlib axes to draw on; None: new ones
     "Draw a waveform over time in seconds; returns the axes."
     ax = ax or plt.subplots(figsize=(8, 1.4))[1]
     ax.plot(np.arange(len(waveform)) / sampling_rate, waveform, lw=0.4, color="#264653")
     ax.set(xlabel="time (s)", ylim=(-1, 1), xlim=(0, len(waveform) / sampling_rate))
     return ax
 
-def plot_codes(codes: Tensor,  # (codebooks, frames)
-               frame_rate: float = 25,  # frames a second
-               ax=None):  # matplotlib axes to draw on; None: new ones
+
+def plot_codes(
+    codes: Tensor,  # (codebooks, frames)
+    frame_rate: float = 25,  # frames a second
+    ax=None,
+):  # matplotlib axes to draw on; None: new ones
     "Draw codes as an image, one row a codebook; returns the axes."
     ax = ax or plt.subplots(figsize=(8, 1.4))[1]
-    ax.imshow(codes, aspect="auto", interpolation="nearest", cmap="viridis", extent=(0, codes.shape[1] / frame_rate, len(codes) - 0.5, -0.5))
+    ax.imshow(
+        codes,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="viridis",
+        extent=(0, codes.shape[1] / frame_rate, len(codes) - 0.5, -0.5),
+    )
     ax.set(xlabel="time (s)", ylabel="codebook")
     return ax
 
 # %% ../nbs/11_plots.ipynb #7103f34e
-def series(history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
-           key: str) -> tuple[list[int], list[float]]:  # name of the quantity, e.g. "eval_audio_loss"
-    "Steps and values of one quantity in a trainer's log history; a value that is no number is left out."
+def series(
+    history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
+    key: str,
+) -> tuple[list[int], list[float]]:  # name of the quantity, e.g. "eval_audio_loss"
+    """Steps and values of one quantity in a trainer's log history; a value that is no number is
+    left out.
+    """
     found = {h["step"]: h[key] for h in history if isinstance(h.get(key), (int, float))}
     return list(found), list(found.values())
 
-def plot_losses(history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
-                chance: float | None = None,  # loss of a model that knows nothing, ln(codes)
-                figure=None):  # matplotlib figure to draw on; None: a new one
-    "Audio loss, text loss and each codebook's over steps, training as lines, held-out data as dots; returns the figure."
+
+def plot_losses(
+    history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
+    chance: float | None = None,  # loss of a model that knows nothing, ln(codes)
+    figure=None,
+):  # matplotlib figure to draw on; None: a new one
+    """Audio loss, text loss and each codebook's over steps, training as lines, held-out data as
+    dots; returns the figure.
+    """
     fig = figure or plt.figure(figsize=(9, 2.8), layout="constrained")
     fig.clear()
     for ax, name in zip(fig.subplots(1, 3), ("audio_loss", "text_loss", "codebook")):
-        keys = [f"codebook_{k}" for k in range(64) if any(f"eval_codebook_{k}" in h or f"codebook_{k}" in h for h in history)] if name == "codebook" else [name]
+        keys = (
+            [
+                f"codebook_{k}"
+                for k in range(64)
+                if any(f"eval_codebook_{k}" in h or f"codebook_{k}" in h for h in history)
+            ]
+            if name == "codebook"
+            else [name]
+        )
         for k, key in enumerate(keys):
             color = plt.cm.viridis(k / max(len(keys), 2))
-            ax.plot(*series(history, key), color=color, lw=1, label=f"{k}" if name == "codebook" else "train")
-            ax.plot(*series(history, "eval_" + key), "o--", color=color, ms=3, lw=0.7, label=None if name == "codebook" else "held out")
-        if chance and name != "text_loss": ax.axhline(chance, color="crimson", lw=0.8)
-        ax.set(title={"audio_loss": "audio (nats)", "text_loss": "text (nats)", "codebook": "each codebook (nats)"}[name], xlabel="step"); ax.title.set_fontsize(10)
-        if keys and ax.lines: ax.legend(fontsize=7, ncol=4 if name == "codebook" else 1)
+            ax.plot(
+                *series(history, key),
+                color=color,
+                lw=1,
+                label=f"{k}" if name == "codebook" else "train",
+            )
+            ax.plot(
+                *series(history, "eval_" + key),
+                "o--",
+                color=color,
+                ms=3,
+                lw=0.7,
+                label=None if name == "codebook" else "held out",
+            )
+        if chance and name != "text_loss":
+            ax.axhline(chance, color="crimson", lw=0.8)
+        ax.set(
+            title={
+                "audio_loss": "audio (nats)",
+                "text_loss": "text (nats)",
+                "codebook": "each codebook (nats)",
+            }[name],
+            xlabel="step",
+        )
+        ax.title.set_fontsize(10)
+        if keys and ax.lines:
+            ax.legend(fontsize=7, ncol=4 if name == "codebook" else 1)
     return fig
 
 # %% ../nbs/11_plots.ipynb #a061ee75
-def plot_scores(history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
-                figure=None):  # matplotlib figure to draw on; None: a new one
-    "What judges said of held-out sentences over steps: word errors, likeness to the voice, clips that stop; returns the figure."
+def plot_scores(
+    history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
+    figure=None,
+):  # matplotlib figure to draw on; None: a new one
+    """What judges said of held-out sentences over steps: word errors, likeness to the voice, clips
+    that stop; returns the figure.
+    """
     fig = figure or plt.figure(figsize=(9, 2.2), layout="constrained")
     fig.clear()
-    for ax, (key, name) in zip(fig.subplots(1, 3), {"eval_wer": "word error rate (%)", "eval_similarity": "similarity to the voice", "eval_stops": "stops by itself (%)"}.items()):
+    for ax, (key, name) in zip(
+        fig.subplots(1, 3),
+        {
+            "eval_wer": "word error rate (%)",
+            "eval_similarity": "similarity to the voice",
+            "eval_stops": "stops by itself (%)",
+        }.items(),
+    ):
         ax.plot(*series(history, key), "o-", color="#264653", ms=3, lw=1)
-        ax.set(title=name, xlabel="step"); ax.title.set_fontsize(10)
+        ax.set(title=name, xlabel="step")
+        ax.title.set_fontsize(10)
     return fig
 
 # %% ../nbs/11_plots.ipynb #6060c487
 class LiveLosses(TrainerCallback):
-    """A progress bar with the time left and, in a notebook, a figure of the losses that follows the run. Both are texts and pictures that are replaced, not
-    widgets, so that a saved notebook keeps their last state and nothing else."""
-    def __init__(self, chance: float | None = None,  # loss of a model that knows nothing, ln(codes)
-                 every_s: float = 1.0):  # seconds between two states of the bar in a notebook
+    """A progress bar with the time left and, in a notebook, a figure of the losses that follows
+    the run. Both are texts and pictures that are replaced, not widgets, so that a saved
+    notebook keeps their last state and nothing else.
+    """
+
+    def __init__(
+        self,
+        chance: float | None = None,  # loss of a model that knows nothing, ln(codes)
+        every_s: float = 1.0,
+    ):  # seconds between two states of the bar in a notebook
         self.chance, self.every_s, self.handle, self.line = chance, every_s, None, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=not state.is_world_process_zero, **(dict(file=io.StringIO(), ascii=False) if get_ipython() else {}))
-        if get_ipython() and not self.bar.disable: self.line, self.told = display({"text/plain": str(self.bar)}, raw=True, display_id=True), time.monotonic()
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            disable=not state.is_world_process_zero,
+            **(dict(file=io.StringIO(), ascii=False) if get_ipython() else {}),
+        )
+        if get_ipython() and not self.bar.disable:
+            self.line, self.told = (
+                display({"text/plain": str(self.bar)}, raw=True, display_id=True),
+                time.monotonic(),
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
-        if self.line and time.monotonic() - self.told > self.every_s: self.tell()
+        if self.line and time.monotonic() - self.told > self.every_s:
+            self.tell()
 
     def tell(self):
         "Replace the bar in the notebook."
@@ -103,20 +185,34 @@ class LiveLosses(TrainerCallback):
         self.told = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not hasattr(self, "bar"): return
-        shown = {name: f"{logs[key]:.3f}" for name, key in (("audio", "audio_loss"), ("text", "text_loss"), ("held out", "eval_audio_loss")) if key in logs}
+        if not state.is_world_process_zero or not hasattr(self, "bar"):
+            return
+        shown = {
+            name: f"{logs[key]:.3f}"
+            for name, key in (
+                ("audio", "audio_loss"),
+                ("text", "text_loss"),
+                ("held out", "eval_audio_loss"),
+            )
+            if key in logs
+        }
         self.bar.set_postfix(shown or None, refresh=False)
-        if "eval_audio_loss" in logs: self.draw(state)
+        if "eval_audio_loss" in logs:
+            self.draw(state)
 
     def draw(self, state):
         "Replace the figure in the notebook; nothing outside of one."
-        if get_ipython() is None: return
+        if get_ipython() is None:
+            return
         fig = plot_losses(state.log_history, self.chance)
-        if self.handle: self.handle.update(fig)
-        else: self.handle = display(fig, display_id=True)
+        if self.handle:
+            self.handle.update(fig)
+        else:
+            self.handle = display(fig, display_id=True)
         plt.close(fig)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.line: self.tell()
+        if self.line:
+            self.tell()
         self.bar.close()
         self.draw(state)

@@ -17,11 +17,20 @@ __all__ = ['OFFSETS', 'EXPLAIN', 'probe_index', 'copy_floor', 'OffsetProbe', 'of
 # %% ../nbs/05b_probe.ipynb #ddbd71cc
 OFFSETS = (-1, 0, 1, 2)
 
+
 def probe_index(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The supervised frames that can be scored at every offset: their rows in the flattened hidden states (n,), their labels (n, codebooks), and
-    which of those repeat the frame before, bool (n, codebooks). At offset o, the label of row r is scored against the output of row r - o."""
-    positions, rows, real = batch["audio_positions"], batch["input_ids"].numel(), batch["audio_input_ids_mask"]
-    labels = batch["audio_labels"][real]  # not `audio_targets`: the probe must not trust the index that it judges
+    """The supervised frames that can be scored at every offset: their rows in the flattened hidden
+    states (n,), their labels (n, codebooks), and which of those repeat the frame before, bool
+    (n, codebooks). At offset o, the label of row r is scored against the output of row r - o.
+    """
+    positions, rows, real = (
+        batch["audio_positions"],
+        batch["input_ids"].numel(),
+        batch["audio_input_ids_mask"],
+    )
+    labels = batch["audio_labels"][
+        real
+    ]  # not `audio_targets`: the probe must not trust the index that it judges
     supervised = (labels != IGNORE).any(1)
     frames, targets = positions[supervised], labels[supervised]
     clip_frame = torch.zeros(rows + 3, dtype=torch.bool, device=positions.device)
@@ -33,17 +42,25 @@ def probe_index(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return frames, targets, codes[frames - 1] == targets
 
 # %% ../nbs/05b_probe.ipynb #8d15dbe1
-def copy_floor(repeats: Tensor,  # (n, codebooks) bool, which labels repeat the frame before
-               targets: Tensor,  # (n, codebooks), -100 = not supervised
-               ) -> float:
-    "The lowest loss at offset 0, mean over codebooks, of a model that expects repetition as often as it occurs; nats."
-    count, labels = repeats.sum(0).cpu().double(), (targets != IGNORE).sum(0).cpu()  # MPS has no float64
+def copy_floor(
+    repeats: Tensor,  # (n, codebooks) bool, which labels repeat the frame before
+    targets: Tensor,  # (n, codebooks), -100 = not supervised
+) -> float:
+    """The lowest loss at offset 0, mean over codebooks, of a model that expects repetition as
+    often as it occurs; nats.
+    """
+    count, labels = (
+        repeats.sum(0).cpu().double(),
+        (targets != IGNORE).sum(0).cpu(),
+    )  # MPS has no float64
     rate = (count + 3 * (count + 1).sqrt() + 3) / labels.clamp(min=1)
     return rate.clamp(max=1).log().mean().neg().item() + 0.0
+
 
 @dataclass
 class OffsetProbe:
     "The audio loss of the same logits against labels at each offset, and what it says."
+
     losses: dict[int, float]  # offset -> mean loss over codebooks, nats
     codebook_losses: dict[int, list[float]]  # offset -> loss of each codebook
     cells: int  # labels scored at each offset
@@ -59,32 +76,53 @@ class OffsetProbe:
     def verdict(self) -> str:
         "One of the keys of `EXPLAIN`."
         before, same, after, late = (self.losses[o] for o in OFFSETS)
-        if not self.cells: return "masked"
-        if not all(map(math.isfinite, self.losses.values())): return "not finite"
-        if min(before, same, after, late) > self.chance - 0.02: return "untrained"
-        if same < min(after, self.copy_floor): return "copying"
-        if min(before, late) < after - 0.1: return "misaligned"
+        if not self.cells:
+            return "masked"
+        if not all(map(math.isfinite, self.losses.values())):
+            return "not finite"
+        if min(before, same, after, late) > self.chance - 0.02:
+            return "untrained"
+        if same < min(after, self.copy_floor):
+            return "copying"
+        if min(before, late) < after - 0.1:
+            return "misaligned"
         return "learning" if after < min(before, late) - 0.01 else "frequencies"
 
     def __str__(self):
         scores = ", ".join(f"{o:+d}: {loss:.3f}" for o, loss in self.losses.items())
-        return f"{EXPLAIN[self.verdict]} (loss at offset {scores}; chance {self.chance:.2f}, copying below {self.copy_floor:.2f} at +0; {self.cells} labels)"
+        return (
+            f"{EXPLAIN[self.verdict]} (loss at offset {scores}; chance {self.chance:.2f}, "
+            f"copying below {self.copy_floor:.2f} at +0; {self.cells} labels)"
+        )
+
 
 EXPLAIN = {
-    "masked": "all masked: no audio label is supervised, so the audio loss is zero and nothing is learned",
-    "not finite": "not finite: the model's outputs are NaN or infinite, so that nothing can be said of its labels",
+    "masked": (
+        "all masked: no audio label is supervised, so the audio loss is zero and nothing is learned"
+    ),
+    "not finite": (
+        "not finite: the model's outputs are NaN or infinite, so that nothing can be said "
+        "of its labels"
+    ),
     "untrained": "untrained: at no offset better than chance",
     "frequencies": "frequencies: the model knows which codes are common, not yet which comes next",
-    "copying": "copying: the model expects the frame it is given once more, far oftener than frames repeat; the labels are not shifted",
-    "misaligned": "misaligned: the model is best at a frame that is neither its input nor the next one; check the delay pattern and the shift of the labels",
+    "copying": (
+        "copying: the model expects the frame it is given once more, far oftener than "
+        "frames repeat; the labels are not shifted"
+    ),
+    "misaligned": (
+        "misaligned: the model is best at a frame that is neither its input nor the next "
+        "one; check the delay pattern and the shift of the labels"
+    ),
     "learning": "learning: the model predicts the next frame better than those around it",
 }
 
 # %% ../nbs/05b_probe.ipynb #681ff24c
 @torch.no_grad()
-def offset_probe(model,  # a `HiggsAudioForTraining`, or a PeftModel around one
-                 batch: dict[str, Tensor],  # padded or packed, on the model's device
-                 ) -> OffsetProbe:
+def offset_probe(
+    model,  # a `HiggsAudioForTraining`, or a PeftModel around one
+    batch: dict[str, Tensor],  # padded or packed, on the model's device
+) -> OffsetProbe:
     "Score one batch at offsets -1, 0, +1 and +2. One forward; the model's mode is restored."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     frames, targets, repeats = probe_index(batch)
@@ -94,6 +132,16 @@ def offset_probe(model,  # a `HiggsAudioForTraining`, or a PeftModel around one
     hidden = base.hidden(**{k: v for k, v in batch.items() if k not in skip})
     model.train(was_training)
     counts = (targets != IGNORE).sum(0)
-    by_codebook = {o: (codebook_loss_sums(base.audio_logits(hidden[frames - o]), targets) / counts.clamp(min=1)).tolist() for o in OFFSETS}
-    return OffsetProbe({o: sum(l) / len(l) for o, l in by_codebook.items()}, by_codebook, int(counts.sum()), math.log(base.config.codebook_size),
-                       copy_floor(repeats, targets))
+    by_codebook = {
+        o: (
+            codebook_loss_sums(base.audio_logits(hidden[frames - o]), targets) / counts.clamp(min=1)
+        ).tolist()
+        for o in OFFSETS
+    }
+    return OffsetProbe(
+        {o: sum(l) / len(l) for o, l in by_codebook.items()},
+        by_codebook,
+        int(counts.sum()),
+        math.log(base.config.codebook_size),
+        copy_floor(repeats, targets),
+    )

@@ -24,52 +24,84 @@ __all__ = ['VoiceStatistics', 'converted', 'nearer', 'varied', 'codes_of', 'Rehe
 # %% ../nbs/03b_rehearsal.ipynb #8a6be039
 @dataclass(frozen=True)
 class VoiceStatistics:
-    "What WORLD measures of a voice, on average: envelope and aperiodicity of voiceless and of voiced frames, and log F0."
-    mean: np.ndarray    # (2, numbers)
+    """What WORLD measures of a voice, on average: envelope and aperiodicity of voiceless and of
+    voiced frames, and log F0.
+    """
+
+    mean: np.ndarray  # (2, numbers)
     spread: np.ndarray  # (2, numbers), standard deviations
     log_f0: tuple[float, float]  # mean and standard deviation of voiced frames; F0 in Hz
 
     @classmethod
-    def of(cls, features: np.ndarray,  # (rows, features), see `world_features`
-           ) -> VoiceStatistics:
-        "Measured over some speech. `ValueError` if less than half a second of it is voiced, or voiceless."
+    def of(
+        cls,
+        features: np.ndarray,  # (rows, features), see `world_features`
+    ) -> VoiceStatistics:
+        """Measured over some speech. `ValueError` if less than half a second of it is voiced, or
+        voiceless.
+        """
         voiced = features[:, -1] > 0.5
-        if min(voiced.sum(), (~voiced).sum()) < 50: raise ValueError(f"{voiced.sum()} voiced and {(~voiced).sum()} voiceless frames of 10 ms are too few to know a voice: give more speech")
+        if min(voiced.sum(), (~voiced).sum()) < 50:
+            raise ValueError(
+                f"{voiced.sum()} voiced and {(~voiced).sum()} voiceless frames of 10 ms "
+                "are too few to know a voice: give more speech"
+            )
         parts = [features[rows, :-2].astype(np.float64) for rows in (~voiced, voiced)]
         pitch = features[voiced, -2].astype(np.float64)
-        return cls(np.stack([p.mean(0) for p in parts]), np.stack([p.std(0) for p in parts]) + 1e-3, (float(pitch.mean()), float(pitch.std()) + 1e-3))
+        return cls(
+            np.stack([p.mean(0) for p in parts]),
+            np.stack([p.std(0) for p in parts]) + 1e-3,
+            (float(pitch.mean()), float(pitch.std()) + 1e-3),
+        )
 
-def converted(features: np.ndarray,  # (rows, features) of one voice
-              source: VoiceStatistics,  # of that voice
-              target: VoiceStatistics,  # of the wanted one
-              ) -> np.ndarray:
-    "The features (rows, features) with the mean and, within limits, the spread of the wanted voice."
+
+def converted(
+    features: np.ndarray,  # (rows, features) of one voice
+    source: VoiceStatistics,  # of that voice
+    target: VoiceStatistics,  # of the wanted one
+) -> np.ndarray:
+    """The features (rows, features) with the mean and, within limits, the spread of the wanted
+    voice.
+    """
     row = (features[:, -1] > 0.5).astype(int)
-    known = (features[:, :-2] - source.mean[row]) * np.clip(target.spread / source.spread, 0.7, 1.4)[row] + target.mean[row]
-    pitch = (features[:, -2] - source.log_f0[0]) * np.clip(target.log_f0[1] / source.log_f0[1], 0.7, 1.5) + target.log_f0[0]
+    known = (features[:, :-2] - source.mean[row]) * np.clip(
+        target.spread / source.spread, 0.7, 1.4
+    )[row] + target.mean[row]
+    pitch = (features[:, -2] - source.log_f0[0]) * np.clip(
+        target.log_f0[1] / source.log_f0[1], 0.7, 1.5
+    ) + target.log_f0[0]
     return np.concatenate([known, pitch[:, None], features[:, -1:]], 1).astype(np.float32)
 
 # %% ../nbs/03b_rehearsal.ipynb #d48a4591
-def nearer(features: np.ndarray,  # (rows, features), whole frames, already `converted`
-           frames: Tensor,  # (n, dim) envelopes of the wanted voice, see `WorldVQ.split`
-           net: WorldVQ,  # of the codec
-           neighbours: int = 4,
-           share: float = 0.5,  # of the way; 1: to the mean of the neighbours
-           ) -> np.ndarray:
-    "The features (rows, features) with each frame's envelope moved towards the nearest ones of the wanted voice."
+def nearer(
+    features: np.ndarray,  # (rows, features), whole frames, already `converted`
+    frames: Tensor,  # (n, dim) envelopes of the wanted voice, see `WorldVQ.split`
+    net: WorldVQ,  # of the codec
+    neighbours: int = 4,
+    share: float = 0.5,  # of the way; 1: to the mean of the neighbours
+) -> np.ndarray:
+    """The features (rows, features) with each frame's envelope moved towards the nearest ones of
+    the wanted voice.
+    """
     parts = net.split(net.normalise(torch.from_numpy(features))[None])
     here = parts["e"][0]
-    found = torch.cat([torch.cdist(some, frames).topk(neighbours, largest=False).indices for some in here.split(1024)])
+    found = torch.cat(
+        [
+            torch.cdist(some, frames).topk(neighbours, largest=False).indices
+            for some in here.split(1024)
+        ]
+    )
     parts["e"] = (here + share * (frames[found].mean(1) - here))[None]
     x = net.join(parts)[0]
     return torch.cat([x[:, :-1] / net.scale[:-1] + net.mean[:-1], (x[:, -1:] > 0).to(x)], 1).numpy()
 
 # %% ../nbs/03b_rehearsal.ipynb #f458d872
-def varied(features: np.ndarray,  # (rows, features)
-           tempo: float,  # times as fast
-           log_pitch: float,  # added to log F0
-           shift: int,  # rows of silence, or whatever the first row is, put before
-           ) -> np.ndarray:
+def varied(
+    features: np.ndarray,  # (rows, features)
+    tempo: float,  # times as fast
+    log_pitch: float,  # added to log F0
+    shift: int,  # rows of silence, or whatever the first row is, put before
+) -> np.ndarray:
     "The features at another tempo and pitch, a little later."
     features = np.concatenate([np.repeat(features[:1], shift, 0), features])
     at = np.linspace(0, len(features) - 1, int(len(features) / tempo))
@@ -80,10 +112,14 @@ def varied(features: np.ndarray,  # (rows, features)
     warped[:, -2] += log_pitch
     return warped
 
-def codes_of(features: np.ndarray,  # (rows, features), see `world_features`
-             codec: WorldCodec,  # that is to make them
-             ) -> Tensor:
-    "Codes (codebooks, frames) int64 of features; what is missing of the last frame is filled with its last row."
+
+def codes_of(
+    features: np.ndarray,  # (rows, features), see `world_features`
+    codec: WorldCodec,  # that is to make them
+) -> Tensor:
+    """Codes (codebooks, frames) int64 of features; what is missing of the last frame is filled
+    with its last row.
+    """
     whole = np.pad(features, ((0, -len(features) % codec.config.stack), (0, 0)), mode="edge")
     return codec.net.encode(torch.from_numpy(whole)[None])[0]
 
@@ -91,71 +127,119 @@ def codes_of(features: np.ndarray,  # (rows, features), see `world_features`
 @dataclass(frozen=True)
 class Rehearsal:
     "Utterances that a base was trained on: what is said, by which of its voices, and its codes."
+
     texts: tuple[str, ...]
     voices: tuple[str, ...]  # of each
     codes: tuple[Tensor, ...]  # (codebooks, frames) int64 each
     file = "rehearsal.safetensors"
 
     @classmethod
-    def load(cls, folder: str | Path,  # of a base, see `base_path`
-             codec: WorldCodec) -> Rehearsal:
-        "Read what a base brings. `FileNotFoundError` if it brings nothing, `ValueError` if it was made with another codec."
+    def load(
+        cls,
+        folder: str | Path,  # of a base, see `base_path`
+        codec: WorldCodec,
+    ) -> Rehearsal:
+        """Read what a base brings. `FileNotFoundError` if it brings nothing, `ValueError` if it
+        was made with another codec.
+        """
         path = Path(folder) / cls.file
-        if not path.is_file(): raise FileNotFoundError(f"{path}: this base brings nothing to rehearse")
-        with safe_open(path, "pt") as file: about, codes = json.loads(file.metadata()["rehearsal"]), file.get_tensor("codes").long()
-        if about["codec"] != codec.fingerprint: raise ValueError(f"{path}: was made with the codec {about['codec'][:16]}, this is {codec.fingerprint[:16]}: train without it, or with that codec")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: this base brings nothing to rehearse")
+        with safe_open(path, "pt") as file:
+            about, codes = json.loads(file.metadata()["rehearsal"]), file.get_tensor("codes").long()
+        if about["codec"] != codec.fingerprint:
+            raise ValueError(
+                f"{path}: was made with the codec {about['codec'][:16]}, this is "
+                f"{codec.fingerprint[:16]}: train without it, or with that codec"
+            )
         return cls(tuple(about["texts"]), tuple(about["voices"]), codes.split(about["frames"], 1))
 
     def save(self, folder: str | Path, codec: WorldCodec) -> Path:
         "Put it beside the weights of a base; `codec` made the codes."
-        about = dict(codec=codec.fingerprint, texts=self.texts, voices=self.voices, frames=[c.shape[1] for c in self.codes])
+        about = dict(
+            codec=codec.fingerprint,
+            texts=self.texts,
+            voices=self.voices,
+            frames=[c.shape[1] for c in self.codes],
+        )
         path = Path(folder) / self.file
-        path.write_bytes(to_safetensors({"codes": torch.cat(self.codes, 1).to(torch.int16)}, {"rehearsal": json.dumps(about)}))
+        path.write_bytes(
+            to_safetensors(
+                {"codes": torch.cat(self.codes, 1).to(torch.int16)},
+                {"rehearsal": json.dumps(about)},
+            )
+        )
         return path
 
-    def features(self, codec: WorldCodec,  # that made the codes
-                 voice: str,  # of the base
-                 ) -> list[np.ndarray]:
+    def features(
+        self,
+        codec: WorldCodec,  # that made the codes
+        voice: str,  # of the base
+    ) -> list[np.ndarray]:
         "What the utterances of a voice sound like: (rows, features) each."
         return [codec.features(c) for c, v in zip(self.codes, self.voices) if v == voice]
 
-    def in_voice(self, codec: WorldCodec,
-                 recordings: Sequence[Tensor],  # codes of the wanted voice
-                 count: int,  # conversations to make; each utterance is varied as often as it takes
-                 voices: Collection[str] = (),  # use these voices of the base; none: all
-                 seed: int = 0,
-                 progress: bool = True,
-                 ) -> tuple[list[Conversation], dict[str, Tensor]]:
-        "Conversations of one turn in the wanted voice, and the codes of their recordings by path, for `Codes`. `ValueError` if the base has no such voice."
-        if unknown := set(voices) - set(self.voices): raise ValueError(f"no voice {sorted(unknown)} to rehearse: this base has {sorted(set(self.voices))}")
+    def in_voice(
+        self,
+        codec: WorldCodec,
+        recordings: Sequence[Tensor],  # codes of the wanted voice
+        count: int,  # conversations to make; each utterance is varied as often as it takes
+        voices: Collection[str] = (),  # use these voices of the base; none: all
+        seed: int = 0,
+        progress: bool = True,
+    ) -> tuple[list[Conversation], dict[str, Tensor]]:
+        """Conversations of one turn in the wanted voice, and the codes of their recordings by
+        path, for `Codes`. `ValueError` if the base has no such voice.
+        """
+        if unknown := set(voices) - set(self.voices):
+            raise ValueError(
+                f"no voice {sorted(unknown)} to rehearse: this base has {sorted(set(self.voices))}"
+            )
         draw, r, net = random.Random(seed), np.random.default_rng(seed), codec.net
         heard = np.concatenate([codec.features(c) for c in recordings])
-        target, frames = VoiceStatistics.of(heard), net.split(net.normalise(torch.from_numpy(heard))[None])["e"][0]
+        target, frames = (
+            VoiceStatistics.of(heard),
+            net.split(net.normalise(torch.from_numpy(heard))[None])["e"][0],
+        )
         said, found, codes = [], [], {}
         for voice in sorted(set(voices or self.voices)):
-            texts, features = [t for t, v in zip(self.texts, self.voices) if v == voice], self.features(codec, voice)
+            texts, features = (
+                [t for t, v in zip(self.texts, self.voices) if v == voice],
+                self.features(codec, voice),
+            )
             source = VoiceStatistics.of(np.concatenate(features))
             said += [(t, converted(f, source, target)) for t, f in zip(texts, features)]
         draw.shuffle(said)
-        said = [(t, nearer(f, frames, net)) for t, f in tqdm(said[:count], desc="rehearsal", disable=not progress)]
+        said = [
+            (t, nearer(f, frames, net))
+            for t, f in tqdm(said[:count], desc="rehearsal", disable=not progress)
+        ]
         for i in range(count):
             text, features = said[i % len(said)]
             path = f"rehearsal/{i}"
-            codes[path] = codes_of(varied(features, *some_change(r, codec)) if i >= len(said) else features, codec)
+            codes[path] = codes_of(
+                varied(features, *some_change(r, codec)) if i >= len(said) else features, codec
+            )
             found.append(tts_conversation(text, Audio(path), id=path))
         return found, codes
 
-def some_change(r: np.random.Generator,  # draws
-                codec: WorldCodec,  # whose frames are shifted by a part
-                ) -> tuple[float, float, int]:
+
+def some_change(
+    r: np.random.Generator,  # draws
+    codec: WorldCodec,  # whose frames are shifted by a part
+) -> tuple[float, float, int]:
     "Random arguments of `varied`: some percent of tempo and pitch, part of a frame."
     return r.uniform(0.9, 1.12), r.uniform(-0.03, 0.03), int(r.integers(codec.config.stack))
 
 # %% ../nbs/03b_rehearsal.ipynb #6a629802
 class Codes:
     "Codes by path, and those of every other recording from a store."
-    def __init__(self, codes: Mapping[str, Tensor],  # (codebooks, frames) each
-                 store):  # a `CodeStore`, or whatever has its `get`
+
+    def __init__(
+        self,
+        codes: Mapping[str, Tensor],  # (codebooks, frames) each
+        store,
+    ):  # a `CodeStore`, or whatever has its `get`
         self.codes, self.store = codes, store
 
     def get(self, audio: Audio) -> Tensor:

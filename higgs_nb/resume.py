@@ -33,35 +33,62 @@ __all__ = ['logger', 'STATE_FILES', 'pack', 'unpack', 'state_files', 'read_state
 
 # %% ../nbs/07c_resume.ipynb #54881f63
 def pack(state, name: str = "state") -> tuple[object, dict[str, Tensor]]:
-    "Divide nested dicts, lists and tuples into what JSON can hold and the tensors by name, which are not copied; `TypeError` says what is neither."
-    if torch.is_tensor(state): return {"$tensor": name}, {name: state.detach()}
-    if state is None or isinstance(state, (bool, int, float, str)): return state, {}
-    if isinstance(state, dict) and all(isinstance(k, str) for k in state): items = state.items()
-    elif isinstance(state, (list, tuple)): items = enumerate(state)
-    else: raise TypeError(f"{name}: a {type(state).__name__} cannot be stored")
+    """Divide nested dicts, lists and tuples into what JSON can hold and the tensors by name, which
+    are not copied; `TypeError` says what is neither.
+    """
+    if torch.is_tensor(state):
+        return {"$tensor": name}, {name: state.detach()}
+    if state is None or isinstance(state, (bool, int, float, str)):
+        return state, {}
+    if isinstance(state, dict) and all(isinstance(k, str) for k in state):
+        items = state.items()
+    elif isinstance(state, (list, tuple)):
+        items = enumerate(state)
+    else:
+        raise TypeError(f"{name}: a {type(state).__name__} cannot be stored")
     parts = {k: pack(v, f"{name}/{k}") for k, v in items}
     tensors = {n: t for _, found in parts.values() for n, t in found.items()}
-    return ({k: p for k, (p, _) in parts.items()} if isinstance(state, dict) else [p for p, _ in parts.values()]), tensors
+    return (
+        {k: p for k, (p, _) in parts.items()}
+        if isinstance(state, dict)
+        else [p for p, _ in parts.values()]
+    ), tensors
+
 
 def unpack(plain, tensors: dict[str, Tensor]):
     "What was packed; tuples come back as lists."
-    if isinstance(plain, list): return [unpack(v, tensors) for v in plain]
-    if not isinstance(plain, dict): return plain
-    return tensors[plain["$tensor"]] if plain.keys() == {"$tensor"} else {k: unpack(v, tensors) for k, v in plain.items()}
+    if isinstance(plain, list):
+        return [unpack(v, tensors) for v in plain]
+    if not isinstance(plain, dict):
+        return plain
+    return (
+        tensors[plain["$tensor"]]
+        if plain.keys() == {"$tensor"}
+        else {k: unpack(v, tensors) for k, v in plain.items()}
+    )
 
 # %% ../nbs/07c_resume.ipynb #48afea8b
 STATE_FILES = ("training_state.json", "training_state.safetensors")
+
 
 def state_files(state: dict) -> dict[str, bytes | dict[str, Tensor]]:
     "The files of a checkpoint that hold a training state, see `save_lora_adapters`."
     plain, tensors = pack(state)
     return {STATE_FILES[0]: json.dumps(plain).encode(), STATE_FILES[1]: tensors}
 
+
 def read_state(report: CheckpointReport) -> dict:
     "The training state of a whole checkpoint; `CheckpointError` if it has none."
     if missing := [name for name in STATE_FILES if name not in report.manifest.files]:
-        raise CheckpointError(f"training not resumed: the checkpoint has no {missing[0]}, so it holds an adapter and no training state", report.path,
-                              remedy="resume from a checkpoint that the trainer saved, or load this adapter and start a new run from it")
+        raise CheckpointError(
+            f"training not resumed: the checkpoint has no {missing[0]}, so it holds an "
+            "adapter and no training state",
+            report.path,
+            remedy=(
+                "resume from a checkpoint that the trainer saved, or load this adapter and "
+                "start a new run from it"
+            ),
+        )
     plain, tensors = load_files(report, *STATE_FILES).values()
     check_finite(tensors, "training not resumed", report.path)
     return unpack(json.loads(plain), tensors)
@@ -72,43 +99,74 @@ def device_module():
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator and torch.get_device_module(accelerator)
 
+
 def rng_state() -> dict:
-    "State of the generators of Python, NumPy and torch in this process, on the CPU and on its accelerator."
+    """State of the generators of Python, NumPy and torch in this process, on the CPU and on its
+    accelerator.
+    """
     kind, keys, *rest = np.random.get_state()
     device = device_module()
-    return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest], torch=torch.get_rng_state(), device=device and device.get_rng_state())
+    return dict(
+        python=random.getstate(),
+        numpy=[kind, keys.tolist(), *rest],
+        torch=torch.get_rng_state(),
+        device=device and device.get_rng_state(),
+    )
+
 
 def set_rng_state(state: dict) -> None:
     "Take up what `rng_state` gave, from memory or from disk."
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
+    np.random.set_state(
+        (state["numpy"][0], np.array(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:])
+    )
     torch.set_rng_state(state["torch"])
-    if (device := device_module()) and state["device"] is not None: device.set_rng_state(state["device"])
+    if (device := device_module()) and state["device"] is not None:
+        device.set_rng_state(state["device"])
 
 # %% ../nbs/07c_resume.ipynb #497834e4
 def _names(model: nn.Module, optimizer) -> list[str]:
     named = {id(p): name for name, p in model.named_parameters()}
     return [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
+
 def optimizer_state(model: nn.Module, optimizer) -> dict:
     "`optimizer.state_dict()`, by name of the parameter."
     names, state = _names(model, optimizer), optimizer.state_dict()
-    return dict(state={names[i]: s for i, s in state["state"].items()},
-                param_groups=[{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]])
+    return dict(
+        state={names[i]: s for i, s in state["state"].items()},
+        param_groups=[
+            {**group, "params": [names[i] for i in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    )
+
 
 def load_optimizer_state(model: nn.Module, optimizer, saved: dict) -> None:
     "Take up what `optimizer_state` gave; `CheckpointError` if it belongs to other parameters."
     number = {name: i for i, name in enumerate(_names(model, optimizer))}
     names = [name for group in saved["param_groups"] for name in group["params"]]
-    if odd := sorted(number.keys() ^ set(names)): raise CheckpointError(f"training not resumed: the optimizer's state is that of other parameters: {odd[:5]}")
-    optimizer.load_state_dict(dict(state={number[name]: s for name, s in saved["state"].items()},
-                                   param_groups=[{**group, "params": [number[name] for name in group["params"]]} for group in saved["param_groups"]]))
+    if odd := sorted(number.keys() ^ set(names)):
+        raise CheckpointError(
+            f"training not resumed: the optimizer's state is that of other parameters: {odd[:5]}"
+        )
+    optimizer.load_state_dict(
+        dict(
+            state={number[name]: s for name, s in saved["state"].items()},
+            param_groups=[
+                {**group, "params": [number[name] for name in group["params"]]}
+                for group in saved["param_groups"]
+            ],
+        )
+    )
 
 # %% ../nbs/07c_resume.ipynb #ed51469d
 def describe_data(dataset, looked_at: int = 64) -> dict:
-    """Number of samples and tokens of a `SampleDataset`, and a sha256 over the text and the codes of every sample, and over the tensors of about `looked_at` of them.
-    Where files are kept does not count."""
+    """Number of samples and tokens of a `SampleDataset`, and a sha256 over the text and the codes
+    of every sample, and over the tensors of about `looked_at` of them. Where files are kept
+    does not count.
+    """
     digest = hashlib.sha256()
     for conversation, tokens in zip(dataset.conversations, dataset.lengths):
         digest.update(json.dumps([conversation.id, tokens, written(conversation)]).encode())
@@ -116,59 +174,102 @@ def describe_data(dataset, looked_at: int = 64) -> dict:
             digest.update(len(recording).to_bytes(8, "little") + recording)
     for i in range(0, len(dataset), max(1, len(dataset) // looked_at)):
         sample = dataset[i]
-        for tensor in (sample.input_ids, sample.labels, sample.audio_ids, sample.audio_labels): digest.update(tensor.numpy().tobytes())
-        for wave in sample.waveforms: digest.update(wave.tobytes())
+        for tensor in (sample.input_ids, sample.labels, sample.audio_ids, sample.audio_labels):
+            digest.update(tensor.numpy().tobytes())
+        for wave in sample.waveforms:
+            digest.update(wave.tobytes())
     settings = {} if dataset.audio_in_codes else dict(audio_in_codes=False)
-    if dataset.extractor: settings["extractor"] = {k: v for k, v in dataset.extractor.to_dict().items() if isinstance(v, (bool, int, float, str))}
-    return dict(samples=len(dataset), tokens=sum(dataset.lengths), sha256=digest.hexdigest(), **settings)
+    if dataset.extractor:
+        settings["extractor"] = {
+            k: v
+            for k, v in dataset.extractor.to_dict().items()
+            if isinstance(v, (bool, int, float, str))
+        }
+    return dict(
+        samples=len(dataset), tokens=sum(dataset.lengths), sha256=digest.hexdigest(), **settings
+    )
+
 
 def written(conversation: Conversation) -> list:
-    "What a conversation says apart from its recordings: its texts, whose they are, and from which message on it is trained."
+    """What a conversation says apart from its recordings: its texts, whose they are, and from
+    which message on it is trained.
+    """
     turns = []
     for message in conversation.messages:
         parts = [part.text if isinstance(part, Text) else None for part in message.content]
         turns.append([message.role, message.recipient, parts])
     return [conversation.start_index, conversation.speaker, turns]
 
+
 def recordings(dataset, conversation: Conversation):
-    "The codes of each recording of a conversation as bytes and, where a Whisper tower hears recordings, those of the file of each that is heard."
+    """The codes of each recording of a conversation as bytes and, where a Whisper tower hears
+    recordings, those of the file of each that is heard.
+    """
     for audio in conversation.audio:
         yield dataset.store.get(audio).numpy().tobytes()
-    if dataset.extractor is None: return
+    if dataset.extractor is None:
+        return
     for message in conversation.messages:
-        if message.role == "assistant": continue
+        if message.role == "assistant":
+            continue
         for part in message.content:
-            if isinstance(part, Audio): yield Path(part.path).read_bytes() if part.raw is None else part.raw
+            if isinstance(part, Audio):
+                yield Path(part.path).read_bytes() if part.raw is None else part.raw
+
 
 def describe_trained(model: PeftModel | nn.Module) -> dict:
     "Settings of an adapter, or that there is none, and how many parameters are trained."
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not isinstance(model, PeftModel): return dict(settings="no adapter, the model itself", parameters=trained)
-    config = {k: sorted(v) if isinstance(v, (list, set)) else v for k, v in adapter_config(model, {}).to_dict().items()}  # PEFT keeps no order
-    left_out = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
+    if not isinstance(model, PeftModel):
+        return dict(settings="no adapter, the model itself", parameters=trained)
+    config = {
+        k: sorted(v) if isinstance(v, (list, set)) else v
+        for k, v in adapter_config(model, {}).to_dict().items()
+    }  # PEFT keeps no order
+    left_out = (
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "peft_version",
+        "inference_mode",
+    )
     settings = {k: v for k, v in config.items() if k not in left_out and v not in (None, {}, [])}
     return dict(settings=json.loads(json.dumps(settings, default=str)), parameters=trained)
+
 
 def differences(then: dict, here: dict, name: str = "") -> list[str]:
     "What differs between two nested descriptions, a line each."
     found = []
     for key in dict.fromkeys([*then, *here]):
         a, b, at = then.get(key), here.get(key), f"{name}{key}"
-        if isinstance(a, dict) and isinstance(b, dict): found += differences(a, b, f"{at}.")
-        elif a != b: found.append(f"{at}: {a} then, {b} here")
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{at}.")
+        elif a != b:
+            found.append(f"{at}: {a} then, {b} here")
     return found
 
 # %% ../nbs/07c_resume.ipynb #2bce7406
 def checkpoint_to_resume(run_dir: Path | str, resume: str | Path) -> CheckpointReport | None:
-    """The checkpoint that `resume` names; `CheckpointError` if it is not whole. For 'auto' the newest whole one of `run_dir`, or None: broken ones that are newer are named, and moved
-    aside, because the run will save there again. `CheckpointError` with errno and path if one cannot be read: nothing is moved then."""
-    if resume != "auto": return verified(resume)
-    with explained("training not resumed: a checkpoint cannot be read", Path(run_dir)): report, passed = latest_checkpoint(run_dir)
+    """The checkpoint that `resume` names; `CheckpointError` if it is not whole. For 'auto' the
+    newest whole one of `run_dir`, or None: broken ones that are newer are named, and moved
+    aside, because the run will save there again. `CheckpointError` with errno and path if one
+    cannot be read: nothing is moved then.
+    """
+    if resume != "auto":
+        return verified(resume)
+    with explained("training not resumed: a checkpoint cannot be read", Path(run_dir)):
+        report, passed = latest_checkpoint(run_dir)
     for other in passed:
-        with explained("training not resumed: a broken checkpoint cannot be moved aside", other.path):
+        with explained(
+            "training not resumed: a broken checkpoint cannot be moved aside", other.path
+        ):
             moved = None if other.path.name.startswith(".") else move_aside(other)
         logger.warning(f"passed over: {other}" + (f"\n  moved to {moved}" if moved else ""))
-    logger.warning(f"resuming from {report.path}" if report else f"nothing to resume in {run_dir}: starting at step 0")
+    logger.warning(
+        f"resuming from {report.path}"
+        if report
+        else f"nothing to resume in {run_dir}: starting at step 0"
+    )
     return report
 
 # %% ../nbs/07c_resume.ipynb #4e4a66db
@@ -177,39 +278,56 @@ def host_group():
     "The process group for messages between hosts."
     return dist.new_group(backend="gloo")
 
+
 def several() -> bool:
     "Whether this process is one of several."
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
+
 def any_process(flag: bool) -> bool:
     "Whether `flag` is set in any process."
-    if not several(): return flag
+    if not several():
+        return flag
     found = torch.tensor(int(flag))
     dist.all_reduce(found, dist.ReduceOp.MAX, group=host_group())
     return bool(found)
 
+
 def of_every_process(value) -> list:
     "The `value` of every process, in order of rank."
-    if not several(): return [value]
+    if not several():
+        return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=host_group())
     return values
 
+
 def on_first_process(do: Callable[[], object]):
-    "Do something in the first process alone and return its result everywhere; its `CheckpointError` is raised in every process."
+    """Do something in the first process alone and return its result everywhere; its
+    `CheckpointError` is raised in every process.
+    """
     result = error = None
     if first := not several() or dist.get_rank() == 0:
-        try: result = do()
-        except CheckpointError as failed: error = failed
-    if several(): result, said = of_every_process((result, error and str(error)))[0]
-    if error: raise error
-    if not first and said: raise CheckpointError(f"in the first process: {said}")
+        try:
+            result = do()
+        except CheckpointError as failed:
+            error = failed
+    if several():
+        result, said = of_every_process((result, error and str(error)))[0]
+    if error:
+        raise error
+    if not first and said:
+        raise CheckpointError(f"in the first process: {said}")
     return result
 
 # %% ../nbs/07c_resume.ipynb #7ec4a4c3
-def leave_processes(pause: float = 0.5  # seconds for the threads to let go of what they exchanged last
-                    ):
-    "Leave the group of processes; for the end of a process, alone: nothing is waited for that another one would have to do."
-    if not several(): return
+def leave_processes(
+    pause: float = 0.5,  # seconds for the threads to let go of what they exchanged last
+):
+    """Leave the group of processes; for the end of a process, alone: nothing is waited for that
+    another one would have to do.
+    """
+    if not several():
+        return
     time.sleep(pause)
     PartialState().destroy_process_group()

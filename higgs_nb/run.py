@@ -53,29 +53,58 @@ __all__ = ['RUNS', 'TYPES', 'PATHS', 'COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'RA
 # %% ../nbs/12_run.ipynb #fc5666b6
 RUNS = Path(__file__).parent / "runs" if "__file__" in globals() else Path("runs")
 
+
 def run_notebooks() -> list[str]:
     "Names of the notebooks that can be run."
     return sorted(p.stem for p in RUNS.glob("*.ipynb"))
 
-def notebook_of(name: str) -> Path:
-    "The file of a run notebook: one of the package by its name, or one of your own by its path, which ends in .ipynb."
-    if name.endswith(".ipynb") and Path(name).is_file(): return Path(name)
-    if name in run_notebooks(): return RUNS / f"{name}.ipynb"
-    near = difflib.get_close_matches(name, run_notebooks(), n=1)
-    raise ValueError(f"no run is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" There are {', '.join(run_notebooks())}, and .ipynb files by their path.")
 
-def parameters_of(name: str) -> dict[str, dict]:  # of a notebook in `nbs/runs`, such as "train", or the path of one
+def notebook_of(name: str) -> Path:
+    """The file of a run notebook: one of the package by its name, or one of your own by its path,
+    which ends in .ipynb.
+    """
+    if name.endswith(".ipynb") and Path(name).is_file():
+        return Path(name)
+    if name in run_notebooks():
+        return RUNS / f"{name}.ipynb"
+    near = difflib.get_close_matches(name, run_notebooks(), n=1)
+    raise ValueError(
+        f"no run is called {name!r}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+        + f" There are {', '.join(run_notebooks())}, and .ipynb files by their path."
+    )
+
+
+def parameters_of(
+    name: str,
+) -> dict[str, dict]:  # of a notebook in `nbs/runs`, such as "train", or the path of one
     "The parameters of a run notebook: name -> its type, default (as it stands there) and help."
     return papermill.inspect_notebook(str(notebook_of(name)))
 
-
 # %% ../nbs/12_run.ipynb #04fadaaf
 TYPES = dict(str=str, int=int, float=float, bool=bool, list=list, dict=dict)
-PATHS = ("adapter", "base", "codec", "corpus", "data", "others", "out", "run", "seen", "source",
-         "sweep", "texts", "voices", "whisper")  # parameters that may name a file or directory
+PATHS = (
+    "adapter",
+    "base",
+    "codec",
+    "corpus",
+    "data",
+    "others",
+    "out",
+    "run",
+    "seen",
+    "source",
+    "sweep",
+    "texts",
+    "voices",
+    "whisper",
+)  # parameters that may name a file or directory
+
 
 def leaves(value, name: str):  # of a parameter
-    "The parts of a nested value that are neither list nor mapping, keys included, with the name of each."
+    """The parts of a nested value that are neither list nor mapping, keys included, with the name
+    of each.
+    """
     if isinstance(value, list):
         for i, part in enumerate(value):
             yield from leaves(part, f"{name}[{i}]")
@@ -86,57 +115,89 @@ def leaves(value, name: str):  # of a parameter
     else:
         yield name, value
 
+
 def check_leaves(value, name: str):  # of a parameter
-    "`value`, if it is plain data to the last leaf, its numbers are finite and its text is Unicode; else `ValueError`."
+    """`value`, if it is plain data to the last leaf, its numbers are finite and its text is
+    Unicode; else `ValueError`.
+    """
     for part, leaf in leaves(check_plain(value, name), name):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise ValueError(f"{part} is {leaf}: write a finite number")
         if isinstance(leaf, str) and re.search("[\ud800-\udfff]", leaf):
-            raise ValueError(f"{part} is {shown(leaf)!r}, which is not Unicode text: rename the file")
+            raise ValueError(
+                f"{part} is {shown(leaf)!r}, which is not Unicode text: rename the file"
+            )
     return value
+
 
 def typed(value, kind: str):
-    "`value` as the type of that name; `ValueError` if it is another. A type that we do not know takes everything."
+    """`value` as the type of that name; `ValueError` if it is another. A type that we do not know
+    takes everything.
+    """
     if kind == "float" and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try: return float(value)
-        except OverflowError as error: raise ValueError(f"{error}") from error
-    if kind in TYPES and type(value) is not TYPES[kind]: raise ValueError(f"{kind} is not {type(value).__name__}")
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{error}") from error
+    if kind in TYPES and type(value) is not TYPES[kind]:
+        raise ValueError(f"{kind} is not {type(value).__name__}")
     return value
 
-def check_value(key: str,
-                value,
-                p: dict,  # what papermill finds out about the parameter: see `parameters_of`
-                notebook: str):
-    "A value in the type that its parameter has, `~` expanded where it is a path; `ValueError` says what is wrong."
+
+def check_value(
+    key: str,
+    value,
+    p: dict,  # what papermill finds out about the parameter: see `parameters_of`
+    notebook: str,
+):
+    """A value in the type that its parameter has, `~` expanded where it is a path; `ValueError`
+    says what is wrong.
+    """
     value = str(value) if isinstance(value, Path) else check_leaves(value, key)
     kind = p["inferred_type_name"]
-    try: value = typed(value, kind)
+    try:
+        value = typed(value, kind)
     except ValueError as error:
         quotes = "; write it in quotes" * (kind == "str")
-        raise ValueError(f"{notebook} takes {key} as {kind} ({p['help']}), and {shown(str(value))[:200]!r}"
-                         f" is {type(value).__name__}{quotes}") from error
-    if kind == "str" and key in PATHS: value = path_text(value, key)
+        raise ValueError(
+            f"{notebook} takes {key} as {kind} ({p['help']}), and {shown(str(value))[:200]!r}"
+            f" is {type(value).__name__}{quotes}"
+        ) from error
+    if kind == "str" and key in PATHS:
+        value = path_text(value, key)
     return check_leaves(value, key)
+
 
 def path_text(value: str, key: str) -> str:  # of a parameter that may name a file or directory
     "`value` with `~` expanded; `ValueError` if it holds control characters."
     if any(not c.isprintable() and not c.isspace() or c in "\n\r\t\v\f" for c in value):
-        raise ValueError(f"{key} is {shown(value)!r}, with control characters or line breaks: rename it")
+        raise ValueError(
+            f"{key} is {shown(value)!r}, with control characters or line breaks: rename it"
+        )
     return os.path.expanduser(value)
 
+
 def check_parameters(name: str, given: dict) -> dict:
-    "`given`, each value of the type that the notebook says; `ValueError` names every one that has another type or does not exist, and the near miss."
+    """`given`, each value of the type that the notebook says; `ValueError` names every one that
+    has another type or does not exist, and the near miss.
+    """
     known, values, wrong = parameters_of(name), {}, []
     for key, value in given.items():
         if (p := known.get(key)) is None:
             near = difflib.get_close_matches(key, known, n=1) if isinstance(key, str) else []
-            wrong.append(f"{name} has no parameter {key!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" It has {', '.join(known)}.")
+            wrong.append(
+                f"{name} has no parameter {key!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+                + f" It has {', '.join(known)}."
+            )
             continue
         try:
             values[key] = check_value(key, value, p, name)
             check_range(name, key, values[key], p["help"])
-        except ValueError as error: wrong.append(str(error))
-    if wrong: raise ValueError("\n".join(wrong))
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(wrong))
     return values
 
 # %% ../nbs/12_run.ipynb #976159e4
@@ -145,30 +206,75 @@ NUMBER = "[0, inf)"
 POSITIVE = "(0, inf)"
 SHARE = "[0, 1]"
 RANGES = {
-    "accumulate": COUNT, "alpha": NUMBER, "audio_loss_weight": NUMBER, "batch_size": COUNT,
-    "clips": NUMBER, "code_noise": SHARE, "codebook_size": "[2, inf)", "codebook_weights": NUMBER,
-    "described": SHARE, "dropout": "[0, 1)", "edge_s": NUMBER, "end_silence": "-1 or [0, inf)",
-    "eval_every": COUNT, "guide": NUMBER, "held_out": "[0, 1)", "held_out_clips": NUMBER,
-    "hidden_size": COUNT, "intermediate_size": COUNT, "keep": COUNT, "label_smoothing": "[0, 1)",
-    "layers": COUNT, "learning_rate": POSITIVE, "max_clips": NUMBER, "max_duration_s": POSITIVE,
-    "max_frames": COUNT, "max_texts": NUMBER, "players": NUMBER, "prompts": NUMBER, "rank": COUNT,
-    "rank_pattern": COUNT, "readings": NUMBER, "rehearse": NUMBER, "save_every": COUNT,
-    "score_every": NUMBER, "seed": "[0, 4294967295]", "service": NUMBER, "silence_db": "(-inf, 0)",
-    "speak": NUMBER, "speak_every": COUNT, "steps": COUNT, "swap": NUMBER, "table": NUMBER,
-    "temperature": POSITIVE, "text_loss_weight": NUMBER, "token_budget": COUNT, "top_k": COUNT,
-    "variants": COUNT, "vocabulary": COUNT, "voices.held_out": NUMBER,
-    "evaluate.max_duration_s": NUMBER, "warmup": NUMBER,
-    "width": COUNT, "workers": NUMBER,
+    "accumulate": COUNT,
+    "alpha": NUMBER,
+    "audio_loss_weight": NUMBER,
+    "batch_size": COUNT,
+    "clips": NUMBER,
+    "code_noise": SHARE,
+    "codebook_size": "[2, inf)",
+    "codebook_weights": NUMBER,
+    "described": SHARE,
+    "dropout": "[0, 1)",
+    "edge_s": NUMBER,
+    "end_silence": "-1 or [0, inf)",
+    "eval_every": COUNT,
+    "guide": NUMBER,
+    "held_out": "[0, 1)",
+    "held_out_clips": NUMBER,
+    "hidden_size": COUNT,
+    "intermediate_size": COUNT,
+    "keep": COUNT,
+    "label_smoothing": "[0, 1)",
+    "layers": COUNT,
+    "learning_rate": POSITIVE,
+    "max_clips": NUMBER,
+    "max_duration_s": POSITIVE,
+    "max_frames": COUNT,
+    "max_texts": NUMBER,
+    "players": NUMBER,
+    "prompts": NUMBER,
+    "rank": COUNT,
+    "rank_pattern": COUNT,
+    "readings": NUMBER,
+    "rehearse": NUMBER,
+    "save_every": COUNT,
+    "score_every": NUMBER,
+    "seed": "[0, 4294967295]",
+    "service": NUMBER,
+    "silence_db": "(-inf, 0)",
+    "speak": NUMBER,
+    "speak_every": COUNT,
+    "steps": COUNT,
+    "swap": NUMBER,
+    "table": NUMBER,
+    "temperature": POSITIVE,
+    "text_loss_weight": NUMBER,
+    "token_budget": COUNT,
+    "top_k": COUNT,
+    "variants": COUNT,
+    "vocabulary": COUNT,
+    "voices.held_out": NUMBER,
+    "evaluate.max_duration_s": NUMBER,
+    "warmup": NUMBER,
+    "width": COUNT,
+    "workers": NUMBER,
 }
 
-def range_of(name: str,  # of a run notebook
-             key: str) -> str | None:
-    "The range of a numeric parameter of the package's notebooks, such as `[0, 1)`; None for a notebook of your own."
-    if name not in run_notebooks(): return None
+
+def range_of(
+    name: str,  # of a run notebook
+    key: str,
+) -> str | None:
+    """The range of a numeric parameter of the package's notebooks, such as `[0, 1)`; None for a
+    notebook of your own.
+    """
+    if name not in run_notebooks():
+        return None
     return RANGES.get(f"{name}.{key}", RANGES.get(key))
 
-def in_range(value: int | float,
-             range: str) -> bool:  # such as "[0, 1)", or "-1 or [0, inf)"
+
+def in_range(value: int | float, range: str) -> bool:  # such as "[0, 1)", or "-1 or [0, inf)"
     "Whether a number lies in an interval, or is the number named before it."
     *singles, interval = range.split(" or ")
     low, high = map(float, interval[1:-1].split(","))
@@ -176,142 +282,256 @@ def in_range(value: int | float,
     below = value <= high if interval[-1] == "]" else value < high
     return above and below or any(value == float(single) for single in singles)
 
-def check_range(name: str,  # of a run notebook
-                key: str,
-                value,
-                help: str = "") -> None:  # of the parameter
+
+def check_range(
+    name: str,  # of a run notebook
+    key: str,
+    value,
+    help: str = "",
+) -> None:  # of the parameter
     "`ValueError` if a number, or one in a list or mapping, is not in the range of its parameter."
-    if (range := range_of(name, key)) is None: return
+    if (range := range_of(name, key)) is None:
+        return
     for part, leaf in leaves(value, key):
-        if part.startswith("a key of "): continue
+        if part.startswith("a key of "):
+            continue
         if isinstance(leaf, bool) or not isinstance(leaf, (int, float)):
-            raise ValueError(f"{name} takes {part} as a number, and {leaf!r} is {type(leaf).__name__}")
+            raise ValueError(
+                f"{name} takes {part} as a number, and {leaf!r} is {type(leaf).__name__}"
+            )
         if not in_range(leaf, range):
-            percent = f"; {leaf:g} % is {leaf / 100:g}" if range in (SHARE, "[0, 1)") and 1 < leaf <= 100 else ""
-            raise ValueError(f"{name} takes {part} in {range} ({help}), and it is {leaf!r}{percent}")
+            percent = (
+                f"; {leaf:g} % is {leaf / 100:g}"
+                if range in (SHARE, "[0, 1)") and 1 < leaf <= 100
+                else ""
+            )
+            raise ValueError(
+                f"{name} takes {part} in {range} ({help}), and it is {leaf!r}{percent}"
+            )
 
 # %% ../nbs/12_run.ipynb #78b37dd7
-def parameters(name: str,  # of the run notebook
-               namespace: dict) -> dict:  # its `globals()`
-    "The values of a run notebook's parameters in its `globals()`, checked, with those that papermill put there: see `check_parameters`."
+def parameters(
+    name: str,  # of the run notebook
+    namespace: dict,
+) -> dict:  # its `globals()`
+    """The values of a run notebook's parameters in its `globals()`, checked, with those that
+    papermill put there: see `check_parameters`.
+    """
     injected = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
-    given = {target.id for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign) for target in node.targets}
-    return check_parameters(name, {key: namespace[key] for key in {**parameters_of(name), **dict.fromkeys(given)}})
+    given = {
+        target.id
+        for cell in injected
+        for node in ast.parse(cell).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+    }
+    return check_parameters(
+        name, {key: namespace[key] for key in {**parameters_of(name), **dict.fromkeys(given)}}
+    )
 
 # %% ../nbs/12_run.ipynb #f869db4e
 def describe(name: str | None = None) -> str:  # of a run notebook; None: list them
     "What a run notebook takes, a parameter a line; without a name, what can be run."
-    if name is None: return "\n".join(f"{n:<12}{summary(n)}" for n in run_notebooks())
-    rows = [(p["name"], p["inferred_type_name"], p["default"], p["help"]) for p in parameters_of(name).values()]
+    if name is None:
+        return "\n".join(f"{n:<12}{summary(n)}" for n in run_notebooks())
+    rows = [
+        (p["name"], p["inferred_type_name"], p["default"], p["help"])
+        for p in parameters_of(name).values()
+    ]
     widths = [min(max(map(len, column)), 34) + 2 for column in zip(*rows)] if rows else []
-    return "\n".join([f"{name}: {summary(name)}", *("  " + "".join(f"{cell:<{width - 2}}  " for cell, width in zip(row, widths)).rstrip() for row in rows)])
+    return "\n".join(
+        [
+            f"{name}: {summary(name)}",
+            *(
+                "  "
+                + "".join(f"{cell:<{width - 2}}  " for cell, width in zip(row, widths)).rstrip()
+                for row in rows
+            ),
+        ]
+    )
+
 
 def summary(name: str) -> str:  # of a run notebook
     "The line after `>` at the top of a run notebook."
-    top = next((c.source for c in nbformat.read(notebook_of(name), 4).cells if c.cell_type == "markdown"), "")
-    return next((line[1:].strip().rstrip(".") for line in top.splitlines() if line.startswith(">")), "")
+    top = next(
+        (c.source for c in nbformat.read(notebook_of(name), 4).cells if c.cell_type == "markdown"),
+        "",
+    )
+    return next(
+        (line[1:].strip().rstrip(".") for line in top.splitlines() if line.startswith(">")), ""
+    )
 
 # %% ../nbs/12_run.ipynb #4ff17cc3
 RESULTS = ("checkpoint-*", "adapter", "base", "samples", "log.*", "run.json", "parameters.json")
 
-def set_aside(out: str | Path,  # directory of a run
-              names: tuple[str, ...] = RESULTS,  # patterns of what is moved
-              ) -> Path | None:
-    "Move the results of an earlier run to `earlier-1`, `earlier-2`, ... in the same directory; returns where, or None if there were none."
+
+def set_aside(
+    out: str | Path,  # directory of a run
+    names: tuple[str, ...] = RESULTS,  # patterns of what is moved
+) -> Path | None:
+    """Move the results of an earlier run to `earlier-1`, `earlier-2`, ... in the same directory;
+    returns where, or None if there were none.
+    """
     found = [p for name in names for p in sorted(Path(out).glob(name))]
-    if not found: return None
+    if not found:
+        return None
     target = next(t for n in itertools.count(1) if not (t := Path(out) / f"earlier-{n}").exists())
     target.mkdir()
-    for p in found: p.rename(target / p.name)
+    for p in found:
+        p.rename(target / p.name)
     return target
 
 # %% ../nbs/12_run.ipynb #27eb7464
 HELD = []  # files whose locks this process keeps until it ends
-CLAIM = "HIGGS_NB_CLAIM"  # variable with the number of a locked file that `higgs_run` hands on to the kernel
+# variable with the number of a locked file that `higgs_run` hands on to the kernel
+CLAIM = "HIGGS_NB_CLAIM"
+
 
 def lock(out: Path, alone: bool) -> int:
-    "A file number that holds a lock on a directory, shared or `alone`; `BlockingIOError` if another process's forbids that. A file system without locks gives it to everybody."
+    """A file number that holds a lock on a directory, shared or `alone`; `BlockingIOError` if
+    another process's forbids that. A file system without locks gives it to everybody.
+    """
     fd = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in NO_LOCKS: return fd
+        if error.errno in NO_LOCKS:
+            return fd
         os.close(fd)
         raise
     return fd
 
+
 def occupied(out: Path) -> bool:
     "Whether a run goes on in the directory `out`. Looks with a shared lock, and delays nothing."
-    if not out.is_dir(): return False
-    try: os.close(lock(out, alone=False))
-    except BlockingIOError: return True
+    if not out.is_dir():
+        return False
+    try:
+        os.close(lock(out, alone=False))
+    except BlockingIOError:
+        return True
     return False
+
 
 def is_same(fd: int, out: Path) -> bool:
     "Whether a file number is one of the directory `out`."
-    try: return os.path.samestat(os.fstat(fd), os.stat(out))
-    except OSError: return False
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(out))
+    except OSError:
+        return False
 
-def claim(out: Path,  # directory of a run; made if it is not there
-          patience_s: float = 5.0) -> int:  # how long to wait for the process of a run that was just killed
-    "Take a directory for a run: check and lock in one. A file number that holds the lock; `BlockingIOError` if it is in use."
+
+def claim(
+    out: Path,  # directory of a run; made if it is not there
+    patience_s: float = 5.0,
+) -> int:  # how long to wait for the process of a run that was just killed
+    """Take a directory for a run: check and lock in one. A file number that holds the lock;
+    `BlockingIOError` if it is in use.
+    """
     out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + patience_s
     while True:
-        try: return lock(out, alone=True)
+        try:
+            return lock(out, alone=True)
         except BlockingIOError as error:
             if time.monotonic() < until:
                 time.sleep(0.05)
                 continue
             if occupied(out):
-                raise BlockingIOError(f"a run goes on in {out}: wait for it, stop it, or choose another directory") from error
-            raise BlockingIOError(f"a run reads {out}, which is to be written: wait for it, or choose another directory") from error
+                raise BlockingIOError(
+                    f"a run goes on in {out}: wait for it, stop it, or choose another directory"
+                ) from error
+            raise BlockingIOError(
+                f"a run reads {out}, which is to be written: wait for it, or choose "
+                "another directory"
+            ) from error
+
 
 def inherited(out: Path) -> int | None:  # directory of a run
-    "The file number with which `higgs_run` hands its lock on `out` to this process; None if there is none."
+    """The file number with which `higgs_run` hands its lock on `out` to this process; None if
+    there is none.
+    """
     text = os.environ.get(CLAIM, "")
     return int(text) if text.isdecimal() and is_same(int(text), out) else None
 
+
 def occupy(out: Path) -> None:  # directory of a run, made if it is not there
-    "Take `out` until this process ends: with the lock that `higgs_run` hands on, else with one of its own. `BlockingIOError` if another run is in it, or reads it."
-    if any(is_same(fd, out) for fd in HELD): return
+    """Take `out` until this process ends: with the lock that `higgs_run` hands on, else with one
+    of its own. `BlockingIOError` if another run is in it, or reads it.
+    """
+    if any(is_same(fd, out) for fd in HELD):
+        return
     fd = inherited(out)
-    if fd is None: fd = claim(out)
-    else: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # higgs_run's own lock, so this changes nothing
+    if fd is None:
+        fd = claim(out)
+    else:
+        fcntl.flock(
+            fd, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # higgs_run's own lock, so this changes nothing
     HELD.append(fd)
 
+
 def reading(source: str | Path) -> None:  # directory that is read, or a file in it
-    "Say until this process ends that it reads the directory: no run may replace what is in it. `BlockingIOError` if one does so now."
+    """Say until this process ends that it reads the directory: no run may replace what is in it.
+    `BlockingIOError` if one does so now.
+    """
     source = Path(source)
     folder = source if source.is_dir() else source.parent
-    if any(is_same(fd, folder) for fd in HELD): return
-    try: HELD.append(lock(folder, alone=False))
-    except PermissionError: return  # it cannot be opened: files in it are read by their names
+    if any(is_same(fd, folder) for fd in HELD):
+        return
+    try:
+        HELD.append(lock(folder, alone=False))
+    except PermissionError:
+        return  # it cannot be opened: files in it are read by their names
     except BlockingIOError as error:
         raise BlockingIOError(f"a run writes {folder}, which is to be read: wait for it") from error
 
 # %% ../nbs/12_run.ipynb #a7d3c2e2
-def read_noted(file: Path,  # parameters.json or run.json of a run
-               remedy: str) -> dict | None:
-    "What a run noted; None if there is no such file. `ValueError` with the remedy if it is damaged."
-    if not file.exists(): return None
-    try: noted = load_json(file)
-    except ValueError as error: raise ValueError(f"{error}; {remedy}") from error
-    if not isinstance(noted, dict): raise ValueError(f"{file} holds a {type(noted).__name__} where a mapping is expected; {remedy}")
+def read_noted(
+    file: Path,  # parameters.json or run.json of a run
+    remedy: str,
+) -> dict | None:
+    """What a run noted; None if there is no such file. `ValueError` with the remedy if it is
+    damaged.
+    """
+    if not file.exists():
+        return None
+    try:
+        noted = load_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
+    if not isinstance(noted, dict):
+        raise ValueError(
+            f"{file} holds a {type(noted).__name__} where a mapping is expected; {remedy}"
+        )
     return noted
 
+
 def interrupted(out: Path) -> dict | None:  # directory of a run
-    "The parameters of the run in `out` if it was interrupted, None if there is none or it is done; `ValueError` if its notes are damaged."
+    """The parameters of the run in `out` if it was interrupted, None if there is none or it is
+    done; `ValueError` if its notes are damaged.
+    """
     anew = f"or choose another directory; nothing in {out} was changed"
-    done = read_noted(out / "run.json", f"remove that file, and the same command resumes from the newest checkpoint, {anew}")
-    then = read_noted(out / "parameters.json", f"move what is in {out} elsewhere to start anew, {anew}")
+    done = read_noted(
+        out / "run.json",
+        f"remove that file, and the same command resumes from the newest checkpoint, {anew}",
+    )
+    then = read_noted(
+        out / "parameters.json", f"move what is in {out} elsewhere to start anew, {anew}"
+    )
     return then if done is None else None
 
-def goes_on(out: str | Path,  # directory of a run; made if it is not there
-            parameters: dict) -> bool:  # name -> value, of `parameters`
-    """Whether `out` holds a run of the same `parameters` that was cut off and can be resumed. If not, whatever results are there are set aside, and the parameters of the run
-    that begins are noted. Prints what it finds. `ValueError` if notes of the earlier run are damaged, and whatever `latest_checkpoint` raises for a checkpoint that cannot be
-    read: then nothing was moved."""
+
+def goes_on(
+    out: str | Path,  # directory of a run; made if it is not there
+    parameters: dict,
+) -> bool:  # name -> value, of `parameters`
+    """Whether `out` holds a run of the same `parameters` that was cut off and can be resumed. If
+    not, whatever results are there are set aside, and the parameters of the run that begins are
+    noted. Prints what it finds. `ValueError` if notes of the earlier run are damaged, and
+    whatever `latest_checkpoint` raises for a checkpoint that cannot be read: then nothing was
+    moved.
+    """
     out = Path(out)
     occupy(out)
     here = {k: v for k, v in json.loads(json.dumps(parameters, default=str)).items() if k != "out"}
@@ -321,52 +541,108 @@ def goes_on(out: str | Path,  # directory of a run; made if it is not there
         if found:
             print(f"this run was cut off and goes on from {found.path}")
             return True
-        for report in passed_over: print(f"not resumed from {report.path}: {report.status}")
+        for report in passed_over:
+            print(f"not resumed from {report.path}: {report.status}")
     elif then is not None:
-        changed = [f"{k} was {then.get(k)!r} and is {here.get(k)!r}" for k in {**then, **here} if then.get(k) != here.get(k)]
-        print(f"the run that was cut off here is another, so it is not continued: {'; '.join(changed)}")
-    if earlier := set_aside(out): print(f"the results of an earlier run are now in {earlier}")
+        changed = [
+            f"{k} was {then.get(k)!r} and is {here.get(k)!r}"
+            for k in {**then, **here}
+            if then.get(k) != here.get(k)
+        ]
+        print(
+            "the run that was cut off here is another, so it is not continued: "
+            f"{'; '.join(changed)}"
+        )
+    if earlier := set_aside(out):
+        print(f"the results of an earlier run are now in {earlier}")
     write_json(out / "parameters.json", here)
     return False
 
 # %% ../nbs/12_run.ipynb #b95d48a5
-def said_by(*command: str,
-            **environment: str) -> str | None:  # variables that are added for it
+def said_by(*command: str, **environment: str) -> str | None:  # variables that are added for it
     "What a command prints; None if it is not installed or fails."
-    if shutil.which(command[0]) is None: return None
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, env={**os.environ, **environment})
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
-def git(folder: Path, *words: str) -> str | None:  # of the command
-    "What git says in `folder`, without programs that the configuration of a repository may name: hooks, file system monitor, fetching."
-    closed = ["--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null"]
-    return said_by("git", *closed, "-C", str(folder), *words, GIT_NO_LAZY_FETCH="1", GIT_TERMINAL_PROMPT="0")
 
-def git_state(folder: Path,
-              trusted: bool) -> dict | None:  # whether to look for changed files, which runs the filters that a repository's configuration names
-    "Commit and changed files (None: not looked for) of the repository that `folder` belongs to; None if it holds no file of one."
-    if not git(folder, "ls-files", "."): return None
+def git(folder: Path, *words: str) -> str | None:  # of the command
+    """What git says in `folder`, without programs that the configuration of a repository may name:
+    hooks, file system monitor, fetching.
+    """
+    closed = ["--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null"]
+    return said_by(
+        "git", *closed, "-C", str(folder), *words, GIT_NO_LAZY_FETCH="1", GIT_TERMINAL_PROMPT="0"
+    )
+
+
+def git_state(
+    folder: Path, trusted: bool
+) -> (
+    dict | None
+):  # whether to look for changed files, which runs the filters that a repository's configuration names
+    """Commit and changed files (None: not looked for) of the repository that `folder` belongs to;
+    None if it holds no file of one.
+    """
+    if not git(folder, "ls-files", "."):
+        return None
     changed = git(folder, "status", "--porcelain", "--ignore-submodules=all") if trusted else None
-    return dict(commit=git(folder, "rev-parse", "HEAD"), changed=None if changed is None else changed.splitlines())
+    return dict(
+        commit=git(folder, "rev-parse", "HEAD"),
+        changed=None if changed is None else changed.splitlines(),
+    )
+
 
 def git_states() -> dict:
-    "The git state of the package, and of the working directory: only the repository that the package's own code comes from is trusted."
+    """The git state of the package, and of the working directory: only the repository that the
+    package's own code comes from is trusted.
+    """
     package, cwd = RUNS.resolve(), Path.cwd()
     top = git(package, "rev-parse", "--show-toplevel")
     same = top is not None and git(cwd, "rev-parse", "--show-toplevel") == top
     return dict(package=git_state(package, True), cwd=git_state(cwd, same))
 
-def surroundings() -> dict:
-    "Where and with what a run is started: time, machine, command, versions of all packages, git state of the package and of the working directory, variables that matter."
-    said = said_by("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
-    kept = re.compile("CUDA_|NCCL_|OMP_|MKL_|PYTHONHASHSEED|SLURM_(JOB|ARRAY|PROCID|NODE)|HF_HOME|HF_HUB_OFFLINE|TORCH_")
-    return dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), host=platform.node(), system=platform.platform(), python=sys.version, cpus=os.cpu_count(),
-                gpus=said.splitlines() if said else [], command=shlex.join(sys.argv), cwd=str(Path.cwd()), git=git_states(),
-                environment={k: v for k, v in sorted(os.environ.items()) if kept.match(k)}, versions={d.name: d.version for d in sorted(distributions(), key=lambda d: d.name.lower())})
 
-def append_line(file: Path,  # made if it is not there
-                line: str) -> None:
-    "Add a line to a small file and wait until it is on the disk; a last line that was cut off stays apart from it."
+def surroundings() -> dict:
+    """Where and with what a run is started: time, machine, command, versions of all packages, git
+    state of the package and of the working directory, variables that matter.
+    """
+    said = said_by(
+        "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"
+    )
+    kept = re.compile(
+        "CUDA_|NCCL_|OMP_|MKL_|PYTHONHASHSEED|SLURM_(JOB|ARRAY|PROCID|NODE)|HF_HOME|HF_HUB_OFFLINE|TORCH_"
+    )
+    return dict(
+        time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        host=platform.node(),
+        system=platform.platform(),
+        python=sys.version,
+        cpus=os.cpu_count(),
+        gpus=said.splitlines() if said else [],
+        command=shlex.join(sys.argv),
+        cwd=str(Path.cwd()),
+        git=git_states(),
+        environment={k: v for k, v in sorted(os.environ.items()) if kept.match(k)},
+        versions={d.name: d.version for d in sorted(distributions(), key=lambda d: d.name.lower())},
+    )
+
+
+def append_line(
+    file: Path,  # made if it is not there
+    line: str,
+) -> None:
+    """Add a line to a small file and wait until it is on the disk; a last line that was cut off
+    stays apart from it.
+    """
     cut = file.exists() and not file.read_bytes().endswith(b"\n")
     data = ("\n" if cut else "") + line + "\n"
     with open(file, "ab") as f:
@@ -377,95 +653,162 @@ def append_line(file: Path,  # made if it is not there
 # %% ../nbs/12_run.ipynb #073ff163
 def defaults_of(name: str) -> dict:  # of a run notebook
     "Default values of a run notebook's parameters; one that is no plain value is left out."
+
     def value(text):
-        try: return [ast.literal_eval(text)]
-        except (ValueError, SyntaxError): return []
+        try:
+            return [ast.literal_eval(text)]
+        except (ValueError, SyntaxError):
+            return []
+
     return {key: v for key, p in parameters_of(name).items() for v in value(p["default"])}
+
 
 def place(out: str | Path) -> Path:  # directory of a run, to be
     "`out` as a path; `ValueError` if it is a file, or lies where the notebooks are."
     out = Path(path_text(str(out), "--out"))
-    if out.exists() and not out.is_dir(): raise ValueError(f"--out {out} is a file: name a directory that exists or can be made")
-    if RUNS.resolve().parent in (out.resolve(), *out.resolve().parents): raise ValueError(f"--out {out} lies in {RUNS.resolve().parent}, among the sources: name a directory elsewhere")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a directory that exists or can be made")
+    if RUNS.resolve().parent in (out.resolve(), *out.resolve().parents):
+        raise ValueError(
+            f"--out {out} lies in {RUNS.resolve().parent}, among the sources: name a "
+            "directory elsewhere"
+        )
     return out
 
+
 def kernel_environment(fd: int, own: bool) -> dict[str, str]:  # as for `kernel_manager`
-    "The variables of a kernel. The package's own notebooks import nothing from the working directory unless PYTHONPATH names it."
+    """The variables of a kernel. The package's own notebooks import nothing from the working
+    directory unless PYTHONPATH names it.
+    """
     environment = {**os.environ, CLAIM: str(fd)}
-    if own: return environment
+    if own:
+        return environment
     environment["PYTHONSAFEPATH"] = "1"
-    if path := environment.get("PYTHONPATH"):  # ipykernel drops the first entry if it is the working directory
+    if path := environment.get(
+        "PYTHONPATH"
+    ):  # ipykernel drops the first entry if it is the working directory
         environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(os.__file__), path])
     return environment
 
-def kernel_manager(fd: int,  # locked, for the kernel to keep
-                   own: bool) -> type:  # whether the notebook is the user's and may import what lies in the working directory
+
+def kernel_manager(
+    fd: int,  # locked, for the kernel to keep
+    own: bool,
+) -> type:  # whether the notebook is the user's and may import what lies in the working directory
     "A class of kernel managers whose kernel inherits the lock of a run."
+
     class RunKernelManager(AsyncKernelManager):
         "Starts the kernel of a run."
+
         async def start_kernel(self, **given):
             "As the class above, with the file and its number."
-            await super().start_kernel(**{**given, "env": kernel_environment(fd, own), "pass_fds": (fd,)})
+            await super().start_kernel(
+                **{**given, "env": kernel_environment(fd, own), "pass_fds": (fd,)}
+            )
+
     return RunKernelManager
 
+
 def execute(notebook: Path, executed: Path, given: dict, fd: int) -> None:
-    "Let papermill execute a notebook with checked parameters, in a kernel that shares the lock `fd`."
+    """Let papermill execute a notebook with checked parameters, in a kernel that shares the lock
+    `fd`.
+    """
     own = notebook.resolve().parent != RUNS.resolve()
     extra = [] if own else ["--InteractiveShellApp.ignore_cwd=True"]
-    papermill.execute_notebook(str(notebook), str(executed), parameters=given, cwd=str(Path.cwd()), log_output=True, progress_bar=True, autosave_cell_every=30,
-                               kernel_manager_class=kernel_manager(fd, own), extra_arguments=extra)
+    papermill.execute_notebook(
+        str(notebook),
+        str(executed),
+        parameters=given,
+        cwd=str(Path.cwd()),
+        log_output=True,
+        progress_bar=True,
+        autosave_cell_every=30,
+        kernel_manager_class=kernel_manager(fd, own),
+        extra_arguments=extra,
+    )
 
-def run(name: str,  # of a notebook in `nbs/runs`, or the path of one
-        out: str | Path,  # directory for everything the run makes, the executed notebook too
-        parameters: dict | None = None,  # name -> value; the others keep their defaults
-        begun: Callable | None = None) -> Path:  # called when `out` is this run's alone
-    """Execute a run notebook; returns the executed notebook, which is saved after each cell and twice a minute. `PapermillExecutionError` if a cell fails, `ValueError` for parameters that
-    cannot be, `BlockingIOError` if a run goes on in `out`, or reads it."""
+
+def run(
+    name: str,  # of a notebook in `nbs/runs`, or the path of one
+    out: str | Path,  # directory for everything the run makes, the executed notebook too
+    parameters: dict | None = None,  # name -> value; the others keep their defaults
+    begun: Callable | None = None,
+) -> Path:  # called when `out` is this run's alone
+    """Execute a run notebook; returns the executed notebook, which is saved after each cell and
+    twice a minute. `PapermillExecutionError` if a cell fails, `ValueError` for parameters that
+    cannot be, `BlockingIOError` if a run goes on in `out`, or reads it.
+    """
     out = place(out)
     given = check_parameters(name, {**(parameters or {}), "out": str(out)})
     executed = out / notebook_of(name).name
     held = claim(out)
     try:
-        if begun: begun()
+        if begun:
+            begun()
         noted = dict(run=name, parameters={**defaults_of(name), **given}, **surroundings())
         append_line(out / "environment.jsonl", json.dumps(noted, default=str))
         execute(notebook_of(name), executed, given, held)
         if not is_same(held, out):
-            raise FileNotFoundError(f"{out} was moved while the run went on: it has written to both places")
-    finally: os.close(held)
+            raise FileNotFoundError(
+                f"{out} was moved while the run went on: it has written to both places"
+            )
+    finally:
+        os.close(held)
     return executed
 
 # %% ../nbs/12_run.ipynb #1f8b629e
-def is_done(name: str,  # of a run notebook
-            out: str | Path,  # directory of a run
-            parameters: dict) -> bool:  # name -> value, as for `run`
-    "Whether `out` holds the executed notebook of a run with these parameters that came to its end; False for a notebook that cannot be read."
+def is_done(
+    name: str,  # of a run notebook
+    out: str | Path,  # directory of a run
+    parameters: dict,
+) -> bool:  # name -> value, as for `run`
+    """Whether `out` holds the executed notebook of a run with these parameters that came to its
+    end; False for a notebook that cannot be read.
+    """
     executed = Path(out) / notebook_of(name).name
-    wanted = json.loads(json.dumps(check_parameters(name, {**parameters, "out": str(out)}), default=str))
+    wanted = json.loads(
+        json.dumps(check_parameters(name, {**parameters, "out": str(out)}), default=str)
+    )
     try:  # a notebook that was cut off while it was written may hold anything
         nb = nbformat.read(executed, 4)
         noted = nb.metadata.get("papermill", {}).get("parameters")
         cells = [c.metadata.get("papermill", {}) for c in nb.cells]
         completed = all(c.get("status") == "completed" and not c.get("exception") for c in cells)
-    except Exception: return False
+    except Exception:
+        return False
     return bool(cells) and completed and noted == wanted
 
 # %% ../nbs/12_run.ipynb #a7d3c2e5
 STOP_FILE, TRY_AGAIN = "STOP", 75  # those of `higgs_nb.callbacks`, whose imports take seconds
 
+
 class StopSignals:
-    "Within `with`, and once the run has begun in `out`, the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 puts a file `STOP` there, and a second ends this process; `asked` says which it was."
-    def __init__(self, out: str | Path): self.file, self.asked, self.begun, self.before = Path(out) / STOP_FILE, None, False, {}
+    """Within `with`, and once the run has begun in `out`, the first SIGINT (Ctrl-C), SIGTERM or
+    SIGUSR1 puts a file `STOP` there, and a second ends this process; `asked` says which it was.
+    """
+
+    def __init__(self, out: str | Path):
+        self.file, self.asked, self.begun, self.before = Path(out) / STOP_FILE, None, False, {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread(): self.before = {s: signal.signal(s, self.notice) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {
+                s: signal.signal(s, self.notice)
+                for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+            }
         return self
 
     def __exit__(self, *error):
-        for s, handler in self.before.items(): signal.signal(s, handler)
-        if not self.begun: return
-        try: self.file.unlink(missing_ok=True)
-        except OSError as problem: print(f"{self.file} was not removed: {problem}", file=sys.stderr)  # and what ended the run is raised
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+        if not self.begun:
+            return
+        try:
+            self.file.unlink(missing_ok=True)
+        except OSError as problem:
+            print(
+                f"{self.file} was not removed: {problem}", file=sys.stderr
+            )  # and what ended the run is raised
 
     def begin(self):
         "The directory is this run's: a file `STOP` that is there was meant for an earlier one."
@@ -473,7 +816,9 @@ class StopSignals:
         self.begun = True
 
     def notice(self, number, frame):
-        "Ask the run to stop; at a second signal end at once, as without this; before it has begun, with the exit code of a run that can be started again."
+        """Ask the run to stop; at a second signal end at once, as without this; before it has
+        begun, with the exit code of a run that can be started again.
+        """
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -481,15 +826,28 @@ class StopSignals:
         if not self.begun:
             os.write(sys.__stderr__.fileno(), f"{self.asked}: stopped before it began\n".encode())
             sys.exit(TRY_AGAIN)
-        os.write(sys.__stderr__.fileno(), f"{self.asked}: saving and stopping after this step, the same command goes on; a second signal ends at once\n".encode())
-        if self.file.parent.is_dir(): self.file.touch()
+        os.write(
+            sys.__stderr__.fileno(),
+            (
+                f"{self.asked}: saving and stopping after this step, the same command goes "
+                "on; a second signal ends at once\n"
+            ).encode(),
+        )
+        if self.file.parent.is_dir():
+            self.file.touch()
 
     def wait_for(self, do: Callable):
-        "Run `do` in a thread, where papermill installs no signal handlers of its own, and return its result."
+        """Run `do` in a thread, where papermill installs no signal handlers of its own, and return
+        its result.
+        """
         result = Future()
+
         def work():
-            try: result.set_result(do())
-            except BaseException as error: result.set_exception(error)  # raised by `result()`
+            try:
+                result.set_result(do())
+            except BaseException as error:
+                result.set_exception(error)  # raised by `result()`
+
         threading.Thread(target=work, daemon=True).start()
         return result.result()
 
@@ -497,18 +855,32 @@ class StopSignals:
 def split_assignments(argv: list[str]) -> list[str]:
     "`-p KEY=VALUE` as `-p KEY VALUE`."
     after_p = lambda i: i and argv[i - 1] in ("-p", "--parameter")
-    return [part for i, word in enumerate(argv) for part in (word.split("=", 1) if after_p(i) and re.match(r"[A-Za-z_]\w*=", word) else [word])]
+    return [
+        part
+        for i, word in enumerate(argv)
+        for part in (
+            word.split("=", 1) if after_p(i) and re.match(r"[A-Za-z_]\w*=", word) else [word]
+        )
+    ]
+
 
 class PlainLoader(yaml.SafeLoader):
-    "YAML without what is read as something else than it looks like: `010` (octal, 8), `1:30` (sexagesimal, 90), a key given twice."
+    """YAML without what is read as something else than it looks like: `010` (octal, 8), `1:30`
+    (sexagesimal, 90), a key given twice.
+    """
+
 
 def plain_number(loader: PlainLoader, node: yaml.ScalarNode):
     "Construct a number; `ValueError` for one that YAML 1.1 reads in base 8 or 60."
     text = node.value
     if ":" in text or re.match(r"[-+]?0[0-9_]", text):
-        raise ValueError(f"{text} is a number in base 8 or 60 to YAML: write it in quotes, or without leading zeros and colons")
+        raise ValueError(
+            f"{text} is a number in base 8 or 60 to YAML: write it in quotes, or "
+            "without leading zeros and colons"
+        )
     kind = "float" if node.tag.endswith("float") else "int"
     return getattr(yaml.SafeLoader, f"construct_yaml_{kind}")(loader, node)
+
 
 def plain_mapping(loader: PlainLoader, node: yaml.MappingNode) -> dict:
     "Construct a mapping; `ValueError` for a key that is there twice."
@@ -518,19 +890,28 @@ def plain_mapping(loader: PlainLoader, node: yaml.MappingNode) -> dict:
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
-for kind in ("int", "float"): PlainLoader.add_constructor(f"tag:yaml.org,2002:{kind}", plain_number)
+
+for kind in ("int", "float"):
+    PlainLoader.add_constructor(f"tag:yaml.org,2002:{kind}", plain_number)
 PlainLoader.add_constructor("tag:yaml.org,2002:map", plain_mapping)
 MAX_PARTS = 100_000  # of a YAML document
 
+
 def check_size(value, name: str) -> None:
-    "`ValueError` if a value has very many parts, as one that refers to itself or many times to others."
+    """`ValueError` if a value has very many parts, as one that refers to itself or many times to
+    others.
+    """
     parts, rest = 0, [value]
     while rest:
         part = rest.pop()
         parts += 1
-        if parts > MAX_PARTS: raise ValueError(f"{name} has more than {MAX_PARTS:,} parts")
-        if isinstance(part, dict): rest.extend(part.values())
-        elif isinstance(part, list): rest.extend(part)
+        if parts > MAX_PARTS:
+            raise ValueError(f"{name} has more than {MAX_PARTS:,} parts")
+        if isinstance(part, dict):
+            rest.extend(part.values())
+        elif isinstance(part, list):
+            rest.extend(part)
+
 
 def load_yaml(text: str, name: str):  # what is read, for the message
     "The plain data in a YAML text; `ValueError` says in a sentence why it holds none."
@@ -538,54 +919,119 @@ def load_yaml(text: str, name: str):  # what is read, for the message
         value = yaml.load(text, PlainLoader)
         check_size(value, name)
         return check_plain(value, name)
-    except RecursionError as error: raise ValueError(f"{name} is nested too deeply") from error
-    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply") from error
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         message = " ".join(str(error).split())
         where = "" if message.startswith(name) else f"{name} is not YAML that can be read: "
         raise ValueError(f"{where}{message}") from error
 
+
 def read_yaml(file: Path):
-    "The plain data in a YAML file; `ValueError` says in a sentence why it holds none, `OSError` that it cannot be read."
-    try: text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error: raise ValueError(f"{file} is not UTF-8 at byte {error.start}") from error
+    """The plain data in a YAML file; `ValueError` says in a sentence why it holds none, `OSError`
+    that it cannot be read.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 at byte {error.start}") from error
     return load_yaml(text, str(file))
 
-def read_pair(key: str, text: str, p: dict):  # what papermill finds out about the parameter; empty: unknown
-    "The value of `-p KEY=TEXT`; `ValueError` for a path that is empty, as from a variable of the shell that is not set."
-    if p.get("inferred_type_name") != "str": return load_yaml(text, key)
+
+def read_pair(
+    key: str, text: str, p: dict
+):  # what papermill finds out about the parameter; empty: unknown
+    """The value of `-p KEY=TEXT`; `ValueError` for a path that is empty, as from a variable of the
+    shell that is not set.
+    """
+    if p.get("inferred_type_name") != "str":
+        return load_yaml(text, key)
     wanted = "empty" in p["help"] and ast.literal_eval(p["default"]) != ""
     if key in PATHS and not text.strip() and not wanted:
         raise ValueError(f"{key} is empty; leave it out for the default ({p['help']})")
     return text
 
-def read_parameters(name: str,  # of a run notebook
-                    file: Path | None,  # of YAML
-                    pairs: list[list[str]]) -> dict:  # [key, text], of `-p`
-    "The values of a YAML file, and of pairs of key and text, which win over it: text is YAML, too, except where the notebook takes text."
+
+def read_parameters(
+    name: str,  # of a run notebook
+    file: Path | None,  # of YAML
+    pairs: list[list[str]],
+) -> dict:  # [key, text], of `-p`
+    """The values of a YAML file, and of pairs of key and text, which win over it: text is YAML,
+    too, except where the notebook takes text.
+    """
     known = parameters_of(name)
     from_file = read_yaml(file) if file else {}
-    if from_file is None: from_file = {}
-    if not isinstance(from_file, dict): raise ValueError(f"{file} holds a {type(from_file).__name__}: write `parameter: value`, one a line")
+    if from_file is None:
+        from_file = {}
+    if not isinstance(from_file, dict):
+        raise ValueError(
+            f"{file} holds a {type(from_file).__name__}: write `parameter: value`, one a line"
+        )
     return {**from_file, **{k: read_pair(k, v, known.get(k, {})) for k, v in pairs}}
+
 
 def tell(text: str) -> None:
     "Print a message for the terminal of the user, without control characters."
     print("\n".join(map(shown, text.split("\n"))), file=sys.stderr)
 
-def main(argv: list[str] | None = None) -> int:  # words of the command line; None: those of this process
-    """`higgs_run NAME -p KEY=VALUE ... -f FILE.yaml --out DIR`; 0: done, 1: the run failed, 2: it could not start, 75: it was asked to stop, and the same
-    command goes on."""
-    parser = argparse.ArgumentParser(prog="higgs_run", description="Run a notebook of nbs/runs with papermill.", add_help=False,
-                                     epilog="exit code: 0 done, 1 failed, 2 could not start, 75 stopped when asked: the same command goes on")
-    parser.add_argument("name", nargs="?", help=f"one of {', '.join(run_notebooks())}, or the path of a notebook of your own")
-    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter, also as KEY=VALUE; the value is read as YAML")
-    parser.add_argument("-f", "--file", type=Path, help="a YAML file of parameters; -p wins over it")
-    parser.add_argument("--out", default=None, help="directory for everything the run makes (runs/NAME)")
-    parser.add_argument("-l", "--list", action="store_true", help="print what can be run or, after a name, its parameters with their types and defaults")
-    parser.add_argument("-h", "--help", action="store_true", help="print this and, after a name, its parameters")
+
+def main(
+    argv: list[str] | None = None,
+) -> int:  # words of the command line; None: those of this process
+    """`higgs_run NAME -p KEY=VALUE ... -f FILE.yaml --out DIR`; 0: done, 1: the run failed, 2: it
+    could not start, 75: it was asked to stop, and the same command goes on.
+    """
+    parser = argparse.ArgumentParser(
+        prog="higgs_run",
+        description="Run a notebook of nbs/runs with papermill.",
+        add_help=False,
+        epilog=(
+            "exit code: 0 done, 1 failed, 2 could not start, 75 stopped when asked: the "
+            "same command goes on"
+        ),
+    )
+    parser.add_argument(
+        "name",
+        nargs="?",
+        help=f"one of {', '.join(run_notebooks())}, or the path of a notebook of your own",
+    )
+    parser.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("KEY", "VALUE"),
+        help="a parameter, also as KEY=VALUE; the value is read as YAML",
+    )
+    parser.add_argument(
+        "-f", "--file", type=Path, help="a YAML file of parameters; -p wins over it"
+    )
+    parser.add_argument(
+        "--out", default=None, help="directory for everything the run makes (runs/NAME)"
+    )
+    parser.add_argument(
+        "-l",
+        "--list",
+        action="store_true",
+        help="print what can be run or, after a name, its parameters with their types and defaults",
+    )
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="print this and, after a name, its parameters"
+    )
     args = parser.parse_args(split_assignments(sys.argv[1:] if argv is None else argv))
-    if args.help: parser.print_help()
-    elif not args.name and not args.list: parser.error("name a run: higgs_run --list prints them")
+    if args.help:
+        parser.print_help()
+    elif not args.name and not args.list:
+        parser.error("name a run: higgs_run --list prints them")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     stop = None
     try:
@@ -593,16 +1039,30 @@ def main(argv: list[str] | None = None) -> int:  # words of the command line; No
             print(("\n" if args.help else "") + describe(args.name))
             return 0
         given = read_parameters(args.name, args.file, args.parameter)
-        if args.out is not None and not args.out.strip(): raise ValueError("--out is empty; leave it out for the default")
-        if args.out and given.get("out", args.out) != args.out: raise ValueError(f"--out {args.out} and -p out={given['out']}: leave one out")
+        if args.out is not None and not args.out.strip():
+            raise ValueError("--out is empty; leave it out for the default")
+        if args.out and given.get("out", args.out) != args.out:
+            raise ValueError(f"--out {args.out} and -p out={given['out']}: leave one out")
         out = place(args.out or given.get("out") or f"runs/{Path(args.name).stem}")
         stop = StopSignals(out)
-        with stop: executed = stop.wait_for(lambda: run(args.name, out, given, stop.begin))
+        with stop:
+            executed = stop.wait_for(lambda: run(args.name, out, given, stop.begin))
     except (PapermillExecutionError, DeadKernelError) as error:
-        if getattr(error, "ename", None) == "Preempted" or stop.asked and isinstance(error, DeadKernelError):
-            tell(f"\n{args.name} stopped before its end, {stop.asked or 'as asked'}: the same command goes on\n{getattr(error, 'evalue', '')}")
+        if (
+            getattr(error, "ename", None) == "Preempted"
+            or stop.asked
+            and isinstance(error, DeadKernelError)
+        ):
+            tell(
+                f"\n{args.name} stopped before its end, {stop.asked or 'as asked'}: the "
+                f"same command goes on\n{getattr(error, 'evalue', '')}"
+            )
             return TRY_AGAIN
-        failed = f"in cell {error.cell_index}: {error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else f"{error}"
+        failed = (
+            f"in cell {error.cell_index}: {error.ename}: {error.evalue}"
+            if isinstance(error, PapermillExecutionError)
+            else f"{error}"
+        )
         tell(f"\n{args.name} failed {failed}")
         return 1
     except (ValueError, OSError) as error:

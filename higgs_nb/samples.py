@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
-from .chatml import Audio, Conversation, CorpusError, Problem, Text, load_audio, tts_conversation
+from higgs_nb.chatml import (
+    Audio,
+    Conversation,
+    CorpusError,
+    Problem,
+    Text,
+    load_audio,
+    tts_conversation,
+)
 
 # %% auto #0
 __all__ = ['IGNORE', 'AUDIO_IN', 'AUDIO_OUT', 'AUDIO_DELAY', 'SPECIAL_TOKENS', 'SCENE', 'byte_tokenizer', 'fit_tokenizer',
@@ -22,98 +30,187 @@ __all__ = ['IGNORE', 'AUDIO_IN', 'AUDIO_OUT', 'AUDIO_DELAY', 'SPECIAL_TOKENS', '
            'whisper_frames', 'chunk_heard', 'repeat_heard', 'Sample', 'expand', 'SampleDataset', 'encode_with']
 
 # %% ../nbs/03_samples.ipynb #683994c1
-IGNORE = -100  # the label of a position that is not supervised, as in torch.nn.functional.cross_entropy
+IGNORE = (
+    -100
+)  # the label of a position that is not supervised, as in torch.nn.functional.cross_entropy
 AUDIO_IN, AUDIO_OUT, AUDIO_DELAY = "<|AUDIO|>", "<|AUDIO_OUT|>", "<|reserved_special_token_6|>"
-SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
-                  "<|recipient|>", "<|scene_desc_start|>", "<|scene_desc_end|>", "<|audio_bos|>", "<|audio_eos|>",
-                  "<|audio_out_bos|>", AUDIO_DELAY, AUDIO_IN, AUDIO_OUT)
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|recipient|>",
+    "<|scene_desc_start|>",
+    "<|scene_desc_end|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+    "<|audio_out_bos|>",
+    AUDIO_DELAY,
+    AUDIO_IN,
+    AUDIO_OUT,
+)
 
 # %% ../nbs/03_samples.ipynb #bb82e38d
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    "A tokenizer with one token a UTF-8 byte and the special tokens of Higgs: 271 entries, any language."
+    """A tokenizer with one token a UTF-8 byte and the special tokens of Higgs: 271 entries, any
+    language.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     return _with_special_tokens(core)
 
+
 def _with_special_tokens(core: Tokenizer) -> PreTrainedTokenizerFast:
     core.add_special_tokens(list(SPECIAL_TOKENS))
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|end_of_text|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|end_of_text|>",
+    )
 
 # %% ../nbs/03_samples.ipynb #b48a50c5
-def fit_tokenizer(texts: list[str],  # what it is fitted to
-                  size: int = 1024,  # entries, special tokens included
-                  ) -> PreTrainedTokenizerFast:
-    "A byte-pair tokenizer (Sennrich 2016) with the special tokens of Higgs, for a base that is trained from scratch; any text can be written in it, in lower case."
+def fit_tokenizer(
+    texts: list[str],  # what it is fitted to
+    size: int = 1024,  # entries, special tokens included
+) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer (Sennrich 2016) with the special tokens of Higgs, for a base that is
+    trained from scratch; any text can be written in it, in lower case.
+    """
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size - len(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        decoders.ByteLevel(),
+    )
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size - len(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return _with_special_tokens(core)
 
 # %% ../nbs/03_samples.ipynb #fe40debd
 @dataclass(frozen=True)
 class AudioTokens:
-    "The ids that tie the text sequence to the codes, in the vocabulary of the text and in that of a codebook."
-    audio_in: int = 128015      # placeholder of a recording that is heard: `<|AUDIO|>`
-    audio_out: int = 128016     # placeholder of a frame: `<|AUDIO_OUT|>`
-    audio_delay: int = 128014   # placeholder of the last frames of a clip, where the delay pattern runs out
-    pad: int = 128001           # padding of the text sequence
-    stream_bos: int = 1024      # code that opens a clip, in every codebook
-    stream_eos: int = 1025      # code that ends a clip, in every codebook
+    """The ids that tie the text sequence to the codes, in the vocabulary of the text and in that
+    of a codebook.
+    """
+
+    audio_in: int = 128015  # placeholder of a recording that is heard: `<|AUDIO|>`
+    audio_out: int = 128016  # placeholder of a frame: `<|AUDIO_OUT|>`
+    audio_delay: int = (
+        128014  # placeholder of the last frames of a clip, where the delay pattern runs out
+    )
+    pad: int = 128001  # padding of the text sequence
+    stream_bos: int = 1024  # code that opens a clip, in every codebook
+    stream_eos: int = 1025  # code that ends a clip, in every codebook
     num_codebooks: int = 8
 
     @classmethod
     def from_config(cls, config, tokenizer) -> AudioTokens:
-        "Read the ids from a model's `config` and check that `tokenizer` gives the same; `ValueError` if not."
-        missing = [t for t in SPECIAL_TOKENS if tokenizer.encode(t, add_special_tokens=False) != [tokenizer.convert_tokens_to_ids(t)]]
-        if missing: raise ValueError(f"the tokenizer has no single token for {missing}: it is not the tokenizer of a Higgs Audio V2 model")
+        """Read the ids from a model's `config` and check that `tokenizer` gives the same;
+        `ValueError` if not.
+        """
+        missing = [
+            t
+            for t in SPECIAL_TOKENS
+            if tokenizer.encode(t, add_special_tokens=False) != [tokenizer.convert_tokens_to_ids(t)]
+        ]
+        if missing:
+            raise ValueError(
+                f"the tokenizer has no single token for {missing}: it is not the "
+                "tokenizer of a Higgs Audio V2 model"
+            )
         rows = getattr(config, "vocab_size", len(tokenizer))
         if len(tokenizer) > rows:
             beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
-            raise ValueError(f"the tokenizer has {len(beyond)} tokens beyond the model's vocab_size {rows}: {', '.join(t for _, t in beyond[:5])}. Take the tokenizer "
-                             "of the base, or call model.resize_token_embeddings(len(tokenizer)) before adding an adapter")
-        ids = {name: tokenizer.convert_tokens_to_ids(name) for name in (AUDIO_OUT, AUDIO_DELAY, "<|audio_out_bos|>")}
-        wanted = {AUDIO_OUT: config.audio_token_id, AUDIO_DELAY: config.audio_delay_token_id, "<|audio_out_bos|>": config.audio_bos_token_id}
-        if ids != wanted: raise ValueError(f"tokenizer and model disagree: the tokenizer says {ids}, the model's config {wanted}")
+            raise ValueError(
+                f"the tokenizer has {len(beyond)} tokens beyond the model's vocab_size "
+                f"{rows}: {', '.join(t for _, t in beyond[:5])}. Take the tokenizer "
+                "of the base, or call model.resize_token_embeddings(len(tokenizer)) "
+                "before adding an adapter"
+            )
+        ids = {
+            name: tokenizer.convert_tokens_to_ids(name)
+            for name in (AUDIO_OUT, AUDIO_DELAY, "<|audio_out_bos|>")
+        }
+        wanted = {
+            AUDIO_OUT: config.audio_token_id,
+            AUDIO_DELAY: config.audio_delay_token_id,
+            "<|audio_out_bos|>": config.audio_bos_token_id,
+        }
+        if ids != wanted:
+            raise ValueError(
+                f"tokenizer and model disagree: the tokenizer says {ids}, the model's "
+                f"config {wanted}"
+            )
         if config.codebook_size <= config.audio_stream_eos_id:
-            raise ValueError(f"codebook_size is {config.codebook_size} but must also hold the stream ids {config.audio_stream_bos_id} and "
-                             f"{config.audio_stream_eos_id}: set codebook_size={config.audio_stream_eos_id + 1}")
-        return cls(tokenizer.convert_tokens_to_ids(AUDIO_IN), config.audio_token_id, config.audio_delay_token_id, config.pad_token_id,
-                   config.audio_stream_bos_id, config.audio_stream_eos_id, config.num_codebooks)
+            raise ValueError(
+                f"codebook_size is {config.codebook_size} but must also hold the stream "
+                f"ids {config.audio_stream_bos_id} and "
+                f"{config.audio_stream_eos_id}: set codebook_size={config.audio_stream_eos_id + 1}"
+            )
+        return cls(
+            tokenizer.convert_tokens_to_ids(AUDIO_IN),
+            config.audio_token_id,
+            config.audio_delay_token_id,
+            config.pad_token_id,
+            config.audio_stream_bos_id,
+            config.audio_stream_eos_id,
+            config.num_codebooks,
+        )
 
 # %% ../nbs/03_samples.ipynb #da8d3307
-def delay_pattern(codes: Tensor,  # (codebooks, frames), clips one after the other
-                  lengths: Tensor,  # (clips,) frames of each clip
-                  bos: int,  # code that opens a clip
-                  eos: int,  # code that ends a clip
-                  delay: bool = True,  # False: wrap without shifting
-                  ) -> tuple[Tensor, Tensor]:
-    """Wrap clips in `bos` and `eos` and shift codebook k by k frames; returns `(audio_ids, audio_labels)`, both
-    `(sum(lengths) + clips * (codebooks + 1), codebooks)`, without `delay` `(sum(lengths) + clips * 2, codebooks)`.
-    The pattern is that of MusicGen (Copet et al. 2023, arXiv:2306.05284)."""
+def delay_pattern(
+    codes: Tensor,  # (codebooks, frames), clips one after the other
+    lengths: Tensor,  # (clips,) frames of each clip
+    bos: int,  # code that opens a clip
+    eos: int,  # code that ends a clip
+    delay: bool = True,  # False: wrap without shifting
+) -> tuple[Tensor, Tensor]:
+    """Wrap clips in `bos` and `eos` and shift codebook k by k frames; returns `(audio_ids,
+    audio_labels)`, both `(sum(lengths) + clips * (codebooks + 1), codebooks)`, without `delay`
+    `(sum(lengths) + clips * 2, codebooks)`. The pattern is that of MusicGen (Copet et al. 2023,
+    arXiv:2306.05284).
+    """
     shift = np.arange(len(codes)) if delay else np.zeros(len(codes), int)
     codes, lengths = codes.numpy(), lengths.numpy()
     frames = lengths + 2 + shift[-1]  # (clips,) of the wrapped clips
-    entry = np.arange(frames.sum()) - (frames.cumsum() - frames).repeat(frames) - shift[:, None]  # (codebooks, out_frames)
+    entry = (
+        np.arange(frames.sum()) - (frames.cumsum() - frames).repeat(frames) - shift[:, None]
+    )  # (codebooks, out_frames)
     last = (lengths + 1).repeat(frames)
     is_code = (entry > 0) & (entry < last)
     audio_ids = np.where(entry < 1, bos, eos)
     audio_ids[is_code] = codes.reshape(-1)  # codebook by codebook, each in its own order
-    return torch.from_numpy(audio_ids.T), torch.from_numpy(np.where(is_code | (entry == last), audio_ids, IGNORE).T)
+    return torch.from_numpy(audio_ids.T), torch.from_numpy(
+        np.where(is_code | (entry == last), audio_ids, IGNORE).T
+    )
 
 # %% ../nbs/03_samples.ipynb #7086a18a
-def undelay(audio_ids: Tensor,  # (frames, codebooks) as generated, with or without the leading BOS frame
-            bos: int,  # code that opens a codebook's stream, 1024
-            eos: int) -> tuple[Tensor, bool]:  # code that ends it, 1025
+def undelay(
+    audio_ids: Tensor,  # (frames, codebooks) as generated, with or without the leading BOS frame
+    bos: int,  # code that opens a codebook's stream, 1024
+    eos: int,
+) -> tuple[Tensor, bool]:  # code that ends it, 1025
     """Undo `delay_pattern` on one clip; returns `(codes (codebooks, frames), stopped)`.
 
-    `stopped` is False if EOS never came in codebook 0, or if not all frames before it could be kept."""
+    `stopped` is False if EOS never came in codebook 0, or if not all frames before it could be
+    kept.
+    """
     n = audio_ids.shape[1]
-    if len(audio_ids) and (audio_ids[0] == bos).all(): audio_ids = audio_ids[1:]
+    if len(audio_ids) and (audio_ids[0] == bos).all():
+        audio_ids = audio_ids[1:]
     frames = max(len(audio_ids) - n + 1, 0)
-    codes = torch.stack([audio_ids[k:k + frames, k] for k in range(n)])
+    codes = torch.stack([audio_ids[k : k + frames, k] for k in range(n)])
     ends = ((codes == eos) | (codes == bos)).any(0).nonzero().flatten()
     kept = int(ends[0]) if len(ends) else frames
     end = (audio_ids[:, 0] == eos).nonzero().flatten()
@@ -123,61 +220,108 @@ def undelay(audio_ids: Tensor,  # (frames, codebooks) as generated, with or with
 # %% ../nbs/03_samples.ipynb #1e2bf119
 SCENE = ("\n\n<|scene_desc_start|>\n", "\n<|scene_desc_end|>")
 
+
 class SceneMark(Text):
     "The marks around a scene: text of the family, not of a user."
 
+
 def merge_scene(messages: tuple) -> list[tuple[int, str, tuple, str | None]]:
-    "The turns `(index, role, content, recipient)` with each scene written into the system turn before it."
+    """The turns `(index, role, content, recipient)` with each scene written into the system turn
+    before it.
+    """
     turns = []
     for i, m in enumerate(messages):
-        if m.role != "scene": turns.append((i, m.role, m.content, m.recipient)); continue
+        if m.role != "scene":
+            turns.append((i, m.role, m.content, m.recipient))
+            continue
         before = turns.pop() if turns and turns[-1][1] == "system" else (i, "system", (), None)
         opening = SCENE[0] if before[2] else SCENE[0].lstrip("\n")
-        turns.append((before[0], "system", (*before[2], SceneMark(opening), *m.content, SceneMark(SCENE[1])), None))
+        turns.append(
+            (
+                before[0],
+                "system",
+                (*before[2], SceneMark(opening), *m.content, SceneMark(SCENE[1])),
+                None,
+            )
+        )
     return turns
 
-def special_ids(tokenizer,  # a fast tokenizer
-                ) -> frozenset[int]:
+
+def special_ids(
+    tokenizer,  # a fast tokenizer
+) -> frozenset[int]:
     "The ids that a tokenizer keeps for its own marks, such as the end of a turn."
     added = tokenizer.added_tokens_decoder
     return frozenset(i for i, token in added.items() if token.special)
 
-def _encode_words(text: str, tokenizer, special: frozenset[int], conversation: Conversation) -> list[int]:
-    "The ids of a user's text, which are never those of a mark: a mark in a text would end or forge a turn."
+
+def _encode_words(
+    text: str, tokenizer, special: frozenset[int], conversation: Conversation
+) -> list[int]:
+    """The ids of a user's text, which are never those of a mark: a mark in a text would end or
+    forge a turn.
+    """
     ids = tokenizer.encode(text, add_special_tokens=False)
     marks = special.intersection(ids)
     if marks:
         mark = tokenizer.convert_ids_to_tokens(min(marks))
-        raise CorpusError(Problem(f"a text holds {mark!r}, one of the model's own marks, which could end or "
-                                  "forge a turn", "leave it out or write it in other signs",
-                                  conversation.source, conversation.id))
+        raise CorpusError(
+            Problem(
+                f"a text holds {mark!r}, one of the model's own marks, which could end or "
+                "forge a turn",
+                "leave it out or write it in other signs",
+                conversation.source,
+                conversation.id,
+            )
+        )
     return ids
 
-def prepare_chatml_sample(conversation: Conversation | dict,  # ChatML; a dict is read by `Conversation.from_dict`
-                          tokenizer) -> tuple[list[int], list[int], list[Audio], str | None]:  # a fast tokenizer that knows `SPECIAL_TOKENS`
-    """Tokenize a conversation, one placeholder a recording; returns `(input_ids, label_ids, audios, speaker)`, both id lists
-    `(tokens,)`, audios in order of their placeholders. The rules are those of the original `prepare_chatml_sample`."""
-    if isinstance(conversation, dict): conversation = Conversation.from_dict(conversation)
+
+def prepare_chatml_sample(
+    conversation: Conversation | dict,  # ChatML; a dict is read by `Conversation.from_dict`
+    # a fast tokenizer that knows `SPECIAL_TOKENS`
+    tokenizer,
+) -> tuple[list[int], list[int], list[Audio], str | None]:
+    """Tokenize a conversation, one placeholder a recording; returns `(input_ids, label_ids,
+    audios, speaker)`, both id lists `(tokens,)`, audios in order of their placeholders. The
+    rules are those of the original `prepare_chatml_sample`.
+    """
+    if isinstance(conversation, dict):
+        conversation = Conversation.from_dict(conversation)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
     special = special_ids(tokenizer)
+
     def words(text):
         return _encode_words(text, tokenizer, special, conversation)
+
     input_ids, label_ids = [], []
+
     def add(ids, trained):
         input_ids.extend(ids)
         label_ids.extend(ids if trained else [IGNORE] * len(ids))
+
     turns = merge_scene(conversation.messages)
     for n, (index, role, content, recipient) in enumerate(turns):
         trained = role == "assistant" and index >= (conversation.start_index or 0)
         words(role)
-        add(encode("<|begin_of_text|>" * (n == 0) + f"<|start_header_id|>{role}<|end_header_id|>\n\n"), False)
+        add(
+            encode(
+                "<|begin_of_text|>" * (n == 0) + f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+            ),
+            False,
+        )
         words(recipient or "")
-        if recipient: add(encode(f"{recipient}<|recipient|>"), trained)
+        if recipient:
+            add(encode(f"{recipient}<|recipient|>"), trained)
         for part in content:
-            if isinstance(part, SceneMark): add(encode(part.text), trained)
-            elif isinstance(part, Text): add(words(part.text), trained)
-            elif role == "assistant": add(encode(f"<|audio_out_bos|>{AUDIO_OUT}<|audio_eos|>"), trained)
-            else: add(encode(f"<|audio_bos|>{AUDIO_IN}<|audio_eos|>"), False)
+            if isinstance(part, SceneMark):
+                add(encode(part.text), trained)
+            elif isinstance(part, Text):
+                add(words(part.text), trained)
+            elif role == "assistant":
+                add(encode(f"<|audio_out_bos|>{AUDIO_OUT}<|audio_eos|>"), trained)
+            else:
+                add(encode(f"<|audio_bos|>{AUDIO_IN}<|audio_eos|>"), False)
         more = role == "assistant" and n + 1 < len(turns) and turns[n + 1][1] == "assistant"
         add(encode("<|eom_id|>" if more else "<|eot_id|>"), trained)
     return input_ids, label_ids, list(conversation.audio), conversation.speaker
@@ -185,23 +329,39 @@ def prepare_chatml_sample(conversation: Conversation | dict,  # ChatML; a dict i
 # %% ../nbs/03_samples.ipynb #9d66b643
 @dataclass
 class ChatMLDatasetSample:
-    "An encoded conversation with one placeholder a recording; field names as in the original implementation."
+    """An encoded conversation with one placeholder a recording; field names as in the original
+    implementation.
+    """
+
     input_ids: Tensor  # (tokens,)
     label_ids: Tensor | None  # (tokens,), -100 = not supervised; None: no labels
-    audio_ids_concat: Tensor  # (codebooks, frames) of all recordings, in order of their placeholders
+    audio_ids_concat: (
+        Tensor  # (codebooks, frames) of all recordings, in order of their placeholders
+    )
     audio_ids_start: Tensor  # (recordings,) first frame of each
-    audio_waveforms_concat: Tensor  # (samples,) of the recordings that are heard, for the Whisper tower
+    audio_waveforms_concat: (
+        Tensor  # (samples,) of the recordings that are heard, for the Whisper tower
+    )
     audio_waveforms_start: Tensor  # (waveforms,)
     audio_sample_rate: Tensor  # (waveforms,) in Hz
     audio_speaker_indices: Tensor  # (recordings,), -1 = unknown
-    audio_label_ids_concat: Tensor | None = None  # (codebooks, frames), only for codes that are already delayed
+    audio_label_ids_concat: Tensor | None = (
+        None  # (codebooks, frames), only for codes that are already delayed
+    )
     reward: float | None = None
 
     @classmethod
     def wrap(cls, sample) -> ChatMLDatasetSample:
-        "Take the fields from an object's attributes or from a mapping; the tensors are shared, not copied."
-        if isinstance(sample, cls): return sample
-        get = sample.get if hasattr(sample, "get") else lambda name, default: getattr(sample, name, default)
+        """Take the fields from an object's attributes or from a mapping; the tensors are shared,
+        not copied.
+        """
+        if isinstance(sample, cls):
+            return sample
+        get = (
+            sample.get
+            if hasattr(sample, "get")
+            else lambda name, default: getattr(sample, name, default)
+        )
         return cls(**{f.name: get(f.name, None) for f in fields(cls)})
 
     @cached_property
@@ -213,151 +373,307 @@ class ChatMLDatasetSample:
     def codes(self, index: int) -> Tensor:
         "(codebooks, frames) of recording `index`."
         start = int(self.audio_ids_start[index])
-        return self.audio_ids_concat[:, start:start + int(self.code_lengths[index])]
+        return self.audio_ids_concat[:, start : start + int(self.code_lengths[index])]
 
 # %% ../nbs/03_samples.ipynb #466cdf2d
-def encode_conversation(conversation: Conversation,  # text and recordings, turn by turn
-                        tokenizer,  # a fast tokenizer that knows `SPECIAL_TOKENS`
-                        codes: list[Tensor],  # of each recording, (codebooks, frames), in order
-                        waveforms: dict[int, tuple[Tensor, int]] | None = None,  # for the Whisper tower: recording -> ((samples,), Hz)
-                        ) -> ChatMLDatasetSample:
+def encode_conversation(
+    conversation: Conversation,  # text and recordings, turn by turn
+    tokenizer,  # a fast tokenizer that knows `SPECIAL_TOKENS`
+    codes: list[Tensor],  # of each recording, (codebooks, frames), in order
+    # for the Whisper tower: recording -> ((samples,), Hz)
+    waveforms: dict[int, tuple[Tensor, int]] | None = None,
+) -> ChatMLDatasetSample:
     "Join the tokens of a conversation with the codes of its recordings."
     input_ids, label_ids, audios, _ = prepare_chatml_sample(conversation, tokenizer)
-    if len(codes) != len(audios): raise ValueError(f"conversation {conversation.id} has {len(audios)} recordings, got codes for {len(codes)}")
+    if len(codes) != len(audios):
+        raise ValueError(
+            f"conversation {conversation.id} has {len(audios)} recordings, got codes "
+            f"for {len(codes)}"
+        )
     empty = [i for i, c in enumerate(codes) if c.shape[-1] == 0]
-    if empty: raise ValueError(f"conversation {conversation.id} ({conversation.source}): recording {empty[0]} has no frames")
+    if empty:
+        raise ValueError(
+            f"conversation {conversation.id} ({conversation.source}): recording "
+            f"{empty[0]} has no frames"
+        )
     start = torch.tensor([0, *[c.shape[1] for c in codes]], dtype=torch.long).cumsum(0)[:-1]
     heard = list((waveforms or {}).values())
     return ChatMLDatasetSample(
-        torch.tensor(input_ids), torch.tensor(label_ids), torch.cat(codes, 1).long() if codes else torch.zeros(0, 0, dtype=torch.long), start,
+        torch.tensor(input_ids),
+        torch.tensor(label_ids),
+        torch.cat(codes, 1).long() if codes else torch.zeros(0, 0, dtype=torch.long),
+        start,
         torch.cat([w for w, _ in heard]) if heard else torch.zeros(0),
         torch.tensor([0, *[len(w) for w, _ in heard]], dtype=torch.long).cumsum(0)[:-1],
-        torch.tensor([rate for _, rate in heard], dtype=torch.long), torch.full((len(codes),), -1))
+        torch.tensor([rate for _, rate in heard], dtype=torch.long),
+        torch.full((len(codes),), -1),
+    )
 
 # %% ../nbs/03_samples.ipynb #730d1521
-def whisper_extractor(config,  # of the model
-                      ) -> WhisperFeatureExtractor | None:
-    "What turns a waveform into the log-mel features that the model's tower reads; None if it has no tower."
-    if not getattr(config, "encode_whisper_embed", False): return None
+def whisper_extractor(
+    config,  # of the model
+) -> WhisperFeatureExtractor | None:
+    """What turns a waveform into the log-mel features that the model's tower reads; None if it has
+    no tower.
+    """
+    if not getattr(config, "encode_whisper_embed", False):
+        return None
     settings = config.whisper_config
-    return WhisperFeatureExtractor(feature_size=settings["num_mel_bins"], chunk_length=settings["max_source_positions"] // 50)
+    return WhisperFeatureExtractor(
+        feature_size=settings["num_mel_bins"], chunk_length=settings["max_source_positions"] // 50
+    )
+
 
 def sample_options(config) -> dict:  # of a model, a `HiggsAudioV2Config`
-    "How a checkpoint reads recordings, as arguments of `SampleDataset` and `expand`: what its config says, and as the released one where it says nothing."
-    return dict(delay=getattr(config, "use_delay_pattern", True), extractor=whisper_extractor(config), audio_in_codes=getattr(config, "encode_audio_in_tokens", True))
+    """How a checkpoint reads recordings, as arguments of `SampleDataset` and `expand`: what its
+    config says, and as the released one where it says nothing.
+    """
+    return dict(
+        delay=getattr(config, "use_delay_pattern", True),
+        extractor=whisper_extractor(config),
+        audio_in_codes=getattr(config, "encode_audio_in_tokens", True),
+    )
 
-def whisper_frames(samples: int,  # of a chunk
-                   hop: int = 160) -> int:  # samples from one mel frame to the next
-    "Features that the tower makes of a chunk, one in 40 ms: a convolution halves the mel frames rounding up, a pooling halves those rounding down."
+
+def whisper_frames(
+    samples: int,  # of a chunk
+    hop: int = 160,
+) -> int:  # samples from one mel frame to the next
+    """Features that the tower makes of a chunk, one in 40 ms: a convolution halves the mel frames
+    rounding up, a pooling halves those rounding down.
+    """
     return (-(-samples // hop) + 1) // 4
 
-def chunk_heard(sample: ChatMLDatasetSample,
-                spoken: np.ndarray,  # (recordings,) bool, those that have codes
-                audio_in: int, sampling_rate: int,  # Whisper's, in Hz
-                size: int,  # samples of a chunk, at most
-                ) -> tuple[ChatMLDatasetSample, list[np.ndarray]]:
-    "Divide long recordings that are heard: the sample with as many placeholders as chunks, and the chunks' waveforms at Whisper's rate."
+
+def chunk_heard(
+    sample: ChatMLDatasetSample,
+    spoken: np.ndarray,  # (recordings,) bool, those that have codes
+    audio_in: int,
+    sampling_rate: int,  # Whisper's, in Hz
+    size: int,  # samples of a chunk, at most
+) -> tuple[ChatMLDatasetSample, list[np.ndarray]]:
+    """Divide long recordings that are heard: the sample with as many placeholders as chunks, and
+    the chunks' waveforms at Whisper's rate.
+    """
     heard = (sample.input_ids == audio_in).nonzero().flatten().tolist()
     waves, bounds = [], [*sample.audio_waveforms_start.tolist(), None] if heard else []
     for start, end, rate in zip(bounds, bounds[1:], sample.audio_sample_rate.tolist()):
         wave = sample.audio_waveforms_concat[start:end].cpu().numpy()
-        waves.append(wave if rate == sampling_rate else soxr.resample(wave, rate, sampling_rate, quality="HQ"))
-    if len(waves) < len(heard): raise ValueError(f"a sample hears {len(heard)} recordings and has {len(waves)} waveforms, which Whisper needs")
-    pieces = [[w[i:i + size] for i in range(0, max(len(w), 1), size)] for w in waves[:len(heard)]]
-    return (repeat_heard(sample, spoken, heard, pieces) if any(len(p) > 1 for p in pieces) else sample), list(chain(*pieces))
+        waves.append(
+            wave
+            if rate == sampling_rate
+            else soxr.resample(wave, rate, sampling_rate, quality="HQ")
+        )
+    if len(waves) < len(heard):
+        raise ValueError(
+            f"a sample hears {len(heard)} recordings and has {len(waves)} waveforms, "
+            "which Whisper needs"
+        )
+    pieces = [
+        [w[i : i + size] for i in range(0, max(len(w), 1), size)] for w in waves[: len(heard)]
+    ]
+    return (
+        repeat_heard(sample, spoken, heard, pieces) if any(len(p) > 1 for p in pieces) else sample
+    ), list(chain(*pieces))
 
-def repeat_heard(sample: ChatMLDatasetSample, spoken: np.ndarray, heard: list[int], pieces: list[list]) -> ChatMLDatasetSample:
-    "A copy of the sample with the three tokens of each recording, and the start of its codes, once for every chunk."
+
+def repeat_heard(
+    sample: ChatMLDatasetSample, spoken: np.ndarray, heard: list[int], pieces: list[list]
+) -> ChatMLDatasetSample:
+    """A copy of the sample with the three tokens of each recording, and the start of its codes,
+    once for every chunk.
+    """
     order, last = [], 0
     for position, chunks in zip(heard, pieces):
-        order += [*range(last, position - 1), *([position - 1, position, position + 1] * len(chunks))]
+        order += [
+            *range(last, position - 1),
+            *([position - 1, position, position + 1] * len(chunks)),
+        ]
         last = position + 2
     order = torch.tensor([*order, *range(last, len(sample.input_ids))])
     starts, shares = [], iter(pieces)
-    for start, length, is_spoken in zip(sample.audio_ids_start.tolist(), sample.code_lengths.tolist(), spoken.tolist()):
+    for start, length, is_spoken in zip(
+        sample.audio_ids_start.tolist(), sample.code_lengths.tolist(), spoken.tolist()
+    ):
         ends = [1] if is_spoken else np.cumsum([len(c) for c in next(shares)]).tolist()
         starts += [start, *(start + round(length * end / ends[-1]) for end in ends[:-1])]
-    return replace(sample, input_ids=sample.input_ids[order], label_ids=None if sample.label_ids is None else sample.label_ids[order], audio_ids_start=torch.tensor(starts))
+    return replace(
+        sample,
+        input_ids=sample.input_ids[order],
+        label_ids=None if sample.label_ids is None else sample.label_ids[order],
+        audio_ids_start=torch.tensor(starts),
+    )
 
 # %% ../nbs/03_samples.ipynb #54ea4e71
 @dataclass
 class Sample:
-    "A conversation as transformers' model reads it: one placeholder a frame, codes delayed, labels by the rule above."
+    """A conversation as transformers' model reads it: one placeholder a frame, codes delayed,
+    labels by the rule above.
+    """
+
     input_ids: Tensor  # (tokens,) int64
     labels: Tensor  # (tokens,) -100 = not supervised
     audio_ids: Tensor  # (frames, codebooks) int64, delayed, with BOS and EOS
     audio_labels: Tensor  # (frames, codebooks) -100 = not supervised
     id: str = ""
-    waveforms: list[np.ndarray] = field(default_factory=list)  # (samples,) of each chunk that Whisper hears, at its rate
+    waveforms: list[np.ndarray] = field(
+        default_factory=list
+    )  # (samples,) of each chunk that Whisper hears, at its rate
 
-    def __len__(self): return len(self.input_ids)
+    def __len__(self):
+        return len(self.input_ids)
 
-def expand(sample: ChatMLDatasetSample,  # one placeholder a recording
-           tokens: AudioTokens,  # placeholders, BOS and EOS of the model
-           id: str = "",  # named in errors
-           delay: bool = True,  # as the checkpoint was trained
-           audio_in_codes: bool = True,  # False: what is heard has no frames, as when only a Whisper tower hears it
-           extractor: WhisperFeatureExtractor | None = None,  # of `whisper_extractor`: what is heard has a place for each feature too, before its frames
-           ) -> Sample:
-    "Write out the frames; a recording is supervised if its `<|AUDIO_OUT|>` label is, recordings that are heard never are."
-    def placeholders(ids): return ids[(ids == tokens.audio_in) | (ids == tokens.audio_out)] == tokens.audio_out  # (clips,) is it spoken
+
+def expand(
+    sample: ChatMLDatasetSample,  # one placeholder a recording
+    tokens: AudioTokens,  # placeholders, BOS and EOS of the model
+    id: str = "",  # named in errors
+    delay: bool = True,  # as the checkpoint was trained
+    # False: what is heard has no frames, as when only a Whisper tower hears it
+    audio_in_codes: bool = True,
+    # of `whisper_extractor`: what is heard has a place for each feature too, before its frames
+    extractor: WhisperFeatureExtractor | None = None,
+) -> Sample:
+    """Write out the frames; a recording is supervised if its `<|AUDIO_OUT|>` label is, recordings
+    that are heard never are.
+    """
+
+    def placeholders(ids):
+        return (
+            ids[(ids == tokens.audio_in) | (ids == tokens.audio_out)] == tokens.audio_out
+        )  # (clips,) is it spoken
+
     spoken, waves = placeholders(sample.input_ids.numpy()), []
-    if len(spoken) != len(sample.code_lengths): raise ValueError(f"sample {id!r} has {len(spoken)} audio placeholders and codes for {len(sample.code_lengths)} recordings")
-    if extractor is not None: sample, waves = chunk_heard(sample, spoken, tokens.audio_in, extractor.sampling_rate, extractor.n_samples)
+    if len(spoken) != len(sample.code_lengths):
+        raise ValueError(
+            f"sample {id!r} has {len(spoken)} audio placeholders and codes for "
+            f"{len(sample.code_lengths)} recordings"
+        )
+    if extractor is not None:
+        sample, waves = chunk_heard(
+            sample, spoken, tokens.audio_in, extractor.sampling_rate, extractor.n_samples
+        )
     ids, lengths = sample.input_ids.numpy(), sample.code_lengths
     spoken, is_clip = placeholders(ids), (ids == tokens.audio_in) | (ids == tokens.audio_out)
     labels = sample.label_ids.numpy() if sample.label_ids is not None else np.full_like(ids, IGNORE)
     coded = spoken | audio_in_codes
-    codes = sample.audio_ids_concat[:tokens.num_codebooks] if len(lengths) else torch.zeros(tokens.num_codebooks, 0, dtype=torch.long)
-    if not coded.all(): codes = codes[:, torch.from_numpy(coded.repeat(lengths))]
-    audio_ids, audio_labels = delay_pattern(codes, torch.from_numpy(lengths[coded]), tokens.stream_bos, tokens.stream_eos, delay)
-    frames, features = (lengths + (tokens.num_codebooks + 1 if delay else 2)) * coded, np.zeros_like(lengths)  # (clips,)
-    if waves: features[~spoken] = [whisper_frames(len(w), extractor.hop_length) for w in waves]
+    codes = (
+        sample.audio_ids_concat[: tokens.num_codebooks]
+        if len(lengths)
+        else torch.zeros(tokens.num_codebooks, 0, dtype=torch.long)
+    )
+    if not coded.all():
+        codes = codes[:, torch.from_numpy(coded.repeat(lengths))]
+    audio_ids, audio_labels = delay_pattern(
+        codes, torch.from_numpy(lengths[coded]), tokens.stream_bos, tokens.stream_eos, delay
+    )
+    frames, features = (
+        (lengths + (tokens.num_codebooks + 1 if delay else 2)) * coded,
+        np.zeros_like(lengths),
+    )  # (clips,)
+    if waves:
+        features[~spoken] = [whisper_frames(len(w), extractor.hop_length) for w in waves]
     repeats = np.ones_like(ids)
     repeats[is_clip] = features + frames
     in_clip = is_clip.repeat(repeats)
     is_frame = np.zeros_like(in_clip)
-    is_frame[in_clip] = np.tile([False, True], len(frames)).repeat(np.stack([features, frames], 1).flatten())
-    from_end = frames.cumsum().repeat(frames) - np.arange(frames.sum()) - 1  # 0 at the last frame of a clip
+    is_frame[in_clip] = np.tile([False, True], len(frames)).repeat(
+        np.stack([features, frames], 1).flatten()
+    )
+    from_end = (
+        frames.cumsum().repeat(frames) - np.arange(frames.sum()) - 1
+    )  # 0 at the last frame of a clip
     input_ids = ids.repeat(repeats)
-    input_ids[is_frame] = np.where(from_end < tokens.num_codebooks - 1, tokens.audio_delay, tokens.audio_out)
+    input_ids[is_frame] = np.where(
+        from_end < tokens.num_codebooks - 1, tokens.audio_delay, tokens.audio_out
+    )
     trained = (spoken & (labels[is_clip] != IGNORE)).repeat(frames)
-    return Sample(torch.from_numpy(input_ids), torch.from_numpy(np.where(in_clip, IGNORE, labels.repeat(repeats))), audio_ids,
-                  audio_labels.masked_fill(torch.from_numpy(~trained)[:, None], IGNORE), id, waves)
+    return Sample(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(np.where(in_clip, IGNORE, labels.repeat(repeats))),
+        audio_ids,
+        audio_labels.masked_fill(torch.from_numpy(~trained)[:, None], IGNORE),
+        id,
+        waves,
+    )
 
 # %% ../nbs/03_samples.ipynb #cc73c3b1
 class SampleDataset(torch.utils.data.Dataset):
-    "Conversations as `Sample`s. `store` gives the codes of a recording: `get(Audio) -> (codebooks, frames)`, see `higgs_nb.codec.CodeStore`."
-    def __init__(self, conversations: list[Conversation],  # as `load_corpus` gives them
-                 tokenizer,  # a fast tokenizer that knows `SPECIAL_TOKENS`
-                 store,  # gives the codes of recordings: a `CodeStore`
-                 tokens: AudioTokens,  # placeholders, BOS and EOS of the model
-                 delay: bool = True,  # of the codebooks, as the checkpoint was trained
-                 extractor: WhisperFeatureExtractor | None = None,  # of `whisper_extractor`: recordings that are heard bring their waveforms
-                 audio_in_codes: bool = True):  # False: recordings that are heard bring no codes
-        self.conversations, self.tokenizer, self.store, self.tokens, self.delay = list(conversations), tokenizer, store, tokens, delay
+    """Conversations as `Sample`s. `store` gives the codes of a recording: `get(Audio) ->
+    (codebooks, frames)`, see `higgs_nb.codec.CodeStore`.
+    """
+
+    def __init__(
+        self,
+        conversations: list[Conversation],  # as `load_corpus` gives them
+        tokenizer,  # a fast tokenizer that knows `SPECIAL_TOKENS`
+        store,  # gives the codes of recordings: a `CodeStore`
+        tokens: AudioTokens,  # placeholders, BOS and EOS of the model
+        delay: bool = True,  # of the codebooks, as the checkpoint was trained
+        # of `whisper_extractor`: recordings that are heard bring their waveforms
+        extractor: WhisperFeatureExtractor | None = None,
+        audio_in_codes: bool = True,
+    ):  # False: recordings that are heard bring no codes
+        self.conversations, self.tokenizer, self.store, self.tokens, self.delay = (
+            list(conversations),
+            tokenizer,
+            store,
+            tokens,
+            delay,
+        )
         self.extractor, self.audio_in_codes = extractor, audio_in_codes
 
-    def __len__(self): return len(self.conversations)
+    def __len__(self):
+        return len(self.conversations)
 
     def encoded(self, index: int) -> ChatMLDatasetSample:
         "Conversation `index` with one placeholder a recording."
         return encode_with(self.conversations[index], self.tokenizer, self.store, self.extractor)
 
     def __getitem__(self, index: int) -> Sample:
-        return expand(self.encoded(index), self.tokens, self.conversations[index].id, self.delay, self.audio_in_codes, self.extractor)
+        return expand(
+            self.encoded(index),
+            self.tokens,
+            self.conversations[index].id,
+            self.delay,
+            self.audio_in_codes,
+            self.extractor,
+        )
 
     @cached_property
     def lengths(self) -> list[int]:
-        "Tokens of every sample, frames included: what a sampler needs to fill batches. Encodes whatever the store does not hold yet."
+        """Tokens of every sample, frames included: what a sampler needs to fill batches. Encodes
+        whatever the store does not hold yet.
+        """
         return [len(self[i]) for i in range(len(self))]
 
-def encode_with(conversation: Conversation,  # text and recordings, turn by turn
-                tokenizer,  # a fast tokenizer that knows `SPECIAL_TOKENS`
-                store,  # a `CodeStore`, or whatever has its `get`
-                extractor: WhisperFeatureExtractor | None = None) -> ChatMLDatasetSample:  # of `whisper_extractor`; None: no waveforms
-    "`encode_conversation` with codes from a store, and with the waveforms of what is heard where an `extractor` wants them."
-    heard = [m.role != "assistant" for m in conversation.messages for part in m.content if isinstance(part, Audio)]
-    def wave(audio): return torch.from_numpy(load_audio(audio, extractor.sampling_rate, None)), extractor.sampling_rate
-    waveforms = {i: wave(a) for i, (a, hears) in enumerate(zip(conversation.audio, heard)) if hears} if extractor else None
-    return encode_conversation(conversation, tokenizer, [store.get(a) for a in conversation.audio], waveforms)
+
+def encode_with(
+    conversation: Conversation,  # text and recordings, turn by turn
+    tokenizer,  # a fast tokenizer that knows `SPECIAL_TOKENS`
+    store,  # a `CodeStore`, or whatever has its `get`
+    extractor: WhisperFeatureExtractor | None = None,
+) -> ChatMLDatasetSample:  # of `whisper_extractor`; None: no waveforms
+    """`encode_conversation` with codes from a store, and with the waveforms of what is heard where
+    an `extractor` wants them.
+    """
+    heard = [
+        m.role != "assistant"
+        for m in conversation.messages
+        for part in m.content
+        if isinstance(part, Audio)
+    ]
+
+    def wave(audio):
+        return torch.from_numpy(
+            load_audio(audio, extractor.sampling_rate, None)
+        ), extractor.sampling_rate
+
+    waveforms = (
+        {i: wave(a) for i, (a, hears) in enumerate(zip(conversation.audio, heard)) if hears}
+        if extractor
+        else None
+    )
+    return encode_conversation(
+        conversation, tokenizer, [store.get(a) for a in conversation.audio], waveforms
+    )

@@ -17,7 +17,20 @@ import torch
 from torch import Tensor
 from safetensors import SafetensorError
 from .files import fsync
-from .manifest import HIDDEN, MANIFEST, NO_LOCKS, CheckpointReport, Manifest, hidden_name, inside, is_pickle, members, scan, validate_checkpoint, writer_of
+from higgs_nb.manifest import (
+    HIDDEN,
+    MANIFEST,
+    NO_LOCKS,
+    CheckpointReport,
+    Manifest,
+    hidden_name,
+    inside,
+    is_pickle,
+    members,
+    scan,
+    validate_checkpoint,
+    writer_of,
+)
 
 # %% auto #0
 __all__ = ['REMEDIES', 'Content', 'CHUNK', 'CheckpointError', 'free_bytes', 'explained', 'make_dirs', 'staging_directory', 'bits',
@@ -26,44 +39,84 @@ __all__ = ['REMEDIES', 'Content', 'CHUNK', 'CheckpointError', 'free_bytes', 'exp
            'is_finite', 'load_files', 'remove_directory', 'prune_checkpoints']
 
 # %% ../nbs/06c_saving.ipynb #e0e7a586
-REMEDIES = {errno.ENOSPC: "free space on this disk, or choose another output directory",
-            errno.EDQUOT: "your quota is used up: delete something, or choose another output directory",
-            errno.EFBIG: "a limit on the size of files is set: raise it (`ulimit -f`), or choose another file system",
-            errno.EROFS: "the disk is mounted read-only: choose another output directory",
-            errno.EACCES: "permission is missing: choose a directory that you own",
-            errno.EIO: "the disk reports errors: check it (`dmesg`) before you go on, and save elsewhere",
-            errno.EEXIST: "a file or directory of this name exists: choose another output directory, or move it away",
-            errno.ENOTEMPTY: "another writer was faster, or the directory is in use: give every run its own output directory",
-            errno.EINVAL: "this file system cannot do what a safe save needs (fsync, rename of directories): choose another",
-            errno.ENOTDIR: "part of this path is a file: choose another output directory",
-            errno.ENOENT: "the directory vanished while it was in use: find out who removes it"}
+REMEDIES = {
+    errno.ENOSPC: "free space on this disk, or choose another output directory",
+    errno.EDQUOT: "your quota is used up: delete something, or choose another output directory",
+    errno.EFBIG: (
+        "a limit on the size of files is set: raise it (`ulimit -f`), or choose another file system"
+    ),
+    errno.EROFS: "the disk is mounted read-only: choose another output directory",
+    errno.EACCES: "permission is missing: choose a directory that you own",
+    errno.EIO: "the disk reports errors: check it (`dmesg`) before you go on, and save elsewhere",
+    errno.EEXIST: (
+        "a file or directory of this name exists: choose another output directory, or move it away"
+    ),
+    errno.ENOTEMPTY: (
+        "another writer was faster, or the directory is in use: give every run its own "
+        "output directory"
+    ),
+    errno.EINVAL: (
+        "this file system cannot do what a safe save needs (fsync, rename of directories): "
+        "choose another"
+    ),
+    errno.ENOTDIR: "part of this path is a file: choose another output directory",
+    errno.ENOENT: "the directory vanished while it was in use: find out who removes it",
+}
+
 
 class CheckpointError(RuntimeError):
-    "A checkpoint could not be saved, or must not be loaded: `what`, `path`, `errno`, `free` bytes on that disk, and `remedy`."
-    def __init__(self, what: str, path: Path | None = None, cause: BaseException | None = None, remedy: str | None = None):
-        self.what, self.path, self.errno, self.free = what, path, _errno(cause), path and free_bytes(path)
+    """A checkpoint could not be saved, or must not be loaded: `what`, `path`, `errno`, `free`
+    bytes on that disk, and `remedy`.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        path: Path | None = None,
+        cause: BaseException | None = None,
+        remedy: str | None = None,
+    ):
+        self.what, self.path, self.errno, self.free = (
+            what,
+            path,
+            _errno(cause),
+            path and free_bytes(path),
+        )
         self.remedy = remedy or REMEDIES.get(self.errno)
         reason = cause and f"{type(cause).__name__}: {cause}"
-        where = path and f"{path}{'' if self.free is None else f' ({self.free / 1e6:,.1f} MB free)'}"
+        where = (
+            path and f"{path}{'' if self.free is None else f' ({self.free / 1e6:,.1f} MB free)'}"
+        )
         named = (("because", reason), ("path", where), ("remedy", self.remedy))
         super().__init__("\n".join([what, *(f"  {name}: {text}" for name, text in named if text)]))
+
 
 def _errno(cause: BaseException | None) -> int | None:
     "The error number of an OSError, or of the one that safetensors put into words."
     found = re.search(r"os error (\d+)", str(cause)) if isinstance(cause, SafetensorError) else None
     return int(found[1]) if found else getattr(cause, "errno", None)
 
+
 def free_bytes(path: Path) -> int | None:
-    "Bytes free for us on the disk of `path`, or of its nearest parent that exists; None if nobody can say."
+    """Bytes free for us on the disk of `path`, or of its nearest parent that exists; None if
+    nobody can say.
+    """
     for p in (path, *path.absolute().parents):
-        try: return shutil.disk_usage(p).free
-        except OSError: continue
+        try:
+            return shutil.disk_usage(p).free
+        except OSError:
+            continue
+
 
 @contextmanager
 def explained(what: str, path: Path) -> Iterator[None]:
-    "An error of the disk or of a format inside becomes a `CheckpointError` that says what was being done."
-    try: yield
-    except (OSError, SafetensorError, ValueError) as error: raise CheckpointError(what, path, error) from error
+    """An error of the disk or of a format inside becomes a `CheckpointError` that says what was
+    being done.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(what, path, error) from error
 
 # %% ../nbs/06c_saving.ipynb #76d825c2
 def make_dirs(directory: Path) -> None:
@@ -76,82 +129,133 @@ def make_dirs(directory: Path) -> None:
 # %% ../nbs/06c_saving.ipynb #db3bbaaf
 @contextmanager
 def staging_directory(path: Path) -> Iterator[Path]:
-    "A new, locked, hidden directory beside `path`. If the body fails it is removed, and if that fails too the error says so."
+    """A new, locked, hidden directory beside `path`. If the body fails it is removed, and if that
+    fails too the error says so.
+    """
     staging, lock = hidden_name(path, "saving"), None
     try:
         with explained("checkpoint not saved: its staging directory could not be made", path):
             make_dirs(path.parent)
             staging.mkdir()
             lock = os.open(staging, os.O_RDONLY)
-            try: fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:
-                if error.errno not in NO_LOCKS: raise  # without locks `writer_of` says 'unknown', and nobody removes what is unknown
+                if error.errno not in NO_LOCKS:
+                    # without locks `writer_of` says 'unknown', and nobody removes what is
+                    # unknown
+                    raise
         yield staging
     except BaseException as error:
-        try: staging.is_dir() and shutil.rmtree(staging)
-        except OSError as second: error.add_note(f"{staging} could not be removed either ({second}); it is hidden and never accepted")
+        try:
+            staging.is_dir() and shutil.rmtree(staging)
+        except OSError as second:
+            error.add_note(
+                f"{staging} could not be removed either ({second}); it is hidden and never accepted"
+            )
         raise
     finally:
-        if lock is not None: os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 # %% ../nbs/06c_saving.ipynb #5508fe2d
 Content = Mapping[str, Tensor] | bytes  # what a file is to hold
 CHUNK = 2**23  # bytes that are written or read at a time
 
+
 def bits(tensor: Tensor) -> Tensor:
     "The bytes of a tensor, uint8; a copy only if it is not contiguous or not on the CPU."
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
-def same_bits(a: Tensor,  # of any shape and dtype
-              b: Tensor) -> bool:  # held against it
+
+def same_bits(
+    a: Tensor,  # of any shape and dtype
+    b: Tensor,
+) -> bool:  # held against it
     "Whether two tensors have one dtype, one shape and the same bits."
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
 
 @cache
 def dtype_name(dtype: torch.dtype) -> str:
     "What safetensors calls a dtype, by its own word."
     return json.loads(safetensors.torch.save({"x": torch.empty(0, dtype=dtype)})[8:])["x"]["dtype"]
 
+
 def safetensors_parts(tensors: Mapping[str, Tensor]) -> tuple[list[memoryview], dict[str, dict]]:
-    "The bytes of a safetensors file in pieces, header first, and for the manifest name -> {'dtype', 'shape'}."
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # the widest first, so that all are aligned
-    table, ends = {name: dict(dtype=dtype_name(t.dtype), shape=list(t.shape)) for name, t in ordered}, [0]
-    for _, t in ordered: ends.append(ends[-1] + t.nbytes)
-    header = json.dumps({"__metadata__": {"format": "pt"}, **{name: table[name] | dict(data_offsets=ends[i:i + 2]) for i, name in enumerate(table)}}).encode()
+    """The bytes of a safetensors file in pieces, header first, and for the manifest name ->
+    {'dtype', 'shape'}.
+    """
+    ordered = sorted(
+        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
+    )  # the widest first, so that all are aligned
+    table, ends = (
+        {name: dict(dtype=dtype_name(t.dtype), shape=list(t.shape)) for name, t in ordered},
+        [0],
+    )
+    for _, t in ordered:
+        ends.append(ends[-1] + t.nbytes)
+    header = json.dumps(
+        {
+            "__metadata__": {"format": "pt"},
+            **{
+                name: table[name] | dict(data_offsets=ends[i : i + 2])
+                for i, name in enumerate(table)
+            },
+        }
+    ).encode()
     header += b" " * (-len(header) % 8)
-    return [memoryview(len(header).to_bytes(8, "little") + header), *(memoryview(bits(t).numpy()) for _, t in ordered)], table
+    return [
+        memoryview(len(header).to_bytes(8, "little") + header),
+        *(memoryview(bits(t).numpy()) for _, t in ordered),
+    ], table
+
 
 def pieces(parts: list[memoryview]) -> Iterator[tuple[int, memoryview]]:
     "`parts` in pieces of at most `CHUNK` bytes, each with where it lies in the file."
     at = 0
     for part in parts:
-        yield from ((at + i, part[i:i + CHUNK]) for i in range(0, len(part), CHUNK))
+        yield from ((at + i, part[i : i + CHUNK]) for i in range(0, len(part), CHUNK))
         at += len(part)
 
+
 def let_go(fd: int, at: int = 0, length: int = 0) -> None:
-    "Tell the system that this part of a file (0, 0: all) is not needed in memory: it begins to write what is not on the disk and forgets what is."
-    if hasattr(os, "posix_fadvise"): os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)
+    """Tell the system that this part of a file (0, 0: all) is not needed in memory: it begins to
+    write what is not on the disk and forgets what is.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)
+
 
 def difference(fd: int, parts: list[memoryview]) -> str | None:
     "Read an open file back: where it differs from `parts`, or None."
-    if (size := os.fstat(fd).st_size) != (expected := sum(map(len, parts))): return f"it has {size} bytes, not {expected}"
-    buffer = np.empty(CHUNK, np.uint8)  # one for all: memory that is new each time costs as much as the comparison
+    if (size := os.fstat(fd).st_size) != (expected := sum(map(len, parts))):
+        return f"it has {size} bytes, not {expected}"
+    buffer = np.empty(
+        CHUNK, np.uint8
+    )  # one for all: memory that is new each time costs as much as the comparison
     for at, piece in pieces(parts):
-        found = buffer[:len(piece)]
-        if os.preadv(fd, [found], at) != len(piece) or not np.array_equal(found, piece): return f"it differs from what was written, between bytes {at} and {at + len(piece)}"
+        found = buffer[: len(piece)]
+        if os.preadv(fd, [found], at) != len(piece) or not np.array_equal(found, piece):
+            return f"it differs from what was written, between bytes {at} and {at + len(piece)}"
+
 
 def write_file(path: Path, parts: list[memoryview]) -> dict:
-    "Write a new file, wait for the disk, and read it back: its size and the sha256 of what it was to hold. ValueError if it holds something else."
+    """Write a new file, wait for the disk, and read it back: its size and the sha256 of what it
+    was to hold. ValueError if it holds something else.
+    """
     digest, fd = hashlib.sha256(), os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     hashing = Thread(target=lambda: [digest.update(part) for part in parts])
     hashing.start()
     try:
         for at, piece in pieces(parts):
             rest = piece
-            while rest: rest = rest[os.write(fd, rest):]
+            while rest:
+                rest = rest[os.write(fd, rest) :]
             let_go(fd, at, len(piece))
         os.fsync(fd)
-        if odd := difference(fd, parts): raise ValueError(f"reading {path.name} back, {odd}")
+        if odd := difference(fd, parts):
+            raise ValueError(f"reading {path.name} back, {odd}")
         let_go(fd)
     finally:
         os.close(fd)
@@ -159,106 +263,193 @@ def write_file(path: Path, parts: list[memoryview]) -> dict:
     return dict(size=sum(map(len, parts)), sha256=digest.hexdigest())
 
 # %% ../nbs/06c_saving.ipynb #fda8d28d
-def save_checkpoint(path: Path | str, # the directory to be; it must not exist, or be empty
-                    contents: Mapping[str, Content], # relative path -> bytes, or tensors if it ends in .safetensors
-                    *, meta: dict, # goes into the manifest; anything that JSON can hold
-                    ) -> Manifest:
-    """Save a checkpoint that is whole or not there: staged, durable, read back, renamed. `CheckpointError` if the disk fails or holds
-    something else than was meant. Either way nothing bears the name `path`, unless only the last line failed: then the checkpoint is
-    whole, and may vanish if the power fails now."""
+def save_checkpoint(
+    path: Path | str,  # the directory to be; it must not exist, or be empty
+    # relative path -> bytes, or tensors if it ends in .safetensors
+    contents: Mapping[str, Content],
+    *,
+    meta: dict,  # goes into the manifest; anything that JSON can hold
+) -> Manifest:
+    """Save a checkpoint that is whole or not there: staged, durable, read back, renamed.
+    `CheckpointError` if the disk fails or holds something else than was meant. Either way
+    nothing bears the name `path`, unless only the last line failed: then the checkpoint is
+    whole, and may vanish if the power fails now.
+    """
     path, meta = Path(path), json.loads(json.dumps(meta))
-    if bad := [name for name, content in contents.items() if not inside(name) or name.endswith(".safetensors") != isinstance(content, Mapping)]:
-        raise CheckpointError(f"checkpoint not saved: {bad} cannot be files in it", path, remedy="a plain relative path; tensors in .safetensors, all else as bytes")
-    if bad := [name for name, content in contents.items() if isinstance(content, bytes) and is_pickle(name, content)]:
-        raise CheckpointError(f"checkpoint not saved: {bad} are pickles", path, remedy="store tensors as safetensors and all else as JSON")
+    if bad := [
+        name
+        for name, content in contents.items()
+        if not inside(name) or name.endswith(".safetensors") != isinstance(content, Mapping)
+    ]:
+        raise CheckpointError(
+            f"checkpoint not saved: {bad} cannot be files in it",
+            path,
+            remedy="a plain relative path; tensors in .safetensors, all else as bytes",
+        )
+    if bad := [
+        name
+        for name, content in contents.items()
+        if isinstance(content, bytes) and is_pickle(name, content)
+    ]:
+        raise CheckpointError(
+            f"checkpoint not saved: {bad} are pickles",
+            path,
+            remedy="store tensors as safetensors and all else as JSON",
+        )
     with explained("checkpoint not saved: its place cannot be looked at", path):
         taken = path.is_symlink() or path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if taken: raise CheckpointError("checkpoint not saved: its place is taken", path, remedy=REMEDIES[errno.EEXIST])
+    if taken:
+        raise CheckpointError(
+            "checkpoint not saved: its place is taken", path, remedy=REMEDIES[errno.EEXIST]
+        )
     with staging_directory(path) as staging:
         with explained("checkpoint not saved: writing its files failed", path):
             manifest = write_files(staging, contents, meta)
-            if odd := scan(staging)[0].keys() ^ {*contents, MANIFEST}: raise ValueError(f"{sorted(odd)} came or went meanwhile")
-        with explained("checkpoint not saved: renaming it into place failed", path): os.rename(staging, path)
-    with explained("checkpoint saved, but its directory could not be made durable", path): fsync(path.parent)
+            if odd := scan(staging)[0].keys() ^ {*contents, MANIFEST}:
+                raise ValueError(f"{sorted(odd)} came or went meanwhile")
+        with explained("checkpoint not saved: renaming it into place failed", path):
+            os.rename(staging, path)
+    with explained("checkpoint saved, but its directory could not be made durable", path):
+        fsync(path.parent)
     return manifest
+
 
 def write_files(directory: Path, contents: Mapping[str, Content], meta: dict) -> Manifest:
     "Write `contents` and their manifest, durably and read back."
     files = {}
     for name, content in contents.items():
-        make_dirs((directory/name).parent)
-        parts, table = ([memoryview(content)], None) if isinstance(content, bytes) else safetensors_parts(content)
-        files[name] = write_file(directory/name, parts) | ({} if table is None else dict(tensors=table))
+        make_dirs((directory / name).parent)
+        parts, table = (
+            ([memoryview(content)], None)
+            if isinstance(content, bytes)
+            else safetensors_parts(content)
+        )
+        files[name] = write_file(directory / name, parts) | (
+            {} if table is None else dict(tensors=table)
+        )
     manifest = Manifest(files, meta)
-    write_file(directory/MANIFEST, [memoryview(manifest.dumps().encode())])
-    for folder in {(directory/name).parent for name in (*contents, MANIFEST)}: fsync(folder)
+    write_file(directory / MANIFEST, [memoryview(manifest.dumps().encode())])
+    for folder in {(directory / name).parent for name in (*contents, MANIFEST)}:
+        fsync(folder)
     return manifest
 
 # %% ../nbs/06c_saving.ipynb #52cb5b28
 @dataclass(frozen=True)
 class Snapshot:
     "A checkpoint in memory, apart from the model: it can be saved while training goes on."
+
     contents: dict[str, Content]  # relative path -> bytes or tensors
     meta: dict
 
     @property
     def nbytes(self) -> int:
         "Bytes of its tensors and files."
-        return sum(len(c) if isinstance(c, bytes) else sum(t.nbytes for t in c.values()) for c in self.contents.values())
+        return sum(
+            len(c) if isinstance(c, bytes) else sum(t.nbytes for t in c.values())
+            for c in self.contents.values()
+        )
 
     def save(self, path: Path | str) -> Manifest:
         "See `save_checkpoint`."
         return save_checkpoint(path, self.contents, meta=self.meta)
+
 
 def on_cpu(tensors: Mapping[str, Tensor], copy: bool = True) -> dict[str, Tensor]:
     "The tensors on the CPU; `copy`: also those that are there already."
     return {name: tensor.detach().to("cpu", copy=copy) for name, tensor in tensors.items()}
 
 # %% ../nbs/06c_saving.ipynb #84574164
-def verified(checkpoint: Path | str | CheckpointReport,  # its directory, or what `validate_checkpoint` said of it
-             ) -> CheckpointReport:
+def verified(
+    # its directory, or what `validate_checkpoint` said of it
+    checkpoint: Path | str | CheckpointReport,
+) -> CheckpointReport:
     "The report on a whole checkpoint; `CheckpointError` if it is not whole, or cannot be read."
-    report = checkpoint if isinstance(checkpoint, CheckpointReport) else validate_checkpoint(checkpoint)
-    if report.whole: return report
-    with explained(f"checkpoint not loaded: {report}", report.path): report.readable()
-    raise CheckpointError(f"checkpoint not loaded: {report}", report.path, remedy=remedy_for(report))
+    report = (
+        checkpoint if isinstance(checkpoint, CheckpointReport) else validate_checkpoint(checkpoint)
+    )
+    if report.whole:
+        return report
+    with explained(f"checkpoint not loaded: {report}", report.path):
+        report.readable()
+    raise CheckpointError(
+        f"checkpoint not loaded: {report}", report.path, remedy=remedy_for(report)
+    )
+
 
 def remedy_for(report: CheckpointReport) -> str:  # on a checkpoint that is not whole
     "What to do about it; an adapter of other tools has a loader of its own."
     names = {p.name for p in report.path.iterdir()} if report.path.is_dir() else set()
-    if MANIFEST in names or not names & {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}:
+    if MANIFEST in names or not names & {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+    }:
         return "take the newest whole checkpoint"
     if "adapter_model.bin" in names and "adapter_model.safetensors" not in names:
-        return "it holds its weights as a pickle, which may run code: convert adapter_model.bin to safetensors where it was made"
-    return ("no manifest: if another tool made this adapter, `PeftModel.from_pretrained(base, path)` of peft loads it, and verifies nothing; "
-            "else take the newest whole checkpoint")
+        return (
+            "it holds its weights as a pickle, which may run code: convert "
+            "adapter_model.bin to safetensors where it was made"
+        )
+    return (
+        "no manifest: if another tool made this adapter, "
+        "`PeftModel.from_pretrained(base, path)` of peft loads it, and verifies "
+        "nothing; "
+        "else take the newest whole checkpoint"
+    )
 
-def check_finite(tensors: Mapping[str, Tensor],  # on any device; those that are not floating are passed over
-                 what: str,  # what is being done, for the error, such as "checkpoint not saved"
-                 path: Path | None = None) -> None:  # of the checkpoint
+
+def check_finite(
+    tensors: Mapping[str, Tensor],  # on any device; those that are not floating are passed over
+    what: str,  # what is being done, for the error, such as "checkpoint not saved"
+    path: Path | None = None,
+) -> None:  # of the checkpoint
     "`CheckpointError` with their names if tensors hold what is not a number, or infinity."
     bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    if not bad: return
+    if not bad:
+        return
     named = ", ".join(map(repr, bad[:5]))
-    raise CheckpointError(f"{what}: {len(bad)} of {len(tensors)} tensors are not finite (nan or infinite): {named}", path,
-                          remedy="the training diverged: go on from an older checkpoint, with a lower learning rate")
+    raise CheckpointError(
+        f"{what}: {len(bad)} of {len(tensors)} tensors are not finite (nan or infinite): {named}",
+        path,
+        remedy="the training diverged: go on from an older checkpoint, with a lower learning rate",
+    )
+
 
 def is_finite(tensor: Tensor) -> bool:  # of any shape, dtype and device
-    "Whether no value of a floating tensor is nan or infinite; makes no copy of its size for the usual dtypes."
-    if not tensor.is_floating_point() or not tensor.numel(): return True
-    if tensor.element_size() == 1: tensor = tensor.float()
+    """Whether no value of a floating tensor is nan or infinite; makes no copy of its size for the
+    usual dtypes.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.element_size() == 1:
+        tensor = tensor.float()
     return all(torch.isfinite(end).item() for end in tensor.detach().aminmax())
 
-def load_files(checkpoint: Path | str | CheckpointReport,  # its directory, or what `validate_checkpoint` said of it
-               *names: str) -> dict[str, Content]:  # relative paths; none: all files
-    """What the files `names` of a whole checkpoint hold, or all that its manifest names: tensors of a safetensors file, else bytes. Each is
-    hashed again as it is read, so a report of an hour ago will do. `CheckpointError` if a file is not what was saved, or was never there."""
+
+def load_files(
+    # its directory, or what `validate_checkpoint` said of it
+    checkpoint: Path | str | CheckpointReport,
+    *names: str,
+) -> dict[str, Content]:  # relative paths; none: all files
+    """What the files `names` of a whole checkpoint hold, or all that its manifest names: tensors
+    of a safetensors file, else bytes. Each is hashed again as it is read, so a report of an
+    hour ago will do. `CheckpointError` if a file is not what was saved, or was never there.
+    """
     report, contents = verified(checkpoint), {}
     for name in names or report.manifest.files:
-        if name not in report.manifest.files: raise CheckpointError(f"{name} not loaded: its manifest names {sorted(report.manifest.files)}", report.path)
-        with explained(f"{name} not loaded", report.path): data = (report.path/name).read_bytes()
+        if name not in report.manifest.files:
+            raise CheckpointError(
+                f"{name} not loaded: its manifest names {sorted(report.manifest.files)}",
+                report.path,
+            )
+        with explained(f"{name} not loaded", report.path):
+            data = (report.path / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != report.manifest.files[name]["sha256"]:
-            raise CheckpointError(f"{name} not loaded: it is no longer what was saved", report.path, remedy="find out who writes there")
+            raise CheckpointError(
+                f"{name} not loaded: it is no longer what was saved",
+                report.path,
+                remedy="find out who writes there",
+            )
         contents[name] = safetensors.torch.load(data) if name.endswith(".safetensors") else data
     return contents
 
@@ -267,26 +458,39 @@ def remove_directory(path: Path) -> None:
     "Remove a directory so that nothing bears its name while part of it is gone."
     hidden = path if HIDDEN.fullmatch(path.name) else hidden_name(path, "removing")
     with explained("checkpoint not removed", path):
-        if hidden != path: os.rename(path, hidden)
+        if hidden != path:
+            os.rename(path, hidden)
         fsync(path.parent)
         shutil.rmtree(hidden)
 
-def prune_checkpoints(run_dir: Path | str,  # output directory of a run
-                      keep: int,  # newest whole checkpoints that stay, at least 1
-                      protect: Iterable[Path | str] = (),  # checkpoints that stay in any case, such as the best one
-                      ) -> list[Path]:
-    """Remove the checkpoints older than the newest `keep` whole ones, and what dead writers left; returns what was removed. What cannot
-    be read counts as not whole, stays, and is named in a warning."""
-    if keep < 1: raise ValueError(f"keep = {keep}: at least one checkpoint must stay")
+
+def prune_checkpoints(
+    run_dir: Path | str,  # output directory of a run
+    keep: int,  # newest whole checkpoints that stay, at least 1
+    protect: Iterable[Path | str] = (),  # checkpoints that stay in any case, such as the best one
+) -> list[Path]:
+    """Remove the checkpoints older than the newest `keep` whole ones, and what dead writers left;
+    returns what was removed. What cannot be read counts as not whole, stays, and is named in a
+    warning.
+    """
+    if keep < 1:
+        raise ValueError(f"keep = {keep}: at least one checkpoint must stay")
     protected, kept, old, left = {Path(p).absolute() for p in protect}, 0, [], []
-    with explained("checkpoints not removed: the run's directory cannot be read", Path(run_dir)): found = members(run_dir)
+    with explained("checkpoints not removed: the run's directory cannot be read", Path(run_dir)):
+        found = members(run_dir)
     for path in (r.path for r in reversed(found)):
         try:
-            if path.is_symlink() or not path.is_dir(): continue
-            if HIDDEN.fullmatch(path.name): left += [path] * (writer_of(path) == "gone")
-            elif kept < keep: kept += validate_checkpoint(path).readable().whole
-            elif (path/MANIFEST).is_file() and path.absolute() not in protected: old.append(path)
-        except OSError as error: warnings.warn(f"left as it is, because it cannot be read: {path}: {error}")
+            if path.is_symlink() or not path.is_dir():
+                continue
+            if HIDDEN.fullmatch(path.name):
+                left += [path] * (writer_of(path) == "gone")
+            elif kept < keep:
+                kept += validate_checkpoint(path).readable().whole
+            elif (path / MANIFEST).is_file() and path.absolute() not in protected:
+                old.append(path)
+        except OSError as error:
+            warnings.warn(f"left as it is, because it cannot be read: {path}: {error}")
     removed = old + left if kept else []
-    for path in removed: remove_directory(path)
+    for path in removed:
+        remove_directory(path)
     return removed

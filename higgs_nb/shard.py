@@ -19,22 +19,45 @@ __all__ = ['is_sharded', 'shard_base']
 
 # %% ../nbs/06a_shard.ipynb #80deb4b6
 def is_sharded(model: nn.Module) -> bool:
-    "Whether the layers of `model` are divided among processes; then each of them has to take part in whatever the model computes."
+    """Whether the layers of `model` are divided among processes; then each of them has to take
+    part in whatever the model computes.
+    """
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
-def shard_base(model: PeftModel,  # of `apply_lora`, the same in every process
-               device: str | torch.device,  # where this process computes
-               ) -> PeftModel:
-    """Divide the frozen weights of the decoder layers among all processes of the default group, and let DDP pass them over. What the adapter trains, embeddings and heads stay whole. `ValueError` if
-    the model has no adapter, or its base is quantised or sharded already."""
-    if not isinstance(model, PeftModel): raise ValueError("shard_base divides a frozen base, and this model is trained as a whole: give it an adapter, see apply_lora")
+
+def shard_base(
+    model: PeftModel,  # of `apply_lora`, the same in every process
+    device: str | torch.device,  # where this process computes
+) -> PeftModel:
+    """Divide the frozen weights of the decoder layers among all processes of the default group,
+    and let DDP pass them over. What the adapter trains, embeddings and heads stay whole.
+    `ValueError` if the model has no adapter, or its base is quantised or sharded already.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            "shard_base divides a frozen base, and this model is trained as a whole: "
+            "give it an adapter, see apply_lora"
+        )
     base = model.get_base_model()
-    if is_sharded(model): raise ValueError("the base is sharded already: build the model anew")
-    if getattr(base, "is_quantized", False): raise ValueError("a quantised base cannot be sharded: leave out shard_base, each process has room for it")
+    if is_sharded(model):
+        raise ValueError("the base is sharded already: build the model anew")
+    if getattr(base, "is_quantized", False):
+        raise ValueError(
+            "a quantised base cannot be sharded: leave out shard_base, each process has room for it"
+        )
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     trained = {p for p in model.parameters() if p.requires_grad}
-    for layer in base.model.layers: fully_shard(layer, mesh=mesh, ignored_params=trained)
-    fully_shard(base.model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})  # divides nothing more, but knows in which order the layers come
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [name for name, p in model.named_parameters() if isinstance(p, DTensor)])
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)  # hidden states in a batch of one, which nothing changes in place
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=trained)
+    fully_shard(
+        base.model,
+        mesh=mesh,
+        ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)},
+    )  # divides nothing more, but knows in which order the layers come
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    )
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning
+    )  # hidden states in a batch of one, which nothing changes in place
     return model

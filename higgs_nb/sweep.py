@@ -25,8 +25,21 @@ from pathlib import Path
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 from .files import shown, write_json, write_whole
-from .run import (STOP_FILE, TRY_AGAIN, StopSignals, check_parameters, is_done, notebook_of, occupied,
-                          path_text, place, read_yaml, run, said_by, tell)
+from higgs_nb.run import (
+    STOP_FILE,
+    TRY_AGAIN,
+    StopSignals,
+    check_parameters,
+    is_done,
+    notebook_of,
+    occupied,
+    path_text,
+    place,
+    read_yaml,
+    run,
+    said_by,
+    tell,
+)
 
 # %% auto #0
 __all__ = ['KEYS', 'MAX_RUNS', 'HIGGS_RUN', 'SLURM', 'HIGGS_SWEEP', 'SweepRun', 'name_of', 'sweep_parts', 'read_sweep', 'conduct',
@@ -36,6 +49,7 @@ __all__ = ['KEYS', 'MAX_RUNS', 'HIGGS_RUN', 'SLURM', 'HIGGS_SWEEP', 'SweepRun', 
 @dataclass(frozen=True)
 class SweepRun:
     "One run of a sweep."
+
     notebook: str
     out: Path  # its directory
     parameters: dict
@@ -43,113 +57,209 @@ class SweepRun:
     @property
     def state(self) -> str:
         "done, going on, begun (it was cut off, or failed) or to do."
-        if is_done(self.notebook, self.out, self.parameters): return "done"
-        return "going on" if occupied(self.out) else "begun" if (self.out / notebook_of(self.notebook).name).exists() else "to do"
+        if is_done(self.notebook, self.out, self.parameters):
+            return "done"
+        return (
+            "going on"
+            if occupied(self.out)
+            else "begun"
+            if (self.out / notebook_of(self.notebook).name).exists()
+            else "to do"
+        )
+
 
 def name_of(values: dict) -> str:
     "A directory's name that says `values`; with a digest, where they hold what a name should not."
     plain = ",".join(f"{k}={v}" for k, v in values.items()) or "run"
     name = re.sub(r"[^\w.,=+-]+", "-", plain)[:80]
-    return name if name == plain else f"{name}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]}"
+    return (
+        name
+        if name == plain
+        else f"{name}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]}"
+    )
 
 # %% ../nbs/12b_sweep.ipynb #85c12c7f
 KEYS = ("run", "out", "parameters", "grid", "runs")
 
+
 def sweep_parts(path: Path) -> dict:  # of the YAML file
-    "What a sweep's file says, each part in its form; `ValueError` with everything that has another."
+    """What a sweep's file says, each part in its form; `ValueError` with everything that has
+    another.
+    """
     said = read_yaml(path)
-    if not isinstance(said, dict) or said.get("run") is None: raise ValueError(f"{path} names no run: write `run: train`, and `grid:` or `runs:`")
+    if not isinstance(said, dict) or said.get("run") is None:
+        raise ValueError(f"{path} names no run: write `run: train`, and `grid:` or `runs:`")
     wrong = []
     for key in said.keys() - set(KEYS):
         near = difflib.get_close_matches(key, KEYS, n=1)
-        wrong.append(f"{path} says {key!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" It may say {', '.join(KEYS)}.")
+        wrong.append(
+            f"{path} says {key!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+            + f" It may say {', '.join(KEYS)}."
+        )
     empty = dict(parameters={}, grid={}, runs=[{}], out=f"sweeps/{path.stem}")
     parts = {**empty, **{k: v for k, v in said.items() if v is not None}}
     for key, kind in dict(run=str, out=str, parameters=dict, grid=dict, runs=list).items():
         if not isinstance(parts[key], kind):
-            forms = {str: "text", dict: "a mapping, `parameter: value`", list: "no list of `{parameter: value}`"}
-            wrong.append(f"{path}: {key} is {forms[list]}" if kind is list else f"{path}: {key} is a {type(parts[key]).__name__}, write {forms[kind]}")
-    if wrong: raise ValueError("\n".join(wrong))
-    wrong += [f"{path}: grid has {k}: {v!r}, which is no list of values" for k, v in parts["grid"].items() if not isinstance(v, list)]
-    wrong += [f"{path}: grid has {k} without a value: list some, or leave it out" for k, v in parts["grid"].items() if v == []]
-    if not parts["runs"] or not all(isinstance(s, dict) for s in parts["runs"]): wrong.append(f"{path}: runs is no list of `{{parameter: value}}`")
-    if not parts["out"].strip(): wrong.append(f"{path}: out is empty: name a directory, or leave it out")
-    if wrong: raise ValueError("\n".join(wrong))
+            forms = {
+                str: "text",
+                dict: "a mapping, `parameter: value`",
+                list: "no list of `{parameter: value}`",
+            }
+            wrong.append(
+                f"{path}: {key} is {forms[list]}"
+                if kind is list
+                else f"{path}: {key} is a {type(parts[key]).__name__}, write {forms[kind]}"
+            )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    wrong += [
+        f"{path}: grid has {k}: {v!r}, which is no list of values"
+        for k, v in parts["grid"].items()
+        if not isinstance(v, list)
+    ]
+    wrong += [
+        f"{path}: grid has {k} without a value: list some, or leave it out"
+        for k, v in parts["grid"].items()
+        if v == []
+    ]
+    if not parts["runs"] or not all(isinstance(s, dict) for s in parts["runs"]):
+        wrong.append(f"{path}: runs is no list of `{{parameter: value}}`")
+    if not parts["out"].strip():
+        wrong.append(f"{path}: out is empty: name a directory, or leave it out")
+    if wrong:
+        raise ValueError("\n".join(wrong))
     return parts
+
 
 MAX_RUNS = 10_000
 
+
 def read_sweep(path: str | Path) -> list[SweepRun]:  # of the YAML file
-    """The runs of a YAML file with `run` (a notebook), `out` (a directory; sweeps/ and the file's name), `parameters` (of all runs), `grid` (lists of values) and `runs` (a list of sets of values).
-    `ValueError` with everything that is wrong."""
+    """The runs of a YAML file with `run` (a notebook), `out` (a directory; sweeps/ and the file's
+    name), `parameters` (of all runs), `grid` (lists of values) and `runs` (a list of sets of
+    values). `ValueError` with everything that is wrong.
+    """
     path = Path(path_text(str(path), "the file of the sweep"))
     parts, wrong, runs = sweep_parts(path), [], {}
     common, grid, sets, out = parts["parameters"], parts["grid"], parts["runs"], place(parts["out"])
     number = len(sets) * math.prod(map(len, grid.values()))
-    if number > MAX_RUNS: raise ValueError(f"{path} makes {number:,} runs; {MAX_RUNS:,} are the limit")
+    if number > MAX_RUNS:
+        raise ValueError(f"{path} makes {number:,} runs; {MAX_RUNS:,} are the limit")
     for given, values in itertools.product(sets, itertools.product(*grid.values())):
         own = {**given, **dict(zip(grid, values))}
         try:
-            if "out" in {**common, **own}: raise ValueError(f"{path}: out is not for a run to say, each has a directory in {out}")
+            if "out" in {**common, **own}:
+                raise ValueError(
+                    f"{path}: out is not for a run to say, each has a directory in {out}"
+                )
             checked = check_parameters(parts["run"], {**common, **own})
             r = SweepRun(parts["run"], out / name_of({k: checked[k] for k in own}), checked)
-            if runs.setdefault(r.out, r) is not r: raise ValueError(f"{path}: {r.out.name} is there twice")
-        except ValueError as error: wrong.append(str(error))
-    if wrong: raise ValueError("\n".join(dict.fromkeys(wrong)))
+            if runs.setdefault(r.out, r) is not r:
+                raise ValueError(f"{path}: {r.out.name} is there twice")
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(dict.fromkeys(wrong)))
     return list(runs.values())
-
 
 # %% ../nbs/12b_sweep.ipynb #e2bb0c4a
 HIGGS_RUN = "import sys; from higgs_nb.run import main; sys.exit(main())"
 
+
 def conduct(r: SweepRun, environment: dict | None = None) -> int:
     "Bring a run to its end unless it is done; returns the exit code of `higgs_run`."
     while True:
-        while occupied(r.out): time.sleep(0.5)
-        if r.state == "done": return 0
+        while occupied(r.out):
+            time.sleep(0.5)
+        if r.state == "done":
+            return 0
         r.out.mkdir(parents=True, exist_ok=True)
         write_json(r.out / "given.yaml", r.parameters)  # JSON is YAML
         with open(r.out / "higgs_run.log", "a", encoding="utf-8") as said:
-            code = subprocess.run([sys.executable, "-c", HIGGS_RUN, r.notebook, "-f", r.out / "given.yaml", "--out", r.out],
-                                  stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**os.environ, **(environment or {})}).returncode
-        if code != 2 or not occupied(r.out): return code  # else another was faster
+            code = subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    HIGGS_RUN,
+                    r.notebook,
+                    "-f",
+                    r.out / "given.yaml",
+                    "--out",
+                    r.out,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env={**os.environ, **(environment or {})},
+            ).returncode
+        if code != 2 or not occupied(r.out):
+            return code  # else another was faster
 
 # %% ../nbs/12b_sweep.ipynb #0e284547
 def gpus() -> list[str]:
     "Names of the GPUs that may be used, as CUDA_VISIBLE_DEVICES takes them."
-    if "CUDA_VISIBLE_DEVICES" in os.environ: return [g for g in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if g]
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [g for g in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if g]
     return [str(i) for i, _ in enumerate((said_by("nvidia-smi", "-L") or "").splitlines())]
 
+
 def rooms(jobs: int = 0) -> list[dict]:
-    "The variables of the environment that give each of `jobs` runs its part of this machine; 0: as many as there is room for."
+    """The variables of the environment that give each of `jobs` runs its part of this machine; 0:
+    as many as there is room for.
+    """
     devices, cpus = gpus(), os.cpu_count() or 1
     jobs = jobs or len(devices) or max(cpus // 4, 1)
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(cpus // jobs, 1))}
-    return [{**threads, **({"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {})} for i in range(jobs)]
+    threads = (
+        {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(cpus // jobs, 1))}
+    )
+    return [
+        {**threads, **({"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {})}
+        for i in range(jobs)
+    ]
+
 
 @contextmanager
 def here(jobs: int = 0):
-    "Within `with`, a function that begins a run and returns its future; `jobs` runs go on at a time on this machine."
+    """Within `with`, a function that begins a run and returns its future; `jobs` runs go on at a
+    time on this machine.
+    """
     free = queue.Queue()
-    for room in rooms(jobs): free.put(room)
+    for room in rooms(jobs):
+        free.put(room)
+
     def conduct_in_a_room(r):
         room = free.get()
-        try: return conduct(r, room)
-        finally: free.put(room)
-    with ThreadPoolExecutor(free.qsize()) as pool: yield lambda r: pool.submit(conduct_in_a_room, r)
+        try:
+            return conduct(r, room)
+        finally:
+            free.put(room)
+
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        yield lambda r: pool.submit(conduct_in_a_room, r)
+
 
 @contextmanager
 def on_dask(address: str):
-    "The same on the workers of a Dask scheduler, which see the same directories; each worker should have one thread."
-    try: from distributed import Client
-    except ImportError as error: raise ValueError("--dask needs Dask: pip install 'higgs_nb[dask]'") from error
-    with Client(address) as client, client.get_executor(pure=False, retries=0) as pool: yield lambda r: pool.submit(conduct, r)
+    """The same on the workers of a Dask scheduler, which see the same directories; each worker
+    should have one thread.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ValueError("--dask needs Dask: pip install 'higgs_nb[dask]'") from error
+    with Client(address) as client, client.get_executor(pure=False, retries=0) as pool:
+        yield lambda r: pool.submit(conduct, r)
 
 # %% ../nbs/12b_sweep.ipynb #727d52d5
-def conduct_all(runs: list[SweepRun], out: Path,
-                begin: Callable,  # gives the future of a run: of `here` or `on_dask`
-                ) -> dict[str, int]:
-    "Bring every run to its end; returns the exit code of each by the name of its directory, without those that were not begun because the sweep was asked to stop."
+def conduct_all(
+    runs: list[SweepRun],
+    out: Path,
+    begin: Callable,  # gives the future of a run: of `here` or `on_dask`
+) -> dict[str, int]:
+    """Bring every run to its end; returns the exit code of each by the name of its directory,
+    without those that were not begun because the sweep was asked to stop.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with StopSignals(out) as stop, tqdm(total=len(runs), desc="sweep", unit="run") as bar:
         stop.begin()
@@ -160,14 +270,27 @@ def conduct_all(runs: list[SweepRun], out: Path,
                 ended, _ = wait(going, timeout=1, return_when=FIRST_COMPLETED)
                 for future in ended:
                     r = going.pop(future)
-                    if future.cancelled(): continue
-                    codes[r.out.name] = TRY_AGAIN if stop.asked and future.result() < 0 else future.result()
+                    if future.cancelled():
+                        continue
+                    codes[r.out.name] = (
+                        TRY_AGAIN if stop.asked and future.result() < 0 else future.result()
+                    )
                     bar.update()
-                    if codes[r.out.name]: bar.write(f"{r.out.name}: " + ("stopped, it can go on" if codes[r.out.name] == TRY_AGAIN else f"failed, see {r.out / 'higgs_run.log'}"))
+                    if codes[r.out.name]:
+                        bar.write(
+                            f"{r.out.name}: "
+                            + (
+                                "stopped, it can go on"
+                                if codes[r.out.name] == TRY_AGAIN
+                                else f"failed, see {r.out / 'higgs_run.log'}"
+                            )
+                        )
                 for future, r in going.items() if stop.asked else ():
-                    if not future.cancel() and occupied(r.out): (r.out / STOP_FILE).touch()
+                    if not future.cancel() and occupied(r.out):
+                        (r.out / STOP_FILE).touch()
         finally:
-            for future in going: future.cancel()
+            for future in going:
+                future.cancel()
     return codes
 
 # %% ../nbs/12b_sweep.ipynb #1c5427cb
@@ -189,41 +312,95 @@ exit $code
 """
 HIGGS_SWEEP = "import sys; from higgs_nb.sweep import main; sys.exit(main())"
 
+
 def slurm_pattern(folder: Path) -> str:
     "Names of log files in `folder` for `--output` of sbatch: in quotes, `%` and backslash escaped."
-    if '"' in str(folder): raise ValueError(f"{folder}: sbatch takes no quotation mark in --output: choose another out")
+    if '"' in str(folder):
+        raise ValueError(
+            f"{folder}: sbatch takes no quotation mark in --output: choose another out"
+        )
     return '"' + str(folder).replace("\\", "\\\\").replace("%", "%%") + '/slurm-%A_%a.log"'
 
-def slurm_script(path: Path,  # of the YAML file
-                 runs: list[SweepRun]) -> str:  # of `read_sweep`
-    "An sbatch script: one task of an array for each run of the sweep in the file `path`, started where this is called."
+
+def slurm_script(
+    path: Path,  # of the YAML file
+    runs: list[SweepRun],
+) -> str:  # of `read_sweep`
+    """An sbatch script: one task of an array for each run of the sweep in the file `path`, started
+    where this is called.
+    """
     log, cwd, sweep = runs[0].out.parent.resolve(), Path.cwd(), path.resolve()
-    for what, part in dict(out=log, cwd=cwd, sweep=sweep).items(): path_text(str(part), what)
+    for what, part in dict(out=log, cwd=cwd, sweep=sweep).items():
+        path_text(str(part), what)
     quoted = dict(cwd=cwd, python=sys.executable, command=HIGGS_SWEEP, sweep=sweep)
     name = re.sub(r"[^\w.-]+", "-", f"sweep-{path.stem}")
-    return SLURM.format(name=name, last=len(runs) - 1, log=slurm_pattern(log), again=TRY_AGAIN, **{k: shlex.quote(str(v)) for k, v in quoted.items()})
-
+    return SLURM.format(
+        name=name,
+        last=len(runs) - 1,
+        log=slurm_pattern(log),
+        again=TRY_AGAIN,
+        **{k: shlex.quote(str(v)) for k, v in quoted.items()},
+    )
 
 # %% ../nbs/12b_sweep.ipynb #bb32fca4
-def main(argv: list[str] | None = None) -> int:  # words of the command line; None: those of this process
-    "`higgs_sweep sweep.yaml`; 0: all runs are done, 1: some failed, 2: it could not start, 75: it was asked to stop, and the same command goes on."
-    parser = argparse.ArgumentParser(prog="higgs_sweep", description="Run a notebook of nbs/runs with many sets of parameters; runs that are done are left alone.",
-                                     epilog="exit code: 0 all done, 1 some failed, 2 could not start, 75 stopped when asked: the same command goes on")
+def main(
+    argv: list[str] | None = None,
+) -> int:  # words of the command line; None: those of this process
+    """`higgs_sweep sweep.yaml`; 0: all runs are done, 1: some failed, 2: it could not start, 75:
+    it was asked to stop, and the same command goes on.
+    """
+    parser = argparse.ArgumentParser(
+        prog="higgs_sweep",
+        description=(
+            "Run a notebook of nbs/runs with many sets of parameters; runs that are done "
+            "are left alone."
+        ),
+        epilog=(
+            "exit code: 0 all done, 1 some failed, 2 could not start, 75 stopped when "
+            "asked: the same command goes on"
+        ),
+    )
     parser.add_argument("file", type=Path, help="YAML with run, grid or runs, parameters, out")
-    parser.add_argument("-j", "--jobs", type=int, default=0, help="runs at a time (one a GPU, or one for four cores)")
-    parser.add_argument("--only", type=int, metavar="K", help="conduct only the run number K, counted from 0")
-    parser.add_argument("-l", "--list", action="store_true", help="print the runs and their state, and start nothing")
-    parser.add_argument("--slurm", type=Path, metavar="SCRIPT", help="write an sbatch script with a task for each run, and start nothing")
-    parser.add_argument("--dask", metavar="ADDRESS", help="conduct the runs on the workers of this Dask scheduler")
+    parser.add_argument(
+        "-j",
+        "--jobs",
+        type=int,
+        default=0,
+        help="runs at a time (one a GPU, or one for four cores)",
+    )
+    parser.add_argument(
+        "--only", type=int, metavar="K", help="conduct only the run number K, counted from 0"
+    )
+    parser.add_argument(
+        "-l",
+        "--list",
+        action="store_true",
+        help="print the runs and their state, and start nothing",
+    )
+    parser.add_argument(
+        "--slurm",
+        type=Path,
+        metavar="SCRIPT",
+        help="write an sbatch script with a task for each run, and start nothing",
+    )
+    parser.add_argument(
+        "--dask", metavar="ADDRESS", help="conduct the runs on the workers of this Dask scheduler"
+    )
     args = parser.parse_args(argv)
     begun = False
     try:
         runs = read_sweep(args.file)
-        out, chosen = runs[0].out.parent, runs if args.only is None else runs[args.only:args.only + 1]
-        if args.jobs < 0: raise ValueError(f"--jobs {args.jobs}: write 1 or more")
-        if not chosen or (args.only or 0) < 0: raise ValueError(f"--only {args.only}: {args.file} has the runs 0 to {len(runs) - 1}")
+        out, chosen = (
+            runs[0].out.parent,
+            runs if args.only is None else runs[args.only : args.only + 1],
+        )
+        if args.jobs < 0:
+            raise ValueError(f"--jobs {args.jobs}: write 1 or more")
+        if not chosen or (args.only or 0) < 0:
+            raise ValueError(f"--only {args.only}: {args.file} has the runs 0 to {len(runs) - 1}")
         if args.list:
-            for k, r in enumerate(runs): print(f"{k:>4}  {r.state:<10}{shown(str(r.out))}")
+            for k, r in enumerate(runs):
+                print(f"{k:>4}  {r.state:<10}{shown(str(r.out))}")
             return 0
         out.mkdir(parents=True, exist_ok=True)
         if args.slurm:
@@ -231,8 +408,10 @@ def main(argv: list[str] | None = None) -> int:  # words of the command line; No
             print(f"sbatch {shlex.quote(str(args.slurm))}")
             return 0
         begun = True
-        with on_dask(args.dask) if args.dask else here(args.jobs) as begin: codes = conduct_all(chosen, out, begin)
-        if len(codes) < len(chosen) or TRY_AGAIN in codes.values(): return TRY_AGAIN
+        with on_dask(args.dask) if args.dask else here(args.jobs) as begin:
+            codes = conduct_all(chosen, out, begin)
+        if len(codes) < len(chosen) or TRY_AGAIN in codes.values():
+            return TRY_AGAIN
         if args.only is None or all(r.state == "done" for r in runs):
             compared = run("compare", out / "compare", dict(sweep=str(args.file)))
             print(f"compared: {compared}")
@@ -240,7 +419,10 @@ def main(argv: list[str] | None = None) -> int:  # words of the command line; No
         tell(f"higgs_sweep: {error}")
         return 1 if begun else 2
     failed = [name for name, code in codes.items() if code]
-    print(f"{len(codes) - len(failed)} of {len(codes)} done" + (f", failed: {', '.join(failed)}" if failed else ""))
+    print(
+        f"{len(codes) - len(failed)} of {len(codes)} done"
+        + (f", failed: {', '.join(failed)}" if failed else "")
+    )
     return 1 if failed else 0
 
 # %% ../nbs/12b_sweep.ipynb #5e1f0a32

@@ -17,23 +17,62 @@ import torch
 from fastcore.basics import patch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from .audit import audit
 from .chatml import Audio
 from .background import BackgroundSaver
-from .callbacks import SPOKEN, EndCallback, LogFileCallback, Preempted, SpeedCallback, StopCallback, matmul_rate
-from .checkpoint import base_of, describe_base, empty_base, preflight, restore, stable_config, take_snapshot, trained_state
+from higgs_nb.callbacks import (
+    SPOKEN,
+    EndCallback,
+    LogFileCallback,
+    Preempted,
+    SpeedCallback,
+    StopCallback,
+    matmul_rate,
+)
+from higgs_nb.checkpoint import (
+    base_of,
+    describe_base,
+    empty_base,
+    preflight,
+    restore,
+    stable_config,
+    take_snapshot,
+    trained_state,
+)
 from .collator import PackedBatchSampler, PackedCollator
 from .files import check_plain, shown
 from .lora import freeze_silent, only_lora
 from .manifest import CheckpointReport, Manifest, members, validate_checkpoint
 from .model import LossWeights, target_counts
 from .probe import OffsetProbe, offset_probe
-from .resume import (checkpoint_to_resume, describe_data, describe_trained, differences, leave_processes, load_optimizer_state, of_every_process, on_first_process,
-                             any_process, optimizer_state, pack, read_state, rng_state, set_rng_state, state_files, unpack)
+from higgs_nb.resume import (
+    checkpoint_to_resume,
+    describe_data,
+    describe_trained,
+    differences,
+    leave_processes,
+    load_optimizer_state,
+    of_every_process,
+    on_first_process,
+    any_process,
+    optimizer_state,
+    pack,
+    read_state,
+    rng_state,
+    set_rng_state,
+    state_files,
+    unpack,
+)
 from .samples import IGNORE
 from .saving import CheckpointError, explained, load_files, make_dirs, prune_checkpoints
 from .shard import is_sharded, shard_base
@@ -47,32 +86,59 @@ __all__ = ['logger', 'HAS_TRAINED', 'BY_TOKENS', 'NO_PREDICTIONS', 'NO_HUB', 'IG
            'NotLearningSpeech', 'NotFinite']
 
 # %% ../nbs/08_trainer.ipynb #d4c9580a
-HAS_TRAINED = ("this trainer has trained before: its weights have moved and its optimizer holds moments, so it cannot begin at step 0. "
-               "train(resume='auto') goes on from the newest checkpoint, if one was saved; to begin anew, make the model and the trainer again.")
+HAS_TRAINED = (
+    "this trainer has trained before: its weights have moved and its optimizer holds "
+    "moments, so it cannot begin at step 0. "
+    "train(resume='auto') goes on from the newest checkpoint, if one was saved; to "
+    "begin anew, make the model and the trainer again."
+)
 
 BY_TOKENS = "a batch is as many samples as fit token_budget, in an order of ours"
 NO_PREDICTIONS = "only losses are evaluated, no predictions are kept"
 NO_HUB = "checkpoints are not sent to a hub"
 IGNORED = {
-    "per_device_train_batch_size": BY_TOKENS, "per_device_eval_batch_size": BY_TOKENS, "dataloader_drop_last": BY_TOKENS,
-    "train_sampling_strategy": BY_TOKENS, "length_column_name": BY_TOKENS, "accelerator_config": BY_TOKENS,
+    "per_device_train_batch_size": BY_TOKENS,
+    "per_device_eval_batch_size": BY_TOKENS,
+    "dataloader_drop_last": BY_TOKENS,
+    "train_sampling_strategy": BY_TOKENS,
+    "length_column_name": BY_TOKENS,
+    "accelerator_config": BY_TOKENS,
     "average_tokens_across_devices": "labels are always counted over all devices",
-    "prediction_loss_only": NO_PREDICTIONS, "eval_do_concat_batches": NO_PREDICTIONS, "eval_use_gather_object": NO_PREDICTIONS,
-    "eval_accumulation_steps": NO_PREDICTIONS, "include_for_metrics": NO_PREDICTIONS, "batch_eval_metrics": NO_PREDICTIONS,
-    "label_names": "the labels of a packed batch have names of their own", "remove_unused_columns": "batches are made by our collator",
+    "prediction_loss_only": NO_PREDICTIONS,
+    "eval_do_concat_batches": NO_PREDICTIONS,
+    "eval_use_gather_object": NO_PREDICTIONS,
+    "eval_accumulation_steps": NO_PREDICTIONS,
+    "include_for_metrics": NO_PREDICTIONS,
+    "batch_eval_metrics": NO_PREDICTIONS,
+    "label_names": "the labels of a packed batch have names of their own",
+    "remove_unused_columns": "batches are made by our collator",
     "eval_on_start": "a new run with held-out data is always evaluated at its start, a resumed one never",
-    "bf16_full_eval": "evaluation computes as training does", "fp16_full_eval": "evaluation computes as training does",
-    "save_on_each_node": "the first process saves", "restore_callback_states_from_checkpoint": "callbacks are always restored",
-    "hub_token": NO_HUB, "hub_private_repo": NO_HUB, "hub_model_id": NO_HUB, "hub_strategy": NO_HUB, "hub_always_push": NO_HUB, "hub_revision": NO_HUB,
-    "dataloader_prefetch_factor": "the loader keeps torch's default", "dataloader_multiprocessing_context": "the loader keeps torch's default",
-    "dataloader_in_order": "batches always come in order", "use_cache": "training needs no cache",
+    "bf16_full_eval": "evaluation computes as training does",
+    "fp16_full_eval": "evaluation computes as training does",
+    "save_on_each_node": "the first process saves",
+    "restore_callback_states_from_checkpoint": "callbacks are always restored",
+    "hub_token": NO_HUB,
+    "hub_private_repo": NO_HUB,
+    "hub_model_id": NO_HUB,
+    "hub_strategy": NO_HUB,
+    "hub_always_push": NO_HUB,
+    "hub_revision": NO_HUB,
+    "dataloader_prefetch_factor": "the loader keeps torch's default",
+    "dataloader_multiprocessing_context": "the loader keeps torch's default",
+    "dataloader_in_order": "batches always come in order",
+    "use_cache": "training needs no cache",
 }
-DIVIDED = ("FSDP and DeepSpeed, as accelerate sets them up, divide the adapter among processes, and none of them "
-           "could save it; shard_base=True divides the frozen base alone")
+DIVIDED = (
+    "FSDP and DeepSpeed, as accelerate sets them up, divide the adapter among "
+    "processes, and none of them "
+    "could save it; shard_base=True divides the frozen base alone"
+)
 REFUSED = {
     "save_only_model": "checkpoints hold what resuming needs; `save_adapter` saves the adapter alone",
     "resume_from_checkpoint": "give it to the trainer, `train(resume=...)`",
-    "auto_find_batch_size": "after an error it would go on from weights that have moved; set a smaller token_budget",
+    "auto_find_batch_size": (
+        "after an error it would go on from weights that have moved; set a smaller token_budget"
+    ),
     "neftune_noise_alpha": "not supported, embeddings of packed rows have no batch; see code_noise",
     "ignore_data_skip": "a resumed run would begin its epoch anew and see samples twice; leave it out",
     "push_to_hub": "checkpoints are not pushed while training; upload the exported model afterwards",
@@ -80,73 +146,188 @@ REFUSED = {
     "use_liger_kernel": "its kernels know no two losses; the fused loss is always used",
     "deepspeed": DIVIDED,
     "fsdp": DIVIDED,
-    "parallelism_config": "it divides the adapter among processes, and none could save it; shard_base=True divides the frozen base",
+    "parallelism_config": (
+        "it divides the adapter among processes, and none could save it; shard_base=True "
+        "divides the frozen base"
+    ),
 }
 
+
 def set_here(args: TrainingArguments, names) -> list[str]:
-    "Those of the settings `names` that are not at transformers' default, as far as this version of transformers has them."
-    defaults = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default
-                for f in dataclasses.fields(TrainingArguments) if f.name in names}
+    """Those of the settings `names` that are not at transformers' default, as far as this version
+    of transformers has them.
+    """
+    defaults = {
+        f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default
+        for f in dataclasses.fields(TrainingArguments)
+        if f.name in names
+    }
     ours = {"remove_unused_columns": False}
     given = {name: getattr(args, name) for name in defaults}
-    return [name for name, value in given.items() if value != ours.get(name, defaults[name]) and value not in ([], {}, "")]
+    return [
+        name
+        for name, value in given.items()
+        if value != ours.get(name, defaults[name]) and value not in ([], {}, "")
+    ]
 
-AT_LEAST = {"token_budget": 1, "gradient_accumulation_steps": 1, "probe_after": 0, "warmup_steps": 0, "eval_delay": 0, "dataloader_num_workers": 0,
-            "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "text_loss_weight": 0, "audio_loss_weight": 0, "label_smoothing_factor": 0,
-            "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "num_train_epochs": 0, "code_noise": 0}
+
+AT_LEAST = {
+    "token_budget": 1,
+    "gradient_accumulation_steps": 1,
+    "probe_after": 0,
+    "warmup_steps": 0,
+    "eval_delay": 0,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "text_loss_weight": 0,
+    "audio_loss_weight": 0,
+    "label_smoothing_factor": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "num_train_epochs": 0,
+    "code_noise": 0,
+}
 BELOW_ONE = ("label_smoothing_factor", "code_noise", "adam_beta1", "adam_beta2")
+
 
 @dataclass
 class HiggsTrainingArguments(TrainingArguments):
-    "`transformers.TrainingArguments` with the parameters of `HiggsTrainer`. A batch is as many samples as fit `token_budget`."
-    token_budget: int = field(default=2048, metadata={"help": "tokens of a packed batch on each device, frames included"})
+    """`transformers.TrainingArguments` with the parameters of `HiggsTrainer`. A batch is as many
+    samples as fit `token_budget`.
+    """
+
+    token_budget: int = field(
+        default=2048, metadata={"help": "tokens of a packed batch on each device, frames included"}
+    )
     text_loss_weight: float = field(default=1.0, metadata={"help": "weight of the text loss"})
-    audio_loss_weight: float = field(default=1.0, metadata={"help": "weight of the audio loss, the mean over codebooks"})
-    codebook_weights: list[float] | None = field(default=None, metadata={"help": "weight of each codebook in the audio loss; None: all 1"})
-    code_noise: float = field(default=0.0, metadata={"help": "share of the codes that the model reads wrongly in training, so that it learns to go on after mistakes of its own"})
-    probe: str = field(default="stop", metadata={"help": "what the offset probe does to a run that does not learn speech: stop | warn | off"})
+    audio_loss_weight: float = field(
+        default=1.0, metadata={"help": "weight of the audio loss, the mean over codebooks"}
+    )
+    codebook_weights: list[float] | None = field(
+        default=None, metadata={"help": "weight of each codebook in the audio loss; None: all 1"}
+    )
+    code_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "share of the codes that the model reads wrongly in training, so that it "
+                "learns to go on after mistakes of its own"
+            )
+        },
+    )
+    probe: str = field(
+        default="stop",
+        metadata={
+            "help": (
+                "what the offset probe does to a run that does not learn speech: stop | warn | off"
+            )
+        },
+    )
     probe_after: int = field(default=20, metadata={"help": "steps before the probe judges"})
-    on_save_error: str = field(default="stop", metadata={"help": "what a checkpoint that could not be saved does to the run: stop | warn"})
-    shard_base: bool = field(default=False, metadata={"help": "divide the frozen base among the processes (FSDP2), see shard_base; the adapter stays whole on each"})
-    measure_peak: bool = field(default=False, metadata={"help": "measure a large matrix product before the first step, to log the share of it that training reaches"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "batches are made by our collator"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a loss that is not a number must be seen"})
+    on_save_error: str = field(
+        default="stop",
+        metadata={"help": "what a checkpoint that could not be saved does to the run: stop | warn"},
+    )
+    shard_base: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "divide the frozen base among the processes (FSDP2), see shard_base; the "
+                "adapter stays whole on each"
+            )
+        },
+    )
+    measure_peak: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "measure a large matrix product before the first step, to log the share of "
+                "it that training reaches"
+            )
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "batches are made by our collator"}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "a loss that is not a number must be seen"}
+    )
     report_to: str | list[str] | None = field(default="none", metadata={"help": "see transformers"})
     logging_steps: float = field(default=10, metadata={"help": "see transformers"})
-    save_total_limit: int | None = field(default=3, metadata={"help": "newest checkpoints that are kept"})
+    save_total_limit: int | None = field(
+        default=3, metadata={"help": "newest checkpoints that are kept"}
+    )
 
     def __post_init__(self):
-        if self.metric_for_best_model and self.greater_is_better is None: self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") in ("similarity", "stops")
-        for name in set_here(self, REFUSED): raise ValueError(f"{name}={getattr(self, name)!r}: {REFUSED[name]}")
-        for name in set_here(self, IGNORED): logger.warning(f"{name}={getattr(self, name)!r} is ignored: {IGNORED[name]}")
+        if self.metric_for_best_model and self.greater_is_better is None:
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") in (
+                "similarity",
+                "stops",
+            )
+        for name in set_here(self, REFUSED):
+            raise ValueError(f"{name}={getattr(self, name)!r}: {REFUSED[name]}")
+        for name in set_here(self, IGNORED):
+            logger.warning(f"{name}={getattr(self, name)!r} is ignored: {IGNORED[name]}")
         self.check_numbers()
         super().__post_init__()
-        if self.codebook_weights is not None and not sum(self.codebook_weights) > 0 or any(not (math.isfinite(w) and w >= 0) for w in self.codebook_weights or ()): raise ValueError(f"codebook_weights={self.codebook_weights}: finite numbers, none negative, not all 0")
-        for name, choices in (("probe", ("stop", "warn", "off")), ("on_save_error", ("stop", "warn"))):
-            if getattr(self, name) not in choices: raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+        if (
+            self.codebook_weights is not None
+            and not sum(self.codebook_weights) > 0
+            or any(not (math.isfinite(w) and w >= 0) for w in self.codebook_weights or ())
+        ):
+            raise ValueError(
+                f"codebook_weights={self.codebook_weights}: finite numbers, none "
+                "negative, not all 0"
+            )
+        for name, choices in (
+            ("probe", ("stop", "warn", "off")),
+            ("on_save_error", ("stop", "warn")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: choose {', '.join(choices[:-1])} "
+                    f"or {choices[-1]}"
+                )
 
     def check_numbers(self):
         "`ValueError` names a number that is out of its range."
         for name, least in AT_LEAST.items():
             value = getattr(self, name)
-            if value is None: continue
-            try: number = float(value)
-            except (TypeError, ValueError) as error: raise ValueError(f"{name}={value!r}: a number is needed") from error
-            if not (math.isfinite(number) and number >= least): raise ValueError(f"{name}={value!r}: a finite number, at least {least}")
-            if name in BELOW_ONE and number >= 1: raise ValueError(f"{name}={value!r}: a share, from 0 up to 1")
-        if self.max_steps == 0 or self.max_steps < -1: raise ValueError(f"max_steps={self.max_steps}: at least 1, or -1 for num_train_epochs")
-        if self.max_steps < 0 and self.num_train_epochs == 0: raise ValueError("num_train_epochs=0: nothing would be trained; set it or max_steps")
-        if self.save_total_limit is not None and self.save_total_limit < 0: raise ValueError(f"save_total_limit={self.save_total_limit}: at least 1, or None to keep all")
+            if value is None:
+                continue
+            try:
+                number = float(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}={value!r}: a number is needed") from error
+            if not (math.isfinite(number) and number >= least):
+                raise ValueError(f"{name}={value!r}: a finite number, at least {least}")
+            if name in BELOW_ONE and number >= 1:
+                raise ValueError(f"{name}={value!r}: a share, from 0 up to 1")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps={self.max_steps}: at least 1, or -1 for num_train_epochs")
+        if self.max_steps < 0 and self.num_train_epochs == 0:
+            raise ValueError("num_train_epochs=0: nothing would be trained; set it or max_steps")
+        if self.save_total_limit is not None and self.save_total_limit < 0:
+            raise ValueError(
+                f"save_total_limit={self.save_total_limit}: at least 1, or None to keep all"
+            )
 
     @property
     def n_gpu(self) -> int:
-        "GPUs of this process, at most one: DataParallel, which transformers would use on several, cuts a batch into rows, and a packed one has a single row."
+        """GPUs of this process, at most one: DataParallel, which transformers would use on
+        several, cuts a batch into rows, and a packed one has a single row.
+        """
         return min(1, super().n_gpu)
 
 # %% ../nbs/08_trainer.ipynb #b64107ec
 class LossMeter:
     "Running sums of the text loss and of each codebook's, with their counts, kept on the device."
-    def __init__(self): self.sums, self.counts = 0, 0
+
+    def __init__(self):
+        self.sums, self.counts = 0, 0
 
     def add(self, out):
         "Add the `HiggsOutput` of one batch."
@@ -154,111 +335,256 @@ class LossMeter:
         self.counts = self.counts + out.counts
 
     def means(self, reduce, prefix: str = "") -> dict[str, float]:
-        "Means over all that was added, on all devices; `reduce` sums a tensor over them. A part without any label is left out."
-        sums, counts = (reduce(x if x.device.type == "mps" else x.double()).tolist() for x in (self.sums, self.counts))  # MPS has no float64
+        """Means over all that was added, on all devices; `reduce` sums a tensor over them. A part
+        without any label is left out.
+        """
+        sums, counts = (
+            reduce(x if x.device.type == "mps" else x.double()).tolist()
+            for x in (self.sums, self.counts)
+        )  # MPS has no float64
         part = [s / n if n else None for s, n in zip(sums, counts)]
-        named = {"text_loss": part[0], "audio_loss": sum(part[1:]) / len(part[1:]) if all(p is not None for p in part[1:]) else None,
-                 **{f"codebook_{k}": p for k, p in enumerate(part[1:])}}
+        named = {
+            "text_loss": part[0],
+            "audio_loss": sum(part[1:]) / len(part[1:])
+            if all(p is not None for p in part[1:])
+            else None,
+            **{f"codebook_{k}": p for k, p in enumerate(part[1:])},
+        }
         return {prefix + name: value for name, value in named.items() if value is not None}
 
 # %% ../nbs/08_trainer.ipynb #bbb88ff2
 class Shard(torch.utils.data.Sampler):
-    "Every `processes`-th batch of `sampler`, from `rank` on, and an empty one where others have one more."
+    """Every `processes`-th batch of `sampler`, from `rank` on, and an empty one where others have
+    one more.
+    """
+
     def __init__(self, sampler: PackedBatchSampler, rank: int, processes: int):
         self.batch_sampler, self.rank, self.processes = sampler, rank, processes
 
     def set_epoch(self, epoch: int):
         "The order of this epoch, in all processes."
         self.batch_sampler.set_epoch(epoch)
-    def __len__(self): return math.ceil(len(self.batch_sampler) / self.processes)
+
+    def __len__(self):
+        return math.ceil(len(self.batch_sampler) / self.processes)
 
     def __iter__(self):
         batches = list(self.batch_sampler)
-        return iter((batches + [[]] * (-len(batches) % self.processes))[self.rank::self.processes])
+        return iter(
+            (batches + [[]] * (-len(batches) % self.processes))[self.rank :: self.processes]
+        )
+
 
 class CollateOrBlank:
     "`collate`; of no samples, a batch of `dataset`'s shortest one in which nothing is supervised."
+
     def __init__(self, collate, dataset):
-        self.collate, self.dataset, self.shortest = collate, dataset, min(range(len(dataset)), key=dataset.lengths.__getitem__)
+        self.collate, self.dataset, self.shortest = (
+            collate,
+            dataset,
+            min(range(len(dataset)), key=dataset.lengths.__getitem__),
+        )
 
     def __call__(self, samples):
-        if samples: return self.collate(samples)
+        if samples:
+            return self.collate(samples)
         s = self.dataset[self.shortest]
-        return self.collate([dataclasses.replace(s, labels=torch.full_like(s.labels, IGNORE), audio_labels=torch.full_like(s.audio_labels, IGNORE))])
+        return self.collate(
+            [
+                dataclasses.replace(
+                    s,
+                    labels=torch.full_like(s.labels, IGNORE),
+                    audio_labels=torch.full_like(s.audio_labels, IGNORE),
+                )
+            ]
+        )
 
 # %% ../nbs/08_trainer.ipynb #56a0f2a0
 def check_hearing(model, dataset) -> None:
-    "`ValueError` if a model with a Whisper tower gets no waveforms, or one without a tower gets some; a warning if there is nothing to hear."
+    """`ValueError` if a model with a Whisper tower gets no waveforms, or one without a tower gets
+    some; a warning if there is nothing to hear.
+    """
     if (getattr(model, "audio_tower", None) is None) != (dataset.extractor is None):
-        raise ValueError("the dataset gives waveforms and the model has no Whisper tower: load it with whisper=..., or leave the dataset's extractor out" if dataset.extractor else
-                         "the model has a Whisper tower and the dataset gives it no waveforms: make it with extractor=whisper_extractor(model.config)")
-    if dataset.extractor and not any(isinstance(part, Audio) for c in dataset.conversations for m in c.messages if m.role != "assistant" for part in m.content):
-        logger.warning(f"the model has a Whisper tower and none of the {len(dataset)} conversations has a recording to hear: its projector learns nothing from them")
+        raise ValueError(
+            "the dataset gives waveforms and the model has no Whisper tower: load it "
+            "with whisper=..., or leave the dataset's extractor out"
+            if dataset.extractor
+            else (
+                "the model has a Whisper tower and the dataset gives it no waveforms: make "
+                "it with extractor=whisper_extractor(model.config)"
+            )
+        )
+    if dataset.extractor and not any(
+        isinstance(part, Audio)
+        for c in dataset.conversations
+        for m in c.messages
+        if m.role != "assistant"
+        for part in m.content
+    ):
+        logger.warning(
+            f"the model has a Whisper tower and none of the {len(dataset)} "
+            "conversations has a recording to hear: its projector learns nothing from "
+            "them"
+        )
 
 # %% ../nbs/08_trainer.ipynb #fbe064ec
 def check_model(model, args: HiggsTrainingArguments) -> None:
-    "`ValueError` if the adapter is not LoRA, nothing of `model` is trainable, or `codebook_weights` has another length than the model has codebooks."
+    """`ValueError` if the adapter is not LoRA, nothing of `model` is trainable, or
+    `codebook_weights` has another length than the model has codebooks.
+    """
     if isinstance(model, PeftModel):
-        for config in model.peft_config.values(): only_lora(config)
+        for config in model.peft_config.values():
+            only_lora(config)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("no parameter of the model is trainable: load an adapter with load_lora_adapters(..., trainable=True), or make one with apply_lora")
+        raise ValueError(
+            "no parameter of the model is trainable: load an adapter with "
+            "load_lora_adapters(..., trainable=True), or make one with apply_lora"
+        )
     codebooks, weights = base_of(model).config.num_codebooks, args.codebook_weights
-    if weights and len(weights) != codebooks: raise ValueError(f"codebook_weights={weights}: {len(weights)} weights, and the model has {codebooks} codebooks")
+    if weights and len(weights) != codebooks:
+        raise ValueError(
+            f"codebook_weights={weights}: {len(weights)} weights, and the model has "
+            f"{codebooks} codebooks"
+        )
+
 
 class HiggsTrainer(Trainer):
-    """Trains a LoRA adapter, or the parameters of a model without one that require a gradient, on packed batches. `train_dataset` and `eval_dataset` are `SampleDataset`s. Logs `text_loss`, `audio_loss` and
-    `codebook_0` ... for training, the same with `eval_` for held-out data, and the offset probe. Checkpoints are verified before they count."""
-    def __init__(self, model: PeftModel | nn.Module,  # of `apply_lora`, or a model that is trained as a whole
-                 args: HiggsTrainingArguments, train_dataset, eval_dataset=None,  # two of `SampleDataset`; None: no evaluation
-                 tokenizer=None,  # for the audit of the first batch; None: that of the samples
-                 base: dict | None = None,  # where the base comes from: {"id": ..., "revision": ...}; goes into every checkpoint
-                 callbacks: list[TrainerCallback] | None = None, **kwargs):
+    """Trains a LoRA adapter, or the parameters of a model without one that require a gradient, on
+    packed batches. `train_dataset` and `eval_dataset` are `SampleDataset`s. Logs `text_loss`,
+    `audio_loss` and `codebook_0` ... for training, the same with `eval_` for held-out data, and
+    the offset probe. Checkpoints are verified before they count.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel | nn.Module,  # of `apply_lora`, or a model that is trained as a whole
+        args: HiggsTrainingArguments,
+        train_dataset,
+        eval_dataset=None,  # two of `SampleDataset`; None: no evaluation
+        tokenizer=None,  # for the audit of the first batch; None: that of the samples
+        # where the base comes from: {"id": ..., "revision": ...}; goes into every checkpoint
+        base: dict | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs,
+    ):
         check_model(model, args)
         if isinstance(eval_dataset, (dict, list, tuple)):
-            raise ValueError(f"eval_dataset is a {type(eval_dataset).__name__}: one SampleDataset is evaluated while training; afterwards evaluate({{name: dataset}}) takes several")
-        base_of(model).loss_weights = LossWeights(args.text_loss_weight, args.audio_loss_weight, args.codebook_weights and tuple(args.codebook_weights), args.label_smoothing_factor)
+            raise ValueError(
+                f"eval_dataset is a {type(eval_dataset).__name__}: one SampleDataset is "
+                "evaluated while training; afterwards evaluate({name: dataset}) "
+                "takes several"
+            )
+        base_of(model).loss_weights = LossWeights(
+            args.text_loss_weight,
+            args.audio_loss_weight,
+            args.codebook_weights and tuple(args.codebook_weights),
+            args.label_smoothing_factor,
+        )
         self.tokens, self.tokenizer = train_dataset.tokens, tokenizer or train_dataset.tokenizer
-        for data in filter(None, (train_dataset, eval_dataset)): check_hearing(base_of(model), data)
-        if not args.text_loss_weight: freeze_silent(model)
+        for data in filter(None, (train_dataset, eval_dataset)):
+            check_hearing(base_of(model), data)
+        if not args.text_loss_weight:
+            freeze_silent(model)
         if args.should_save:
-            with explained("this run could not save: its directory could not be made", Path(args.output_dir)): make_dirs(Path(args.output_dir))
+            with explained(
+                "this run could not save: its directory could not be made", Path(args.output_dir)
+            ):
+                make_dirs(Path(args.output_dir))
         self.base, self.fresh = base or {}, None
-        if args._n_gpu > 1: logger.warning(f"{args._n_gpu} GPUs are here, and this process uses one: `higgs_launch --standalone --nproc-per-node {args._n_gpu} SCRIPT` trains on all, see the tutorial on several processes")
-        if args.shard_base: self.divide(model, args)
-        self.speed, self.stop = SpeedCallback(model.config, args.token_budget, args.world_size, frozen=isinstance(model, PeftModel)), StopCallback(args.output_dir)
-        super().__init__(model, args, data_collator=PackedCollator(self.tokens, train_dataset.extractor), train_dataset=train_dataset, eval_dataset=eval_dataset,
-                         callbacks=[self.speed, EndCallback(), self.stop, *(callbacks or []), LogFileCallback()], **kwargs)
+        if args._n_gpu > 1:
+            logger.warning(
+                f"{args._n_gpu} GPUs are here, and this process uses one: `higgs_launch "
+                f"--standalone --nproc-per-node {args._n_gpu} SCRIPT` trains on all, "
+                "see the tutorial on several processes"
+            )
+        if args.shard_base:
+            self.divide(model, args)
+        self.speed, self.stop = (
+            SpeedCallback(
+                model.config,
+                args.token_budget,
+                args.world_size,
+                frozen=isinstance(model, PeftModel),
+            ),
+            StopCallback(args.output_dir),
+        )
+        super().__init__(
+            model,
+            args,
+            data_collator=PackedCollator(self.tokens, train_dataset.extractor),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[self.speed, EndCallback(), self.stop, *(callbacks or []), LogFileCallback()],
+            **kwargs,
+        )
         if args.fsdp or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed, as accelerate sets them up, divide the adapter among processes, too, and none of them could save it: leave them out. shard_base=True divides the frozen base alone.")
+            raise ValueError(
+                "FSDP and DeepSpeed, as accelerate sets them up, divide the adapter "
+                "among processes, too, and none of them could save it: leave them out. "
+                "shard_base=True divides the frozen base alone."
+            )
         self.add_callback(TakeUpCallback(self))
-        if args.world_size > 1: atexit.register(leave_processes)
+        if args.world_size > 1:
+            atexit.register(leave_processes)
         self.loss_is_scaled_for_ga = True  # counts are those of the whole step
-        self.meter, self.probes, self.resumed, self.earlier_seconds, self.saver = LossMeter(), [], None, 0.0, BackgroundSaver()
+        self.meter, self.probes, self.resumed, self.earlier_seconds, self.saver = (
+            LossMeter(),
+            [],
+            None,
+            0.0,
+            BackgroundSaver(),
+        )
         self.has_trained = False
 
     def divide(self, model, args):
         "Describe the base while it is whole, then divide it among the processes."
-        if args.world_size == 1: return logger.warning("shard_base=True, and there is one process: it holds the whole base")
-        if isinstance(model, PeftModel): self.base, self.fresh = describe_base(model, self.base.get("id"), self.base.get("revision")), empty_base(model)
+        if args.world_size == 1:
+            return logger.warning(
+                "shard_base=True, and there is one process: it holds the whole base"
+            )
+        if isinstance(model, PeftModel):
+            self.base, self.fresh = (
+                describe_base(model, self.base.get("id"), self.base.get("revision")),
+                empty_base(model),
+            )
         shard_base(model, args.device)
 
     def loader(self, dataset, shuffle: bool) -> torch.utils.data.DataLoader:
-        "This process's packed batches of a dataset; the order depends on the seed and the epoch alone."
+        """This process's packed batches of a dataset; the order depends on the seed and the epoch
+        alone.
+        """
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = PackedBatchSampler(dataset.lengths, self.args.token_budget, seed, shuffle, ids=[c.id for c in dataset.conversations])
+        sampler = PackedBatchSampler(
+            dataset.lengths,
+            self.args.token_budget,
+            seed,
+            shuffle,
+            ids=[c.id for c in dataset.conversations],
+        )
         return torch.utils.data.DataLoader(
-            dataset, batch_sampler=Shard(sampler, self.args.process_index, self.args.world_size), collate_fn=CollateOrBlank(self.data_collator, dataset),
-            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=self.args.dataloader_persistent_workers)
+            dataset,
+            batch_sampler=Shard(sampler, self.args.process_index, self.args.world_size),
+            collate_fn=CollateOrBlank(self.data_collator, dataset),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
 
-    def get_train_dataloader(self): return self.loader(self.train_dataset, shuffle=True)
-    def get_eval_dataloader(self, eval_dataset=None): return self.loader(eval_dataset or self.eval_dataset, shuffle=False)
+    def get_train_dataloader(self):
+        return self.loader(self.train_dataset, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return self.loader(eval_dataset or self.eval_dataset, shuffle=False)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        "The micro-batches of one optimizer step and the cells they supervise, on all devices: (1 + codebooks,)."
+        """The micro-batches of one optimizer step and the cells they supervise, on all devices: (1
+        + codebooks,).
+        """
         batches = list(islice(epoch_iterator, num_batches))
         self.speed.add(batches)
-        return batches, self.accelerator.reduce(sum(target_counts(b) for b in batches).to(device), "sum") if batches else None
+        return batches, self.accelerator.reduce(
+            sum(target_counts(b) for b in batches).to(device), "sum"
+        ) if batches else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The loss of a micro-batch, as its share of the step; see `HiggsAudioForTraining.losses`."
@@ -268,11 +594,21 @@ class HiggsTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def noisy(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        "A batch in which the model reads some codes wrongly, as `code_noise` says; what it is to predict stays."
+        """A batch in which the model reads some codes wrongly, as `code_noise` says; what it is to
+        predict stays.
+        """
         codes = inputs["audio_input_ids"]
-        if not self.args.code_noise or not self.model.training: return inputs
-        wrong = (torch.rand(codes.shape, device=codes.device) < self.args.code_noise) & (codes < self.tokens.stream_bos)
-        return {**inputs, "audio_input_ids": torch.where(wrong, torch.randint_like(codes, self.tokens.stream_bos), codes)}
+        if not self.args.code_noise or not self.model.training:
+            return inputs
+        wrong = (torch.rand(codes.shape, device=codes.device) < self.args.code_noise) & (
+            codes < self.tokens.stream_bos
+        )
+        return {
+            **inputs,
+            "audio_input_ids": torch.where(
+                wrong, torch.randint_like(codes, self.tokens.stream_bos), codes
+            ),
+        }
 
     def log(self, logs, start_time=None):
         "Add the parts of the training loss whenever the loss is logged."
@@ -281,240 +617,506 @@ class HiggsTrainer(Trainer):
             self.meter = LossMeter()
             self.check_losses(parts, logs.get("grad_norm"), "training")
             logs.update(parts, **self.speed.report())
-            if self.state.epoch is not None and self.state.epoch <= 1: self.judge_loss(parts.get("audio_loss"), "training data that it sees for the first time")
+            if self.state.epoch is not None and self.state.epoch <= 1:
+                self.judge_loss(
+                    parts.get("audio_loss"), "training data that it sees for the first time"
+                )
         super().log(logs, start_time)
 
-    def train(self, resume: str | Path | None = None,  # a checkpoint, or "auto": the newest whole one in the output directory, if there is one
-              resume_force: bool = False,  # go on although it belongs to a run with other data, model, adapter, precision or settings
-              **kwargs):
-        "Check the output directory and the labels of the first batch, then train, see `transformers.Trainer.train`; `Preempted` if it was asked to stop."
+    def train(
+        self,
+        # a checkpoint, or "auto": the newest whole one in the output directory, if there is one
+        resume: str | Path | None = None,
+        # go on although it belongs to a run with other data, model, adapter, precision or
+        # settings
+        resume_force: bool = False,
+        **kwargs,
+    ):
+        """Check the output directory and the labels of the first batch, then train, see
+        `transformers.Trainer.train`; `Preempted` if it was asked to stop.
+        """
         self.before_training()
-        self.found = resume and on_first_process(lambda: checkpoint_to_resume(self.args.output_dir, "auto" if resume is True else resume))
-        if self.has_trained and not self.found: raise RuntimeError(HAS_TRAINED)
+        self.found = resume and on_first_process(
+            lambda: checkpoint_to_resume(self.args.output_dir, "auto" if resume is True else resume)
+        )
+        if self.has_trained and not self.found:
+            raise RuntimeError(HAS_TRAINED)
         on_first_process(self.check_place)
         self.resumed = self.found and self.read_checkpoint(self.found, resume_force)
-        self.ended, self.saved_step = bool(self.resumed) and self.resumed.get("ended", False) and not resume_force, self.found and self.found.step
-        self.args.eval_on_start, self.started = self.eval_dataset is not None and not self.found, time.monotonic()
+        self.ended, self.saved_step = (
+            bool(self.resumed) and self.resumed.get("ended", False) and not resume_force,
+            self.found and self.found.step,
+        )
+        self.args.eval_on_start, self.started = (
+            self.eval_dataset is not None and not self.found,
+            time.monotonic(),
+        )
         self.has_trained = True
         with self.stop, tempfile.TemporaryDirectory(prefix="higgs-state-") as verified:
-            if self.found: self.copy_state(Path(verified))
+            if self.found:
+                self.copy_state(Path(verified))
             return super().train(resume_from_checkpoint=verified if self.found else None, **kwargs)
 
 # %% ../nbs/08_trainer.ipynb #5c1de0a3
 @patch
 def training_state(self: HiggsTrainer) -> dict:
     "What a resumed run needs beside the adapter; all processes have to call this."
-    mine = pack(dict(rng=rng_state(), loss=self._tr_loss, sums=self.meter.sums, counts=self.meter.counts))
-    probes = [[step, {**asdict(p), "losses": list(p.losses.items()), "codebook_losses": list(p.codebook_losses.items())}] for step, p in self.probes]
+    mine = pack(
+        dict(rng=rng_state(), loss=self._tr_loss, sums=self.meter.sums, counts=self.meter.counts)
+    )
+    probes = [
+        [
+            step,
+            {
+                **asdict(p),
+                "losses": list(p.losses.items()),
+                "codebook_losses": list(p.codebook_losses.items()),
+            },
+        ]
+        for step, p in self.probes
+    ]
     scaler = getattr(self.accelerator, "scaler", None)
-    return dict(optimizer=optimizer_state(self.model, self.optimizer), schedule=self.lr_scheduler.state_dict(), scaler=scaler and scaler.state_dict(),
-                processes=[unpack(*state) for state in of_every_process(mine)], probes=probes, logged_step=self._globalstep_last_logged, max_steps=self.state.max_steps,
-                loss_sum=self._total_loss_scalar, seconds=self.earlier_seconds + time.monotonic() - self.started, ended=self.is_over())
+    return dict(
+        optimizer=optimizer_state(self.model, self.optimizer),
+        schedule=self.lr_scheduler.state_dict(),
+        scaler=scaler and scaler.state_dict(),
+        processes=[unpack(*state) for state in of_every_process(mine)],
+        probes=probes,
+        logged_step=self._globalstep_last_logged,
+        max_steps=self.state.max_steps,
+        loss_sum=self._total_loss_scalar,
+        seconds=self.earlier_seconds + time.monotonic() - self.started,
+        ended=self.is_over(),
+    )
+
 
 @patch
 def check_place(self: HiggsTrainer):
-    "`CheckpointError` if the output directory holds checkpoints of another run, or newer ones than that which is resumed: this run would come upon them, and take them for its own."
+    """`CheckpointError` if the output directory holds checkpoints of another run, or newer ones
+    than that which is resumed: this run would come upon them, and take them for its own.
+    """
     out, here = Path(self.args.output_dir), self.found and self.found.path.resolve()
     within = [r for r in members(out) if not r.path.name.startswith(".")]
-    if here and here.parent == out.resolve(): within = [r for r in within if r.step > self.found.step]
+    if here and here.parent == out.resolve():
+        within = [r for r in within if r.step > self.found.step]
     if within:
         names = ", ".join(r.path.name for r in within[:5]) + ", ..." * (len(within) > 5)
-        raise CheckpointError(f"training not begun: its directory holds {names}, " + ("newer than the one to resume from" if here else "of an earlier run"), out,
-                              remedy=self.way_on(within) + "to begin anew choose another output_dir, or move these away")
+        raise CheckpointError(
+            f"training not begun: its directory holds {names}, "
+            + ("newer than the one to resume from" if here else "of an earlier run"),
+            out,
+            remedy=self.way_on(within)
+            + "to begin anew choose another output_dir, or move these away",
+        )
+
 
 @patch
 def way_on(self: HiggsTrainer, within: list[CheckpointReport]) -> str:
     "What a remedy says of going on from checkpoints: nothing if none of them can be resumed from."
-    if any(validate_checkpoint(r.path).whole for r in within): return "train(resume='auto') goes on with the newest; "
-    return "none of them is whole or of this trainer, so train(resume='auto') cannot go on from them; "
+    if any(validate_checkpoint(r.path).whole for r in within):
+        return "train(resume='auto') goes on with the newest; "
+    return (
+        "none of them is whole or of this trainer, so train(resume='auto') cannot go on from them; "
+    )
+
 
 @patch
 def is_over(self: HiggsTrainer) -> bool:
-    "Whether the run has ended before its last step, by a callback such as early stopping, and not because it was asked to stop."
+    """Whether the run has ended before its last step, by a callback such as early stopping, and
+    not because it was asked to stop.
+    """
     patient = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
     exhausted = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in patient)
-    return self.state.global_step < self.state.max_steps and (exhausted or self.control.should_training_stop and not self.stop.reason)
+    return self.state.global_step < self.state.max_steps and (
+        exhausted or self.control.should_training_stop and not self.stop.reason
+    )
+
 
 @patch
 def _save_checkpoint(self: HiggsTrainer, model, trial):
-    "Copy this step, if it is not saved yet, and save the copy in the background: verified, then older ones are pruned, never the best."
-    if self.saved_step == self.state.global_step: return  # the end of a step and that of an epoch may both ask for it
+    """Copy this step, if it is not saved yet, and save the copy in the background: verified, then
+    older ones are pruned, never the best.
+    """
+    if self.saved_step == self.state.global_step:
+        return  # the end of a step and that of an epoch may both ask for it
     self.store_flos()
     self.check_weights()
     state, run_dir = self.training_state(), Path(self.args.output_dir)
-    self.state.stateful_callbacks = TrainerState(stateful_callbacks=[c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]).stateful_callbacks
+    self.state.stateful_callbacks = TrainerState(
+        stateful_callbacks=[
+            c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)
+        ]
+    ).stateful_callbacks
     best = self.state.best_global_step and run_dir / f"checkpoint-{self.state.best_global_step}"
-    if best and (best.exists() or self.state.best_global_step == self.state.global_step): self.state.best_model_checkpoint = str(best)
+    if best and (best.exists() or self.state.best_global_step == self.state.global_step):
+        self.state.best_model_checkpoint = str(best)
     path, keep = run_dir / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
     protect = [path, best] if best else [path]
+
     def begin():
-        snapshot = take_snapshot(self.model, base=self.base, meta=self.meta(), files={"trainer_state.json": json.dumps(asdict(self.state)).encode(), **state_files(state)})
-        self.saver.submit(snapshot, path, then=keep and (lambda: prune_checkpoints(run_dir, keep, protect)))
+        snapshot = take_snapshot(
+            self.model,
+            base=self.base,
+            meta=self.meta(),
+            files={
+                "trainer_state.json": json.dumps(asdict(self.state)).encode(),
+                **state_files(state),
+            },
+        )
+        self.saver.submit(
+            snapshot, path, then=keep and (lambda: prune_checkpoints(run_dir, keep, protect))
+        )
+
     self.settle(self.saver.wait)
     self.settle(begin)
     self.saved_step = self.state.global_step
 
+
 @patch
 def settle(self: HiggsTrainer, do):
-    "Do something about saving in the first process; a `CheckpointError` ends the run in every process, or is logged, as `on_save_error` says."
-    try: on_first_process(lambda: do() and None)
+    """Do something about saving in the first process; a `CheckpointError` ends the run in every
+    process, or is logged, as `on_save_error` says.
+    """
+    try:
+        on_first_process(lambda: do() and None)
     except CheckpointError:
-        if self.args.on_save_error == "stop": raise
-        if self.is_world_process_zero(): logger.error(f"step {self.state.global_step}: a checkpoint is not saved, and the run goes on because on_save_error='warn'", exc_info=True)
+        if self.args.on_save_error == "stop":
+            raise
+        if self.is_world_process_zero():
+            logger.error(
+                f"step {self.state.global_step}: a checkpoint is not saved, and the run "
+                "goes on because on_save_error='warn'",
+                exc_info=True,
+            )
+
 
 @patch
 def _determine_best_metric(self: HiggsTrainer, metrics, trial) -> bool:
-    "Whether this evaluation is the best by `metric_for_best_model`; then a checkpoint is saved, which stays."
+    """Whether this evaluation is the best by `metric_for_best_model`; then a checkpoint is saved,
+    which stays.
+    """
     name = self.args.metric_for_best_model
-    if name and f"eval_{name.removeprefix('eval_')}" in SPOKEN:  # `ScoreCallback` logs these by itself
-        entries = [entry for entry in self.state.log_history if entry.get("step") == self.state.global_step]
-        metrics = {**metrics, **{key: value for entry in entries for key, value in entry.items() if key in SPOKEN}}
-        if f"eval_{name.removeprefix('eval_')}" not in metrics: return False  # nobody judged this step
+    if (
+        name and f"eval_{name.removeprefix('eval_')}" in SPOKEN
+    ):  # `ScoreCallback` logs these by itself
+        entries = [
+            entry for entry in self.state.log_history if entry.get("step") == self.state.global_step
+        ]
+        metrics = {
+            **metrics,
+            **{key: value for entry in entries for key, value in entry.items() if key in SPOKEN},
+        }
+        if f"eval_{name.removeprefix('eval_')}" not in metrics:
+            return False  # nobody judged this step
     best = Trainer._determine_best_metric(self, metrics, trial)
-    if best and self.args.save_strategy != "no": self.control.should_save = True
+    if best and self.args.save_strategy != "no":
+        self.control.should_save = True
     return best
 
 # %% ../nbs/08_trainer.ipynb #5c1de0a5
 @patch
 def describe_run(self: HiggsTrainer) -> dict:
     "What must be the same for a run to be resumed, besides the base."
-    settings = ("token_budget", "gradient_accumulation_steps", "world_size", "seed", "data_seed", "text_loss_weight", "audio_loss_weight", "codebook_weights", "label_smoothing_factor", "code_noise",
-                "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+    settings = (
+        "token_budget",
+        "gradient_accumulation_steps",
+        "world_size",
+        "seed",
+        "data_seed",
+        "text_loss_weight",
+        "audio_loss_weight",
+        "codebook_weights",
+        "label_smoothing_factor",
+        "code_noise",
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "optim",
+        "optim_args",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+    )
     trained = {str(p.dtype) for p in self.model.parameters() if p.requires_grad}
-    precision = dict(base=str(base_of(self.model).dtype), trained=sorted(trained), computed=self.args.mixed_precision)
-    described = dict(data=describe_data(self.train_dataset), held_out_data=self.eval_dataset and describe_data(self.eval_dataset), adapter=describe_trained(self.model),
-                     precision=precision, settings={k: getattr(self.args, k) for k in settings})
+    precision = dict(
+        base=str(base_of(self.model).dtype),
+        trained=sorted(trained),
+        computed=self.args.mixed_precision,
+    )
+    described = dict(
+        data=describe_data(self.train_dataset),
+        held_out_data=self.eval_dataset and describe_data(self.eval_dataset),
+        adapter=describe_trained(self.model),
+        precision=precision,
+        settings={k: getattr(self.args, k) for k in settings},
+    )
     return json.loads(json.dumps(described, default=str))
+
 
 @patch
 def read_checkpoint(self: HiggsTrainer, report: CheckpointReport, force: bool) -> dict:
-    "The training state of a checkpoint; `CheckpointError` names what differs if it is that of another run, unless `force`."
+    """The training state of a checkpoint; `CheckpointError` names what differs if it is that of
+    another run, unless `force`.
+    """
     meta, base = report.manifest.meta, ("config", "weights_fingerprint")
-    then, here = ({**run, "model": {k: of.get(k) for k in base}} for run, of in ((meta.get("run", {}), meta["base"]), (self.run, self.base)))
+    then, here = (
+        {**run, "model": {k: of.get(k) for k in base}}
+        for run, of in ((meta.get("run", {}), meta["base"]), (self.run, self.base))
+    )
     if found := differences(then, here):
         said = "another run: " + "; ".join(found)
-        if not force: raise CheckpointError(f"training not resumed: the checkpoint belongs to {said}", report.path, remedy="start as that run was started, pass resume_force=True, or begin anew in another output directory")
+        if not force:
+            raise CheckpointError(
+                f"training not resumed: the checkpoint belongs to {said}",
+                report.path,
+                remedy=(
+                    "start as that run was started, pass resume_force=True, or begin anew "
+                    "in another output directory"
+                ),
+            )
         logger.warning(f"resuming from {report.path}, although it belongs to {said}")
-        self.found = dataclasses.replace(report, manifest=Manifest(report.manifest.files, {**meta, "base": self.base}))  # as if it were made for this base
+        self.found = dataclasses.replace(
+            report, manifest=Manifest(report.manifest.files, {**meta, "base": self.base})
+        )  # as if it were made for this base
     return read_state(report)
+
 
 @patch
 def copy_state(self: HiggsTrainer, folder: Path):
-    """Write the trainer's state, as the manifest vouches for it, into `folder`, from which transformers reads it. `CheckpointError` if it belongs to another step, or
-    holds something for a callback that such a callback does not save itself."""
+    """Write the trainer's state, as the manifest vouches for it, into `folder`, from which
+    transformers reads it. `CheckpointError` if it belongs to another step, or holds something
+    for a callback that such a callback does not save itself.
+    """
     name = "trainer_state.json"
     data = load_files(self.found, name)[name]
     where, remedy = self.found.path, "resume from another checkpoint"
     try:
         state = check_plain(json.loads(data), name)
         step, callbacks = state["global_step"], state["stateful_callbacks"]
-        if type(step) is not int or step != self.found.step: raise ValueError(f"{name} is of step {step!r}, the checkpoint of step {self.found.step}")
-        for kind, states in callbacks.items(): self.check_callback_state(kind, states if isinstance(states, list) else [states])
+        if type(step) is not int or step != self.found.step:
+            raise ValueError(
+                f"{name} is of step {step!r}, the checkpoint of step {self.found.step}"
+            )
+        for kind, states in callbacks.items():
+            self.check_callback_state(kind, states if isinstance(states, list) else [states])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"training not resumed: {name} cannot be used: {error}", where, remedy=remedy) from error
+        raise CheckpointError(
+            f"training not resumed: {name} cannot be used: {error}", where, remedy=remedy
+        ) from error
     (folder / name).write_bytes(data)
+
 
 @patch
 def check_callback_state(self: HiggsTrainer, kind: str, states: list[dict]):
-    "`ValueError` if a state names an attribute that the callbacks of the class `kind` do not export, or has a value of another type."
+    """`ValueError` if a state names an attribute that the callbacks of the class `kind` do not
+    export, or has a value of another type.
+    """
     same = [c for c in self.callback_handler.callbacks if type(c).__name__ == kind]
     for callback, state in zip(same, states):
-        if not isinstance(callback, ExportableState): raise ValueError(f"it holds a state for {kind}, which has none")
+        if not isinstance(callback, ExportableState):
+            raise ValueError(f"it holds a state for {kind}, which has none")
         own = callback.state()["attributes"]
         for name, value in state["attributes"].items():
-            if name not in own: raise ValueError(f"it sets {shown(name)} of {kind}, which does not save that")
-            if own[name] is not None and value is not None and not same_kind(own[name], value): raise ValueError(f"{kind}.{name} is {value!r}, and has to be of the type {type(own[name]).__name__}")
+            if name not in own:
+                raise ValueError(f"it sets {shown(name)} of {kind}, which does not save that")
+            if own[name] is not None and value is not None and not same_kind(own[name], value):
+                raise ValueError(
+                    f"{kind}.{name} is {value!r}, and has to be of the type "
+                    f"{type(own[name]).__name__}"
+                )
+
 
 def same_kind(a, b) -> bool:
-    "Whether two plain values are of one type; whole numbers and others are of one, truth values are not numbers."
+    """Whether two plain values are of one type; whole numbers and others are of one, truth values
+    are not numbers.
+    """
     number = (int, float)
     return type(a) in number and type(b) in number or type(a) is type(b)
 
+
 @patch
-def _load_from_checkpoint(self: HiggsTrainer, path, model=None): restore(self.model, self.found, self.base)
+def _load_from_checkpoint(self: HiggsTrainer, path, model=None):
+    restore(self.model, self.found, self.base)
+
 
 @patch
 def _load_best_model(self: HiggsTrainer):
-    "Take up the best checkpoint. If it could not be saved, and on_save_error='warn' let the run go on, the model stays as it is."
+    """Take up the best checkpoint. If it could not be saved, and on_save_error='warn' let the run
+    go on, the model stays as it is.
+    """
     best = self.state.best_model_checkpoint
-    if self.args.on_save_error == "warn" and not (report := on_first_process(lambda: validate_checkpoint(best))).whole:
-        return logger.error(f"the best checkpoint is not there, so the model stays that of the last step: {report}")
+    if (
+        self.args.on_save_error == "warn"
+        and not (report := on_first_process(lambda: validate_checkpoint(best))).whole
+    ):
+        return logger.error(
+            f"the best checkpoint is not there, so the model stays that of the last step: {report}"
+        )
     restore(self.model, best, self.base)
+
 
 @patch
 def _load_optimizer_and_scheduler(self: HiggsTrainer, path):
-    if self.resumed is None: return
+    if self.resumed is None:
+        return
     load_optimizer_state(self.model, self.optimizer, self.resumed["optimizer"])
     self.lr_scheduler.load_state_dict(self.resumed["schedule"])
 
+
 @patch
 def _load_scaler(self: HiggsTrainer, path):
-    if self.resumed and self.resumed["scaler"]: self.accelerator.scaler.load_state_dict(self.resumed["scaler"])
+    if self.resumed and self.resumed["scaler"]:
+        self.accelerator.scaler.load_state_dict(self.resumed["scaler"])
+
 
 @patch
 def _load_callback_state(self: HiggsTrainer):
     for name, states in self.state.stateful_callbacks.items():
         same = [c for c in self.callback_handler.callbacks if type(c).__name__ == name]
-        for callback, state in zip(same, states if isinstance(states, list) else [states]): vars(callback).update(state["attributes"])
-    for callback in self.callback_handler.callbacks:  # a run that had ended and is made to go on is patient anew
-        if isinstance(callback, EarlyStoppingCallback) and self.resumed and self.resumed.get("ended") and not self.ended: callback.early_stopping_patience_counter = 0
+        for callback, state in zip(same, states if isinstance(states, list) else [states]):
+            vars(callback).update(state["attributes"])
+    for callback in (
+        self.callback_handler.callbacks
+    ):  # a run that had ended and is made to go on is patient anew
+        if (
+            isinstance(callback, EarlyStoppingCallback)
+            and self.resumed
+            and self.resumed.get("ended")
+            and not self.ended
+        ):
+            callback.early_stopping_patience_counter = 0
+
 
 @patch
 def _load_rng_state(self: HiggsTrainer, path):
-    if mine := self.own_state(): set_rng_state(mine["rng"])
+    if mine := self.own_state():
+        set_rng_state(mine["rng"])
+
 
 @patch
 def own_state(self: HiggsTrainer) -> dict | None:
     "What the checkpoint says of this process; None, and a warning, if there were fewer."
-    if self.resumed is None: return None
-    if self.args.process_index < len(states := self.resumed["processes"]): return states[self.args.process_index]
-    logger.warning(f"the checkpoint knows {len(states)} processes, this is number {self.args.process_index}: its generators start anew")
+    if self.resumed is None:
+        return None
+    if self.args.process_index < len(states := self.resumed["processes"]):
+        return states[self.args.process_index]
+    logger.warning(
+        f"the checkpoint knows {len(states)} processes, this is number "
+        f"{self.args.process_index}: its generators start anew"
+    )
 
 # %% ../nbs/08_trainer.ipynb #5c1de0a6
 class TakeUpCallback(TrainerCallback):
-    "Gives a resumed trainer the sums and the history that its checkpoint holds, and tells every process of a save that failed."
-    def __init__(self, trainer): self.trainer = trainer
+    """Gives a resumed trainer the sums and the history that its checkpoint holds, and tells every
+    process of a save that failed.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         t = self.trainer
         t.probes, t.earlier_seconds = [], 0.0
         t.meter = LossMeter()
-        if (then := t.resumed) is None: return
+        if (then := t.resumed) is None:
+            return
         state.compute_steps(args, state.max_steps)  # intervals are this run's, not the checkpoint's
         if (steps := then.get("max_steps", state.max_steps)) != state.max_steps:
-            schedule = "" if args.lr_scheduler_type.startswith("constant") else f", and its learning rate ({args.lr_scheduler_type.value}) follows the schedule of {state.max_steps} steps from here on"
-            logger.warning(f"resuming at step {state.global_step}: this run ends at step {state.max_steps}, the checkpoint's was to end at {steps}{schedule}")
-        t.probes = [(step, OffsetProbe(**{**p, "losses": dict(p["losses"]), "codebook_losses": dict(p["codebook_losses"])})) for step, p in then["probes"]]
-        t.earlier_seconds, t._total_loss_scalar, t._globalstep_last_logged, t._initial_global_step = then["seconds"], then["loss_sum"], then["logged_step"], 0
+            schedule = (
+                ""
+                if args.lr_scheduler_type.startswith("constant")
+                else (
+                    f", and its learning rate ({args.lr_scheduler_type.value}) follows the "
+                    f"schedule of {state.max_steps} steps from here on"
+                )
+            )
+            logger.warning(
+                f"resuming at step {state.global_step}: this run ends at step "
+                f"{state.max_steps}, the checkpoint's was to end at {steps}{schedule}"
+            )
+        t.probes = [
+            (
+                step,
+                OffsetProbe(
+                    **{
+                        **p,
+                        "losses": dict(p["losses"]),
+                        "codebook_losses": dict(p["codebook_losses"]),
+                    }
+                ),
+            )
+            for step, p in then["probes"]
+        ]
+        (
+            t.earlier_seconds,
+            t._total_loss_scalar,
+            t._globalstep_last_logged,
+            t._initial_global_step,
+        ) = then["seconds"], then["loss_sum"], then["logged_step"], 0
         if mine := t.own_state():
-            t._tr_loss, t.meter.sums, t.meter.counts = (x.to(args.device) if torch.is_tensor(x) else x for x in (mine["loss"], mine["sums"], mine["counts"]))
+            t._tr_loss, t.meter.sums, t.meter.counts = (
+                x.to(args.device) if torch.is_tensor(x) else x
+                for x in (mine["loss"], mine["sums"], mine["counts"])
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         pending = self.trainer.saver.pending
-        if any_process(bool(pending and pending.done() and pending.exception())): self.trainer.settle(self.trainer.saver.wait)
+        if any_process(bool(pending and pending.done() and pending.exception())):
+            self.trainer.settle(self.trainer.saver.wait)
+
 
 @patch
 def _run_epoch(self: HiggsTrainer, **kwargs):
-    "An epoch, or what is left of it; nothing if all steps are done, or the run was over before it was resumed."
-    if self.state.global_step < self.state.max_steps and not self.ended: return Trainer._run_epoch(self, **kwargs)
-    if self.ended: logger.warning(f"this run ended by itself at step {self.state.global_step} of {self.state.max_steps}: nothing to do; resume_force=True trains on")
+    """An epoch, or what is left of it; nothing if all steps are done, or the run was over before
+    it was resumed.
+    """
+    if self.state.global_step < self.state.max_steps and not self.ended:
+        return Trainer._run_epoch(self, **kwargs)
+    if self.ended:
+        logger.warning(
+            f"this run ended by itself at step {self.state.global_step} of "
+            f"{self.state.max_steps}: nothing to do; resume_force=True trains on"
+        )
     self.control.should_training_stop = True
+
 
 @patch
 def _finalize_training(self: HiggsTrainer, trial, num_train_samples, start_time):
-    "Log what the whole run was, earlier sessions included, and leave pruning to `prune_checkpoints`; `Preempted` if it was asked to stop."
+    """Log what the whole run was, earlier sessions included, and leave pruning to
+    `prune_checkpoints`; `Preempted` if it was asked to stop.
+    """
     self.settle(self.saver.wait)
     on_first_process(lambda: self.stop.file.unlink(missing_ok=True))  # it was meant for this run
     if self.stop.reason and self.state.global_step < self.state.max_steps and not self.is_over():
-        raise Preempted(f"{self.stop.reason}: stopped after step {self.state.global_step} of {self.state.max_steps}; train(resume='auto') goes on")
+        raise Preempted(
+            f"{self.stop.reason}: stopped after step {self.state.global_step} of "
+            f"{self.state.max_steps}; train(resume='auto') goes on"
+        )
     limit, self.args.save_total_limit = self.args.save_total_limit, None
-    try: return Trainer._finalize_training(self, trial, num_train_samples, time.time() - (time.monotonic() - self.started) - self.earlier_seconds)
-    finally: self.args.save_total_limit = limit
+    try:
+        return Trainer._finalize_training(
+            self,
+            trial,
+            num_train_samples,
+            time.time() - (time.monotonic() - self.started) - self.earlier_seconds,
+        )
+    finally:
+        self.args.save_total_limit = limit
 
 # %% ../nbs/08_trainer.ipynb #8c3bdf16
 @patch
 @torch.no_grad()
-def evaluation_loop(self: HiggsTrainer, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+def evaluation_loop(
+    self: HiggsTrainer,
+    dataloader,
+    description,
+    prediction_loss_only=None,
+    ignore_keys=None,
+    metric_key_prefix="eval",
+):
     "The losses over a whole dataset, and the offset probe on its first batch."
     model, meter = self._wrap_model(self.model, training=False), LossMeter()
     was_training, chance = model.training, rng_state()
@@ -523,93 +1125,181 @@ def evaluation_loop(self: HiggsTrainer, dataloader, description, prediction_loss
     for i, batch in enumerate(dataloader):
         batch = self._prepare_inputs(batch)
         meter.add(model(**batch))
-        if i == 0: first = batch
+        if i == 0:
+            first = batch
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
     model.train(was_training)
     set_rng_state(chance)  # to look is not to change
     metrics = meter.means(lambda x: self.accelerator.reduce(x, "sum"), metric_key_prefix + "_")
     weights = self.args.codebook_weights or [1.0] * self.model.config.num_codebooks
     self.check_losses(metrics, None, "held-out")
-    audio_loss = sum(w * metrics.get(f"{metric_key_prefix}_codebook_{k}", 0.0) for k, w in enumerate(weights)) / len(weights)
-    metrics[f"{metric_key_prefix}_loss"] = self.args.text_loss_weight * metrics.get(f"{metric_key_prefix}_text_loss", 0.0) + self.args.audio_loss_weight * audio_loss
+    audio_loss = sum(
+        w * metrics.get(f"{metric_key_prefix}_codebook_{k}", 0.0) for k, w in enumerate(weights)
+    ) / len(weights)
+    metrics[f"{metric_key_prefix}_loss"] = (
+        self.args.text_loss_weight * metrics.get(f"{metric_key_prefix}_text_loss", 0.0)
+        + self.args.audio_loss_weight * audio_loss
+    )
     self.judge_loss(metrics.get(f"{metric_key_prefix}_audio_loss"), "held-out data")
-    if self.args.probe != "off": metrics |= self.run_probe(first, metric_key_prefix)
-    return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+    if self.args.probe != "off":
+        metrics |= self.run_probe(first, metric_key_prefix)
+    return EvalLoopOutput(
+        predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset)
+    )
 
 # %% ../nbs/08_trainer.ipynb #5621e625
-IMPLAUSIBLE = 0.05  # share of the loss of chance, below which unseen codes are not predicted but known
+IMPLAUSIBLE = (
+    0.05  # share of the loss of chance, below which unseen codes are not predicted but known
+)
+
 
 class NotLearningSpeech(RuntimeError):
     "The labels of a run are wrong: it copies, or it knows the answers."
 
+
 @patch
 def complain(self: HiggsTrainer, message: str):
     "Stop the run with `NotLearningSpeech`, or warn, as `args.probe` says."
-    if self.args.probe == "stop": raise NotLearningSpeech(f"step {self.state.global_step}: {message}\nSet probe='warn' to go on regardless.")
-    if self.args.probe == "warn": logger.warning(f"step {self.state.global_step}: {message}")
+    if self.args.probe == "stop":
+        raise NotLearningSpeech(
+            f"step {self.state.global_step}: {message}\nSet probe='warn' to go on regardless."
+        )
+    if self.args.probe == "warn":
+        logger.warning(f"step {self.state.global_step}: {message}")
+
 
 class NotFinite(RuntimeError):
     "A loss, a gradient or a trained weight is not a finite number: this run cannot recover."
 
-NOT_FINITE_REMEDY = ("Whole checkpoints of earlier steps stay as they are. Resume from one of them, or begin anew, with a lower "
-                     "learning_rate, a max_grad_norm, or bf16 in place of fp16.")
+
+NOT_FINITE_REMEDY = (
+    "Whole checkpoints of earlier steps stay as they are. Resume from one of them, or "
+    "begin anew, with a lower "
+    "learning_rate, a max_grad_norm, or bf16 in place of fp16."
+)
+
 
 @patch
 def check_losses(self: HiggsTrainer, losses: dict[str, float], grad_norm: float | None, data: str):
-    "`NotFinite` names the parts of the loss that are not finite; they are the same in every process."
+    """`NotFinite` names the parts of the loss that are not finite; they are the same in every
+    process.
+    """
     parts = {**losses, **({} if grad_norm is None else {"norm of the gradient": float(grad_norm)})}
     wrong = [name for name, value in parts.items() if not math.isfinite(value)]
-    if self.args.fp16 and wrong == ["norm of the gradient"]: return  # the scaler skips such a step, and lowers its scale
-    if wrong: raise NotFinite(f"step {self.state.global_step}: {', '.join(wrong)} on {data} data not finite. {NOT_FINITE_REMEDY}")
+    if self.args.fp16 and wrong == ["norm of the gradient"]:
+        return  # the scaler skips such a step, and lowers its scale
+    if wrong:
+        raise NotFinite(
+            f"step {self.state.global_step}: {', '.join(wrong)} on {data} data not "
+            f"finite. {NOT_FINITE_REMEDY}"
+        )
+
 
 @patch
 def check_weights(self: HiggsTrainer):
-    "`NotFinite` if a trained parameter holds NaN or infinite values. One look at the device, before a save."
+    """`NotFinite` if a trained parameter holds NaN or infinite values. One look at the device,
+    before a save.
+    """
     trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
     finite = torch.stack([torch.isfinite(p.detach()).all() for _, p in trained])
-    if finite.all(): return
+    if finite.all():
+        return
     wrong = [name for (name, _), good in zip(trained, finite.tolist()) if not good]
-    raise NotFinite(f"step {self.state.global_step}: {len(wrong)} of {len(trained)} trained parameters are not finite: "
-                    f"{', '.join(wrong[:3])}. {NOT_FINITE_REMEDY}")
+    raise NotFinite(
+        f"step {self.state.global_step}: {len(wrong)} of {len(trained)} trained "
+        "parameters are not finite: "
+        f"{', '.join(wrong[:3])}. {NOT_FINITE_REMEDY}"
+    )
+
 
 @patch
 def judge_loss(self: HiggsTrainer, audio_loss: float | None, data: str):
     "Complain if `audio_loss` is too good to be true on `data` that the model has not seen."
     chance = math.log(self.model.config.codebook_size)
     if audio_loss is not None and audio_loss < IMPLAUSIBLE * chance:
-        self.complain(f"the audio loss on {data} is {audio_loss:.4f}, {audio_loss / chance:.1%} of chance. Codes that were never seen cannot be known that well: "
-                      "either labels are not shifted and the model copies its input, or these recordings are also in the training data.")
+        self.complain(
+            f"the audio loss on {data} is {audio_loss:.4f}, {audio_loss / chance:.1%} "
+            "of chance. Codes that were never seen cannot be known that well: "
+            "either labels are not shifted and the model copies its input, or these "
+            "recordings are also in the training data."
+        )
+
 
 @patch
-def run_probe(self: HiggsTrainer, batch: dict[str, Tensor], prefix: str = "eval") -> dict[str, float]:
-    "Run the offset probe on a batch, keep it in `self.probes`, and complain if it says that the model does not learn the next frame."
-    probe = of_every_process(offset_probe(self.accelerator.unwrap_model(self.model), batch))[0]  # one verdict for all
+def run_probe(
+    self: HiggsTrainer, batch: dict[str, Tensor], prefix: str = "eval"
+) -> dict[str, float]:
+    """Run the offset probe on a batch, keep it in `self.probes`, and complain if it says that the
+    model does not learn the next frame.
+    """
+    probe = of_every_process(offset_probe(self.accelerator.unwrap_model(self.model), batch))[
+        0
+    ]  # one verdict for all
     self.probes.append((self.state.global_step, probe))
-    if self.state.global_step >= self.args.probe_after and probe.verdict in ("masked", "copying", "misaligned"): self.complain(str(probe))
+    if self.state.global_step >= self.args.probe_after and probe.verdict in (
+        "masked",
+        "copying",
+        "misaligned",
+    ):
+        self.complain(str(probe))
     return {f"{prefix}_probe_{o:+d}": loss for o, loss in probe.losses.items()}
 
 # %% ../nbs/08_trainer.ipynb #0eb68b72
 @patch
 def before_training(self: HiggsTrainer):
-    """Raise `CheckpointError` if nothing could be saved or what is saved not be loaded, `LabelError` if the labels of the first batch are impossible; describe
-    base and run once; measure the device if asked to."""
+    """Raise `CheckpointError` if nothing could be saved or what is saved not be loaded,
+    `LabelError` if the labels of the first batch are impossible; describe base and run once;
+    measure the device if asked to.
+    """
     origin = {k: self.base.get(k) for k in ("id", "revision")}
-    if not isinstance(self.model, PeftModel): self.base = dict(origin, config=stable_config(self.model))
-    elif not is_sharded(self.model): self.base = describe_base(self.model, **origin)
-    size = sum(t.nbytes for t in trained_state(self.model).values()) + 2 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)  # Adam's two moments
-    on_first_process(lambda: preflight(self.args.output_dir, size * ((self.args.save_total_limit or 3) + 2), self.model, self.base, self.fresh))
+    if not isinstance(self.model, PeftModel):
+        self.base = dict(origin, config=stable_config(self.model))
+    elif not is_sharded(self.model):
+        self.base = describe_base(self.model, **origin)
+    size = sum(t.nbytes for t in trained_state(self.model).values()) + 2 * sum(
+        p.nbytes for p in self.model.parameters() if p.requires_grad
+    )  # Adam's two moments
+    on_first_process(
+        lambda: preflight(
+            self.args.output_dir,
+            size * ((self.args.save_total_limit or 3) + 2),
+            self.model,
+            self.base,
+            self.fresh,
+        )
+    )
     audit(next(iter(self.get_train_dataloader())), self.tokenizer, self.tokens)
     self.run = self.describe_run()
-    if self.args.measure_peak: self.speed.peak = matmul_rate(self.args.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.mixed_precision, self.model.dtype))
+    if self.args.measure_peak:
+        self.speed.peak = matmul_rate(
+            self.args.device,
+            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+                self.args.mixed_precision, self.model.dtype
+            ),
+        )
+
 
 @patch
 def meta(self: HiggsTrainer) -> dict:
     "What the manifest of a checkpoint says of the run."
     losses = {k: v for entry in self.state.log_history for k, v in entry.items() if "loss" in k}
-    return dict(step=self.state.global_step, losses=losses, probe=str(self.probes[-1][1]) if self.probes else None, run=self.run)
+    return dict(
+        step=self.state.global_step,
+        losses=losses,
+        probe=str(self.probes[-1][1]) if self.probes else None,
+        run=self.run,
+    )
+
 
 @patch
 def save_adapter(self: HiggsTrainer, path: str | Path):
-    "Save the adapter, or the model that has none, and the trainer's log to `path`, verified; `CheckpointError` if that fails. To go on from it, see the checkpoints of `train`."
+    """Save the adapter, or the model that has none, and the trainer's log to `path`, verified;
+    `CheckpointError` if that fails. To go on from it, see the checkpoints of `train`.
+    """
     self.check_weights()
-    return take_snapshot(self.model, base=self.base, meta=self.meta(), files={"trainer_state.json": json.dumps(asdict(self.state)).encode()}).save(path)
+    return take_snapshot(
+        self.model,
+        base=self.base,
+        meta=self.meta(),
+        files={"trainer_state.json": json.dumps(asdict(self.state)).encode()},
+    ).save(path)

@@ -23,49 +23,83 @@ __all__ = ['picture', 'player', 'refill', 'Panel', 'Clip', 'silence_share', 'mea
            'corpus_explorer', 'LabelExplorer', 'label_explorer', 'spectral_distance', 'CodesExplorer', 'codes_explorer']
 
 # %% ../nbs/11b_widgets.ipynb #d3302114
-def picture(figure: Figure,  # drawn, and not changed
-            alt: str,  # what it shows, for a reader who cannot see it
-            dpi: int = 80) -> str:  # pixels an inch
+def picture(
+    figure: Figure,  # drawn, and not changed
+    alt: str,  # what it shows, for a reader who cannot see it
+    dpi: int = 80,
+) -> str:  # pixels an inch
     "A figure as an `<img>` that holds its pixels."
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
-    return f"<img alt=\"{html.escape(alt)}\" style='max-width:100%;height:auto;background:#fff' src='data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}'>"
+    return (
+        f'<img alt="{html.escape(alt)}" '
+        "style='max-width:100%;height:auto;background:#fff' "
+        f"src='data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}'>"
+    )
 
-def player(waveform,  # (samples,)
-           sampling_rate: int,  # Hz
-           label: str) -> str:  # what is heard, for a reader who cannot see
+
+def player(
+    waveform,  # (samples,)
+    sampling_rate: int,  # Hz
+    label: str,
+) -> str:  # what is heard, for a reader who cannot see
     "A waveform as an `<audio>` that holds its sound and says what it is."
-    if not len(waveform): return "<em>silence: there is nothing to play</em>"
-    return f"<audio controls preload='metadata' aria-label=\"{html.escape(label)}\" style='max-width:24rem;width:100%' src='{as_mp3(waveform, sampling_rate)}'></audio>"
+    if not len(waveform):
+        return "<em>silence: there is nothing to play</em>"
+    return (
+        f"<audio controls preload='metadata' aria-label=\"{html.escape(label)}\" "
+        "style='max-width:24rem;width:100%' "
+        f"src='{as_mp3(waveform, sampling_rate)}'></audio>"
+    )
 
-def refill(chooser: W.Widget,  # a selection of ipywidgets, such as a Select or a Dropdown
-           options: Iterable,  # labels, or pairs of label and value
-           value,  # the one to choose; None if there are no options
-           ) -> None:
+
+def refill(
+    chooser: W.Widget,  # a selection of ipywidgets, such as a Select or a Dropdown
+    options: Iterable,  # labels, or pairs of label and value
+    value,  # the one to choose; None if there are no options
+) -> None:
     """Give a list other options and a choice among them, in one message to the browser.
 
-    ipywidgets chooses the first option whenever options change. In messages of their own, the options, that first choice and the real one
-    can leave a browser with another choice than the kernel."""
+    ipywidgets chooses the first option whenever options change. In messages of their own, the
+    options, that first choice and the real one can leave a browser with another choice than the
+    kernel.
+    """
     options = tuple(options)
     with chooser.hold_sync():
-        if options != tuple(chooser.options): chooser.options = options
+        if options != tuple(chooser.options):
+            chooser.options = options
         chooser.value = value
 
+
 class Panel(W.VBox):
-    """Controls above a view. `still()` is the view as HTML, for where no kernel runs; `update()` brings the view up to date with the controls.
-    After a change of a control, `fill()` may change other ones, and then the view is shown once."""
+    """Controls above a view. `still()` is the view as HTML, for where no kernel runs; `update()`
+    brings the view up to date with the controls. After a change of a control, `fill()` may
+    change other ones, and then the view is shown once.
+    """
+
     filling = False
 
     def __init__(self, controls: list[W.Widget], **kwargs):
         self.view = W.HTML()
-        super().__init__([W.Box(controls, layout=W.Layout(flex_flow="row wrap", align_items="center", grid_gap="6px")), self.view], **kwargs)
+        super().__init__(
+            [
+                W.Box(
+                    controls,
+                    layout=W.Layout(flex_flow="row wrap", align_items="center", grid_gap="6px"),
+                ),
+                self.view,
+            ],
+            **kwargs,
+        )
         for control in controls:
-            if not isinstance(control, W.Button): control.observe(lambda change: self.changed(), "value")
+            if not isinstance(control, W.Button):
+                control.observe(lambda change: self.changed(), "value")
         self.changed()
 
     def changed(self):
         "Let the controls agree, then show what they ask for, once."
-        if self.filling: return
+        if self.filling:
+            return
         self.filling = True
         try:
             self.fill()
@@ -92,6 +126,7 @@ class Panel(W.VBox):
 @dataclass(frozen=True)
 class Clip:
     "A recording of a corpus, with what was measured on it."
+
     row: AudioRow
     conversation: Conversation
     text: str
@@ -104,121 +139,243 @@ class Clip:
 
     def measures(self) -> dict[str, float]:
         "What outliers are looked for in."
-        return {"duration (s)": self.row.duration_s, "level (dB)": self.row.rms_db, "characters a second": self.characters_per_s, "silence (%)": 100 * self.silence}
+        return {
+            "duration (s)": self.row.duration_s,
+            "level (dB)": self.row.rms_db,
+            "characters a second": self.characters_per_s,
+            "silence (%)": 100 * self.silence,
+        }
 
-def silence_share(waveform: np.ndarray,  # (samples,)
-                  sampling_rate: int = 24000,  # Hz
-                  below_db: float = 35) -> float:  # dB under the loudest window
-    "The share of 20 ms windows that are at least `below_db` quieter than the loudest; 1 for silence."
+
+def silence_share(
+    waveform: np.ndarray,  # (samples,)
+    sampling_rate: int = 24000,  # Hz
+    below_db: float = 35,
+) -> float:  # dB under the loudest window
+    """The share of 20 ms windows that are at least `below_db` quieter than the loudest; 1 for
+    silence.
+    """
     size = sampling_rate // 50
     windows = np.pad(waveform, (0, -len(waveform) % size)).reshape(-1, size)
     level = 10 * np.log10((windows.astype(np.float64) ** 2).mean(1) + 1e-12)
     return 1.0 if level.max() < -110 else float((level < level.max() - below_db).mean())
 
-def measure_clips(corpus: list[Conversation] | str | Path,  # conversations, or what `load_corpus` reads
-                  max_duration_s: float | None = 30.0,  # a longer recording is an error; None: no limit
-                  progress: bool = False) -> list[Clip]:  # show a bar
+
+def measure_clips(
+    corpus: list[Conversation] | str | Path,  # conversations, or what `load_corpus` reads
+    max_duration_s: float | None = 30.0,  # a longer recording is an error; None: no limit
+    progress: bool = False,
+) -> list[Clip]:  # show a bar
     "Every trained recording of a corpus. Raises a `CorpusError` with all that is wrong with it."
     corpus = corpus if isinstance(corpus, list) else load_corpus(corpus)
     by_id, clips = {c.id: c for c in corpus}, []
     for row in check_corpus(corpus, max_duration_s=max_duration_s, progress=progress).rows:
-        if not row.trained: continue
+        if not row.trained:
+            continue
         c = by_id[row.id]
         audio = next(a for a in reversed(c.audio) if a.name == row.path)
-        clips.append(Clip(row, c, c.transcript, silence_share(load_audio(audio, max_duration_s=max_duration_s))))
+        clips.append(
+            Clip(
+                row,
+                c,
+                c.transcript,
+                silence_share(load_audio(audio, max_duration_s=max_duration_s)),
+            )
+        )
     return clips
 
-def outliers(clips: list[Clip],  # of `measure_clips`
-             limit: float = 3.5) -> list[list[str]]:  # distances from the median, in robust standard deviations, that a recording may have
-    "For each clip what is unusual about it: measures further than `limit` from the median (1.4826 MAD is a deviation of 1), and clipping."
+
+def outliers(
+    clips: list[Clip],  # of `measure_clips`
+    # distances from the median, in robust standard deviations, that a recording may have
+    limit: float = 3.5,
+) -> list[list[str]]:
+    """For each clip what is unusual about it: measures further than `limit` from the median
+    (1.4826 MAD is a deviation of 1), and clipping.
+    """
     why = [["clipped"] if c.row.clipped else [] for c in clips]
     for name in clips[0].measures() if clips else ():
         values = np.array([c.measures()[name] for c in clips])
         spread = 1.4826 * np.median(np.abs(values - np.median(values)))
-        for i in np.flatnonzero(np.abs(values - np.median(values)) > limit * spread) if spread else ():
+        for i in (
+            np.flatnonzero(np.abs(values - np.median(values)) > limit * spread) if spread else ()
+        ):
             why[i].append(f"{name} {values[i]:.1f}, usual is {np.median(values):.1f}")
     return why
 
 # %% ../nbs/11b_widgets.ipynb #6ec953b7
 class CorpusExplorer(Panel):
     "See `corpus_explorer`."
+
     def __init__(self, clips: list[Clip], limit: float):
-        if not clips: raise ValueError("there is no trained recording in this corpus: nothing to explore")
+        if not clips:
+            raise ValueError("there is no trained recording in this corpus: nothing to explore")
         self.clips, self.why = clips, outliers(clips, limit)
         speakers = sorted({c.conversation.speaker or "no speaker" for c in clips})
-        self.search = W.Text(description="search", placeholder="words or id", continuous_update=True, tooltip="show recordings whose text or id holds this")
-        self.speaker = W.Dropdown(description="speaker", options=["all", *speakers], tooltip="show one speaker")
-        self.sort = W.Dropdown(description="sort by", options=["id", *clips[0].measures(), "peak"], tooltip="order of the list; numbers from high to low")
-        self.only = W.Checkbox(description="outliers only", indent=False, tooltip="show what is unusual about its measures")
-        self.pick = W.Select(description="recording", rows=8, layout=W.Layout(width="34rem", max_width="100%"), tooltip="arrow keys go through the list")
-        self.before, self.after = (W.Button(description=text, tooltip=f"{text} of the list") for text in ("previous recording", "next recording"))  # JupyterLab keeps arrow keys
+        self.search = W.Text(
+            description="search",
+            placeholder="words or id",
+            continuous_update=True,
+            tooltip="show recordings whose text or id holds this",
+        )
+        self.speaker = W.Dropdown(
+            description="speaker", options=["all", *speakers], tooltip="show one speaker"
+        )
+        self.sort = W.Dropdown(
+            description="sort by",
+            options=["id", *clips[0].measures(), "peak"],
+            tooltip="order of the list; numbers from high to low",
+        )
+        self.only = W.Checkbox(
+            description="outliers only",
+            indent=False,
+            tooltip="show what is unusual about its measures",
+        )
+        self.pick = W.Select(
+            description="recording",
+            rows=8,
+            layout=W.Layout(width="34rem", max_width="100%"),
+            tooltip="arrow keys go through the list",
+        )
+        self.before, self.after = (
+            W.Button(description=text, tooltip=f"{text} of the list")
+            for text in ("previous recording", "next recording")
+        )  # JupyterLab keeps arrow keys
         self.before.on_click(lambda button: self.go(-1))
         self.after.on_click(lambda button: self.go(1))
-        super().__init__([self.search, self.speaker, self.sort, self.only, self.pick, self.before, self.after])
+        super().__init__(
+            [self.search, self.speaker, self.sort, self.only, self.pick, self.before, self.after]
+        )
 
     def shown(self) -> list[int]:
         "Indices of the clips that the controls leave, in their order."
         words, key = self.search.value.casefold(), self.sort.value
-        kept = [i for i, c in enumerate(self.clips) if words in f"{c.row.id} {c.text}".casefold() and (self.why[i] or not self.only.value)
-                and self.speaker.value in ("all", c.conversation.speaker or "no speaker")]
-        value = lambda i: self.clips[i].row.id if key == "id" else -(self.clips[i].row.peak if key == "peak" else self.clips[i].measures()[key])
+        kept = [
+            i
+            for i, c in enumerate(self.clips)
+            if words in f"{c.row.id} {c.text}".casefold()
+            and (self.why[i] or not self.only.value)
+            and self.speaker.value in ("all", c.conversation.speaker or "no speaker")
+        ]
+        value = lambda i: (
+            self.clips[i].row.id
+            if key == "id"
+            else -(self.clips[i].row.peak if key == "peak" else self.clips[i].measures()[key])
+        )
         return sorted(kept, key=value)
 
     def go(self, by: int):
         "Pick the recording `by` places further down the list, if there is one."
         shown = self.shown()
-        if self.pick.value in shown: self.pick.value = shown[min(max(shown.index(self.pick.value) + by, 0), len(shown) - 1)]
+        if self.pick.value in shown:
+            self.pick.value = shown[min(max(shown.index(self.pick.value) + by, 0), len(shown) - 1)]
 
     def fill(self):
         "Fill the list; the recording that was picked stays so if it is still there."
         shown = self.shown()
-        options = [(f"{'! ' if self.why[i] else ''}{self.clips[i].row.id}: {self.clips[i].text[:50]}", i) for i in shown]
+        options = [
+            (f"{'! ' if self.why[i] else ''}{self.clips[i].row.id}: {self.clips[i].text[:50]}", i)
+            for i in shown
+        ]
         before = self.pick.value
         refill(self.pick, options, before if before in shown else next(iter(shown), None))
 
     def still(self) -> str:
         shown, i = self.shown(), self.pick.value
         flagged = sum(bool(self.why[k]) for k in shown)
-        head = f"<p>{len(shown)} of {len(self.clips)} recordings, {sum(self.clips[k].row.duration_s for k in shown) / 60:.1f} min, {flagged} with something unusual</p>"
-        if i is None: return head
+        head = (
+            f"<p>{len(shown)} of {len(self.clips)} recordings, "
+            f"{sum(self.clips[k].row.duration_s for k in shown) / 60:.1f} min, {flagged} "
+            "with something unusual</p>"
+        )
+        if i is None:
+            return head
         clip = self.clips[i]
-        facts = {"id": clip.row.id, "text": clip.text, "speaker": clip.conversation.speaker or "none", **{k: f"{v:.1f}" for k, v in clip.measures().items()},
-                 "peak": f"{clip.row.peak:.2f}", "clipped (%)": f"{100 * clip.row.clipped:.3f}", "unusual": "; ".join(self.why[i]) or "nothing"}
-        table = "".join(f"<tr><th scope='row' style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in facts.items())
+        facts = {
+            "id": clip.row.id,
+            "text": clip.text,
+            "speaker": clip.conversation.speaker or "none",
+            **{k: f"{v:.1f}" for k, v in clip.measures().items()},
+            "peak": f"{clip.row.peak:.2f}",
+            "clipped (%)": f"{100 * clip.row.clipped:.3f}",
+            "unusual": "; ".join(self.why[i]) or "nothing",
+        }
+        table = "".join(
+            f"<tr><th scope='row' style='text-align:left'>{k}</th><td "
+            f"style='text-align:left'>{html.escape(v)}</td></tr>"
+            for k, v in facts.items()
+        )
         audio = next(a for a in reversed(clip.conversation.audio) if a.name == clip.row.path)
         wave = load_audio(audio, max_duration_s=None)
         return f"{head}{player(wave, 24000, clip.text)}<table>{table}</table>{picture(self.figure(wave), f'The waveform of {clip.row.id}, and duration against level of all recordings, outliers marked')}"
 
     def figure(self, waveform: np.ndarray) -> Figure:
-        "The waveform of the picked recording, and all recordings by duration and level, outliers as crosses, the picked one ringed."
+        """The waveform of the picked recording, and all recordings by duration and level, outliers
+        as crosses, the picked one ringed.
+        """
         fig = Figure(figsize=(8, 2.6), layout="constrained")
         wave, plane = fig.subplots(1, 2, width_ratios=[3, 2])
         plot_waveform(waveform, ax=wave)
         shown = set(self.shown())
-        for marker, colour, label, wanted in ((".", "#264653", "usual", False), ("x", "#c1440e", "unusual", True)):
-            rows = [c.row for i, c in enumerate(self.clips) if i in shown and bool(self.why[i]) == wanted]
-            plane.plot([r.duration_s for r in rows], [r.rms_db for r in rows], marker, color=colour, ms=4, label=label)
+        for marker, colour, label, wanted in (
+            (".", "#264653", "usual", False),
+            ("x", "#c1440e", "unusual", True),
+        ):
+            rows = [
+                c.row
+                for i, c in enumerate(self.clips)
+                if i in shown and bool(self.why[i]) == wanted
+            ]
+            plane.plot(
+                [r.duration_s for r in rows],
+                [r.rms_db for r in rows],
+                marker,
+                color=colour,
+                ms=4,
+                label=label,
+            )
         picked = self.clips[self.pick.value].row
         plane.plot(picked.duration_s, picked.rms_db, "o", ms=11, mfc="none", mec="#1d70b8", mew=2)
-        plane.set(xlabel="duration (s)", ylabel="level (dB)"); plane.legend(fontsize=7)
+        plane.set(xlabel="duration (s)", ylabel="level (dB)")
+        plane.legend(fontsize=7)
         return fig
 
-def corpus_explorer(corpus: list[Conversation] | str | Path,  # conversations, or what `load_corpus` reads
-                    limit: float = 3.5,  # robust standard deviations from the median; beyond it a recording is marked
-                    max_duration_s: float | None = 30.0) -> CorpusExplorer:  # longest recording, as in training
-    "Search, filter, sort and hear the recordings of a corpus; outliers are marked with `!`. Raises a `CorpusError` with all that is wrong."
+
+def corpus_explorer(
+    corpus: list[Conversation] | str | Path,  # conversations, or what `load_corpus` reads
+    # robust standard deviations from the median; beyond it a recording is marked
+    limit: float = 3.5,
+    max_duration_s: float | None = 30.0,
+) -> CorpusExplorer:  # longest recording, as in training
+    """Search, filter, sort and hear the recordings of a corpus; outliers are marked with `!`.
+    Raises a `CorpusError` with all that is wrong.
+    """
     return CorpusExplorer(measure_clips(corpus, max_duration_s), limit)
 
 # %% ../nbs/11b_widgets.ipynb #6729acad
 class LabelExplorer(Panel):
     "See `label_explorer`."
+
     cell = (9, 14)  # pixels
 
     def __init__(self, audit: LabelAudit):
         self.audit, self.table = audit, audit.table
-        self.sample = W.Dropdown(description="sample", options=range(len(audit.flat.starts)), tooltip="which sample of the batch")
-        self.position = W.BoundedIntText(description="position", min=0, max=0, continuous_update=True, tooltip="the arrow keys up and down go through the sequence")
-        self.before, self.after = (W.Button(description=text, tooltip=f"{text} of the sequence") for text in ("previous position", "next position"))
+        self.sample = W.Dropdown(
+            description="sample",
+            options=range(len(audit.flat.starts)),
+            tooltip="which sample of the batch",
+        )
+        self.position = W.BoundedIntText(
+            description="position",
+            min=0,
+            max=0,
+            continuous_update=True,
+            tooltip="the arrow keys up and down go through the sequence",
+        )
+        self.before, self.after = (
+            W.Button(description=text, tooltip=f"{text} of the sequence")
+            for text in ("previous position", "next position")
+        )
         self.before.on_click(lambda button: self.go(-1))
         self.after.on_click(lambda button: self.go(1))
         self.reach()
@@ -232,6 +389,7 @@ class LabelExplorer(Panel):
     def reach(self):
         "Let `position` end where the sample does."
         self.position.max = len(self.rows()) - 1
+
     def go(self, by: int):
         "Move by so many positions, as far as the sample goes."
         self.position.value = min(max(self.position.value + by, 0), self.position.max)
@@ -239,56 +397,126 @@ class LabelExplorer(Panel):
     def column(self) -> str:
         "What stands at the chosen position, in words."
         row = self.rows()[self.position.value]
-        text = f"position {row['position']}: <code>{html.escape(row['token'])}</code> ({row['kind']}), text: {row['reason']}, {REASONS[row['reason']][1]}"
-        if row["codes"] is None: return f"<p>{text}</p>"
-        cells = "".join(f"<tr><th scope='row'>codebook {k}</th><td>{code}</td><td><span style='background:{REASONS[why][0]};border:1px solid #777'>&emsp;</span> {why}</td></tr>"
-                        for k, (code, why) in enumerate(zip(row["codes"], row["cells"])))
-        return f"<p>{text}</p><table><tr><th>row</th><th>code</th><th>reason</th></tr>{cells}</table>"
+        text = (
+            f"position {row['position']}: <code>{html.escape(row['token'])}</code> "
+            f"({row['kind']}), text: {row['reason']}, {REASONS[row['reason']][1]}"
+        )
+        if row["codes"] is None:
+            return f"<p>{text}</p>"
+        cells = "".join(
+            f"<tr><th scope='row'>codebook {k}</th><td>{code}</td><td><span "
+            f"style='background:{REASONS[why][0]};border:1px solid #777'>&emsp;</span> "
+            f"{why}</td></tr>"
+            for k, (code, why) in enumerate(zip(row["codes"], row["cells"]))
+        )
+        return (
+            f"<p>{text}</p><table><tr><th>row</th><th>code</th><th>reason</th></tr>{cells}</table>"
+        )
 
     def grid(self) -> str:
         "The sample as SVG; each cell says its value and reason when pointed at."
         rows, (w, h) = self.rows(), self.cell
-        def box(x, y, why, says): return f"<rect x='{x * w}' y='{y * h}' width='{w - 1}' height='{h - 1}' fill='{REASONS[why][0]}'><title>{html.escape(says)}</title></rect>"
-        boxes = [box(x, 0, r["reason"], f"position {r['position']}, {r['token']}: {r['reason']}") for x, r in enumerate(rows)]
-        boxes += [box(x, k + 1.5, why, f"position {r['position']}, codebook {k}, code {code}: {why}") for x, r in enumerate(rows) if r["codes"]
-                  for k, (code, why) in enumerate(zip(r["codes"], r["cells"]))]
+
+        def box(x, y, why, says):
+            return (
+                f"<rect x='{x * w}' y='{y * h}' width='{w - 1}' height='{h - 1}' "
+                f"fill='{REASONS[why][0]}'><title>{html.escape(says)}</title></rect>"
+            )
+
+        boxes = [
+            box(x, 0, r["reason"], f"position {r['position']}, {r['token']}: {r['reason']}")
+            for x, r in enumerate(rows)
+        ]
+        boxes += [
+            box(x, k + 1.5, why, f"position {r['position']}, codebook {k}, code {code}: {why}")
+            for x, r in enumerate(rows)
+            if r["codes"]
+            for k, (code, why) in enumerate(zip(r["codes"], r["cells"]))
+        ]
         high = (self.audit.cells.shape[1] + 1.5) * h
-        boxes.append(f"<rect x='{self.position.value * w - 1}' y='0' width='{w + 1}' height='{high}' fill='none' stroke='#000' stroke-width='2'/>")
-        return (f"<div style='overflow-x:auto' tabindex='0' role='region' aria-label='delay grid'><svg role='img' aria-label='Text positions on top, codebooks below, coloured by reason' "
-                f"width='{len(rows) * w}' height='{high}' style='background:#fff'>{''.join(boxes)}</svg></div>")
+        boxes.append(
+            f"<rect x='{self.position.value * w - 1}' y='0' width='{w + 1}' "
+            f"height='{high}' fill='none' stroke='#000' stroke-width='2'/>"
+        )
+        return (
+            "<div style='overflow-x:auto' tabindex='0' role='region' aria-label='delay "
+            "grid'><svg role='img' aria-label='Text positions on top, codebooks below, "
+            "coloured by reason' "
+            f"width='{len(rows) * w}' height='{high}' "
+            f"style='background:#fff'>{''.join(boxes)}</svg></div>"
+        )
 
     def legend(self) -> str:
         "Colours, counts and meanings."
         return self.audit._repr_html_()
 
-    def still(self) -> str: return self.grid() + self.column() + self.legend()
+    def still(self) -> str:
+        return self.grid() + self.column() + self.legend()
 
     def figure(self) -> Figure:
         "The chosen sample as a matplotlib figure, see `LabelAudit.plot`."
         return plot_audit(self.audit, self.sample.value, (9, 2.8))
 
-def label_explorer(audit: LabelAudit) -> LabelExplorer:  # of `higgs_nb.audit.audit(batch, tokenizer, tokens)`
-    "Go through the samples of a batch, position by position: token, codes, and of each cell why it is supervised or not."
+
+def label_explorer(
+    audit: LabelAudit,
+) -> LabelExplorer:  # of `higgs_nb.audit.audit(batch, tokenizer, tokens)`
+    """Go through the samples of a batch, position by position: token, codes, and of each cell why
+    it is supervised or not.
+    """
     return LabelExplorer(audit)
 
 # %% ../nbs/11b_widgets.ipynb #c464b66d
-def spectral_distance(a,  # (samples,) the recording
-                      b,  # (samples,) what came back; the longer one is cut
-                      size: int = 512) -> float:  # samples of a window, half of which is the step
-    "Mean distance of the log spectra in dB: 0 is equal; phases, which are hardly heard, do not count."
+def spectral_distance(
+    a,  # (samples,) the recording
+    b,  # (samples,) what came back; the longer one is cut
+    size: int = 512,
+) -> float:  # samples of a window, half of which is the step
+    """Mean distance of the log spectra in dB: 0 is equal; phases, which are hardly heard, do not
+    count.
+    """
     n = min(len(a), len(b))
-    def spectrum(x): return 20 * np.log10(np.abs(np.fft.rfft(np.lib.stride_tricks.sliding_window_view(np.asarray(x)[:n], size)[::size // 2] * np.hanning(size))) + 1e-3)
+
+    def spectrum(x):
+        return 20 * np.log10(
+            np.abs(
+                np.fft.rfft(
+                    np.lib.stride_tricks.sliding_window_view(np.asarray(x)[:n], size)[:: size // 2]
+                    * np.hanning(size)
+                )
+            )
+            + 1e-3
+        )
+
     return float(np.abs(spectrum(a) - spectrum(b)).mean())
+
 
 class CodesExplorer(Panel):
     "See `codes_explorer`."
+
     def __init__(self, conversations: list[Conversation], codec: Codec, store: CodeStore | None):
-        self.conversations, self.codec, self.store = [c for c in conversations if c.audio], codec, store
-        if not self.conversations: raise ValueError("no conversation has a recording: nothing to resynthesise")
-        counts = [n for n in (1, 2, 4, 8, 16, 32) if n < codec.num_codebooks] + [codec.num_codebooks]
-        self.pick = W.Dropdown(description="recording", options=[(c.id, i) for i, c in enumerate(self.conversations)], tooltip="which recording")
-        self.count = W.ToggleButtons(description="codebooks", options=counts, value=codec.num_codebooks, style={"button_width": "3rem"},
-                                     tooltips=[f"hear the first {n}" for n in counts])
+        self.conversations, self.codec, self.store = (
+            [c for c in conversations if c.audio],
+            codec,
+            store,
+        )
+        if not self.conversations:
+            raise ValueError("no conversation has a recording: nothing to resynthesise")
+        counts = [n for n in (1, 2, 4, 8, 16, 32) if n < codec.num_codebooks] + [
+            codec.num_codebooks
+        ]
+        self.pick = W.Dropdown(
+            description="recording",
+            options=[(c.id, i) for i, c in enumerate(self.conversations)],
+            tooltip="which recording",
+        )
+        self.count = W.ToggleButtons(
+            description="codebooks",
+            options=counts,
+            value=codec.num_codebooks,
+            style={"button_width": "3rem"},
+            tooltips=[f"hear the first {n}" for n in counts],
+        )
         super().__init__([self.pick, self.count])
 
     def heard(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -304,15 +532,28 @@ class CodesExplorer(Panel):
         fig = Figure(figsize=(8, 3.6), layout="constrained")
         a, b, c = fig.subplots(3, 1, sharex=True)
         plot_waveform(wave, self.codec.sampling_rate, a).set(xlabel="", title="the recording")
-        plot_codes(codes, self.codec.frame_rate, b).set(xlabel="", title=f"{len(codes)} of {self.codec.num_codebooks} codebooks")
+        plot_codes(codes, self.codec.frame_rate, b).set(
+            xlabel="", title=f"{len(codes)} of {self.codec.num_codebooks} codebooks"
+        )
         plot_waveform(made, self.codec.sampling_rate, c).set(title="what comes back")
-        for ax in (a, b, c): ax.title.set_fontsize(9)
-        said = f"{talk.transcript} ({len(codes)} codebooks, {spectral_distance(wave, made):.1f} dB from the recording)"
-        return (f"<p>{html.escape(said)}</p><p>the recording<br>{player(wave, self.codec.sampling_rate, 'the recording')}</p><p>the first {len(codes)} codebooks<br>"
-                f"{player(made, self.codec.sampling_rate, f'{len(codes)} codebooks')}</p>{picture(fig, f'{talk.id}: waveform, codes, and the waveform that {len(codes)} codebooks give')}")
+        for ax in (a, b, c):
+            ax.title.set_fontsize(9)
+        said = (
+            f"{talk.transcript} ({len(codes)} codebooks, "
+            f"{spectral_distance(wave, made):.1f} dB from the recording)"
+        )
+        return (
+            f"<p>{html.escape(said)}</p><p>the "
+            f"recording<br>{player(wave, self.codec.sampling_rate, 'the recording')}</p><p>the "
+            f"first {len(codes)} codebooks<br>"
+            f"{player(made, self.codec.sampling_rate, f'{len(codes)} codebooks')}</p>{picture(fig, f'{talk.id}: waveform, codes, and the waveform that {len(codes)} codebooks give')}"
+        )
 
-def codes_explorer(conversations: list[Conversation],  # the last recording of each can be chosen
-                   codec: Codec,  # its first codebooks alone have to be decodable
-                   store: CodeStore | None = None) -> CodesExplorer:  # gives codes that are already there; None: encodes anew
+
+def codes_explorer(
+    conversations: list[Conversation],  # the last recording of each can be chosen
+    codec: Codec,  # its first codebooks alone have to be decodable
+    store: CodeStore | None = None,
+) -> CodesExplorer:  # gives codes that are already there; None: encodes anew
     "Hear a recording through its first 1, 2, 4, ... codebooks, beside the original."
     return CodesExplorer(conversations, codec, store)

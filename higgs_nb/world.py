@@ -22,19 +22,22 @@ __all__ = ['TOP_HZ', 'TOP_DB', 'WorldConfig', 'world_features', 'world_synthesis
 @dataclass(frozen=True)
 class WorldConfig:
     "What is measured 100 times a second, how it is quantised, and the network that smooths it."
+
     sampling_rate: int = 24000
     frame_rate: int = 25
-    parts: str = "eemeeeee"          # what each codebook describes: e(nvelope) or m(elody)
+    parts: str = "eemeeeee"  # what each codebook describes: e(nvelope) or m(elody)
     codebook_size: int = 1024
-    stack: int = 4                   # 10 ms WORLD frames in a frame of the codec
-    envelope_dim: int = 40           # coefficients of the spectral envelope
-    aperiodicity_dim: int = 3        # frequency bands of the aperiodicity, 3 at 24 kHz
+    stack: int = 4  # 10 ms WORLD frames in a frame of the codec
+    envelope_dim: int = 40  # coefficients of the spectral envelope
+    aperiodicity_dim: int = 3  # frequency bands of the aperiodicity, 3 at 24 kHz
     f0_floor_hz: float = 65.0
     f0_ceil_hz: float = 500.0
-    noise_floor_db: float = -70.0    # added to the envelope: below it, room noise has no codes to spend
+    noise_floor_db: float = (
+        -70.0
+    )  # added to the envelope: below it, room noise has no codes to spend
     aperiodicity_weight: float = 0.35  # of a standard deviation, in the distance that is quantised
-    voicing_weight: float = 1.2      # of voiced or not, in the same
-    width: int = 256                 # channels of the network
+    voicing_weight: float = 1.2  # of voiced or not, in the same
+    width: int = 256  # channels of the network
 
     @property
     def features(self) -> int:
@@ -48,26 +51,47 @@ class WorldConfig:
 
 # %% ../nbs/01b_world.ipynb #4ffd6518
 def _pyworld():
-    try: return importlib.import_module("pyworld")
-    except ImportError as error: raise ImportError(f"the WORLD codec needs pyworld ({error}): pip install pyworld-prebuilt") from error
+    try:
+        return importlib.import_module("pyworld")
+    except ImportError as error:
+        raise ImportError(
+            f"the WORLD codec needs pyworld ({error}): pip install pyworld-prebuilt"
+        ) from error
 
-def world_features(waveform: np.ndarray,  # (samples,) of whole frames, at the config's sampling rate
-                   config: WorldConfig = WorldConfig(),  # of the codec
-                   ) -> np.ndarray:
-    "Envelope, aperiodicity, log F0 (of Hz) and voicing (0 or 1) of a waveform of whole frames: (frames * stack, features) float32."
+
+def world_features(
+    waveform: np.ndarray,  # (samples,) of whole frames, at the config's sampling rate
+    config: WorldConfig = WorldConfig(),  # of the codec
+) -> np.ndarray:
+    """Envelope, aperiodicity, log F0 (of Hz) and voicing (0 or 1) of a waveform of whole frames:
+    (frames * stack, features) float32.
+    """
     world, rate, x = _pyworld(), config.sampling_rate, np.asarray(waveform, dtype=np.float64)
     period_ms = 1000 / (config.frame_rate * config.stack)
-    f0, times = world.dio(x, rate, f0_floor=config.f0_floor_hz, f0_ceil=config.f0_ceil_hz, frame_period=period_ms)
+    f0, times = world.dio(
+        x, rate, f0_floor=config.f0_floor_hz, f0_ceil=config.f0_ceil_hz, frame_period=period_ms
+    )
     f0 = world.stonemask(x, f0, times, rate)
     envelope = world.cheaptrick(x, f0, times, rate) + 10 ** (config.noise_floor_db / 10)
-    parts = (world.code_spectral_envelope(envelope, rate, config.envelope_dim), world.code_aperiodicity(world.d4c(x, f0, times, rate), rate),
-             _log_f0(f0)[:, None], (f0 > 0)[:, None])
-    whole = len(x) * config.frame_rate * config.stack // rate  # WORLD adds a frame for the last instant
+    parts = (
+        world.code_spectral_envelope(envelope, rate, config.envelope_dim),
+        world.code_aperiodicity(world.d4c(x, f0, times, rate), rate),
+        _log_f0(f0)[:, None],
+        (f0 > 0)[:, None],
+    )
+    whole = (
+        len(x) * config.frame_rate * config.stack // rate
+    )  # WORLD adds a frame for the last instant
     return np.concatenate(parts, axis=1)[:whole].astype(np.float32)
+
 
 def _log_f0(f0, unvoiced_hz=150.0):
     voiced = np.flatnonzero(f0 > 0)
-    return np.interp(np.arange(len(f0)), voiced, np.log(f0[voiced])) if len(voiced) else np.full(len(f0), np.log(unvoiced_hz))
+    return (
+        np.interp(np.arange(len(f0)), voiced, np.log(f0[voiced]))
+        if len(voiced)
+        else np.full(len(f0), np.log(unvoiced_hz))
+    )
 
 # %% ../nbs/01b_world.ipynb #155606b8
 def _split(features, config: WorldConfig):
@@ -75,83 +99,148 @@ def _split(features, config: WorldConfig):
     a, b = config.envelope_dim, config.envelope_dim + config.aperiodicity_dim
     return features[..., :a], features[..., a:b], features[..., b], features[..., b + 1]
 
+
 def world_synthesis(features: np.ndarray, config: WorldConfig = WorldConfig()) -> np.ndarray:
-    "The waveform (frames * samples_per_frame,) float32 of WORLD features; scaled down where it would leave [-1, 1]."
-    world, rate, period_ms = _pyworld(), config.sampling_rate, 1000 / (config.frame_rate * config.stack)
+    """The waveform (frames * samples_per_frame,) float32 of WORLD features; scaled down where it
+    would leave [-1, 1].
+    """
+    world, rate, period_ms = (
+        _pyworld(),
+        config.sampling_rate,
+        1000 / (config.frame_rate * config.stack),
+    )
     envelope, aperiodicity, log_f0, voicing = _split(np.asarray(features, dtype=np.float64), config)
     fft_size = world.get_cheaptrick_fft_size(rate)
     envelope = world.decode_spectral_envelope(np.ascontiguousarray(envelope), rate, fft_size)
-    aperiodicity = world.decode_aperiodicity(np.ascontiguousarray(np.minimum(aperiodicity, 0)), rate, fft_size)
-    f0 = np.where(voicing > 0.5, np.exp(np.clip(log_f0, np.log(config.f0_floor_hz), np.log(config.f0_ceil_hz))), 0)
+    aperiodicity = world.decode_aperiodicity(
+        np.ascontiguousarray(np.minimum(aperiodicity, 0)), rate, fft_size
+    )
+    f0 = np.where(
+        voicing > 0.5,
+        np.exp(np.clip(log_f0, np.log(config.f0_floor_hz), np.log(config.f0_ceil_hz))),
+        0,
+    )
     waveform = world.synthesize(f0, envelope, aperiodicity, rate, period_ms)
     samples = len(features) * rate // (config.frame_rate * config.stack)
     waveform = np.pad(waveform, (0, max(0, samples - len(waveform))))[:samples]
     return (waveform / max(1.0, np.abs(waveform).max())).astype(np.float32)
 
 # %% ../nbs/01b_world.ipynb #cc3de338
-TOP_HZ, TOP_DB = 9000, 4  # a recording made at 16 kHz is empty above; how far its mean level there may stand out of the noise floor
+TOP_HZ, TOP_DB = (
+    9000,
+    4,
+)  # a recording made at 16 kHz is empty above; how far its mean level there may stand out of the noise floor
 
-def is_band_limited(features: np.ndarray,  # (rows, features) of a recording, of `world_features`
-                    config: WorldConfig = WorldConfig()) -> bool:
+
+def is_band_limited(
+    features: np.ndarray,  # (rows, features) of a recording, of `world_features`
+    config: WorldConfig = WorldConfig(),
+) -> bool:
     "Whether a recording ends at 8 kHz or below."
-    voiced = features[features[:, -1] > 0.5, :config.envelope_dim].astype(np.float64)
-    if not len(voiced): return False
+    voiced = features[features[:, -1] > 0.5, : config.envelope_dim].astype(np.float64)
+    if not len(voiced):
+        return False
     rate, world = config.sampling_rate, _pyworld()
-    level = 10 * np.log10(world.decode_spectral_envelope(voiced.mean(0, keepdims=True), rate, world.get_cheaptrick_fft_size(rate))[0])
+    level = 10 * np.log10(
+        world.decode_spectral_envelope(
+            voiced.mean(0, keepdims=True), rate, world.get_cheaptrick_fft_size(rate)
+        )[0]
+    )
     top = level[np.linspace(0, rate / 2, len(level)) > TOP_HZ]
     return len(top) > 0 and bool(top.mean() < config.noise_floor_db + TOP_DB)
 
-def fit_bandwidth_extension(waveforms: Iterable[np.ndarray],  # (samples,) of whole frames each, of full bandwidth
-                            config: WorldConfig = WorldConfig(),
-                            ridge: float = 0.05,  # variance added to each number: without it the map leans on what is almost nothing, and other recordings burst into noise
-                            progress: bool = True) -> Tensor:
-    "What loses its top has to be added to: a linear map of envelope and aperiodicity, of voiceless and of voiced frames: (2, numbers + 1, numbers)."
+
+def fit_bandwidth_extension(
+    waveforms: Iterable[np.ndarray],  # (samples,) of whole frames each, of full bandwidth
+    config: WorldConfig = WorldConfig(),
+    # variance added to each number: without it the map leans on what is almost nothing, and
+    # other recordings burst into noise
+    ridge: float = 0.05,
+    progress: bool = True,
+) -> Tensor:
+    """What loses its top has to be added to: a linear map of envelope and aperiodicity, of
+    voiceless and of voiced frames: (2, numbers + 1, numbers).
+    """
     rate, narrow, wide = config.sampling_rate, [], []
     for w in tqdm(waveforms, desc="bandwidth extension", disable=not progress):
-        low = soxr.resample(soxr.resample(np.asarray(w, dtype=np.float32), rate, 16000), 16000, rate)[:len(w)]
+        low = soxr.resample(
+            soxr.resample(np.asarray(w, dtype=np.float32), rate, 16000), 16000, rate
+        )[: len(w)]
         narrow.append(world_features(np.pad(low, (0, len(w) - len(low))), config))
         wide.append(world_features(w, config))
     x, y = (torch.from_numpy(np.concatenate(f)).double() for f in (narrow, wide))
+
     def change(rows):
         known, added = x[rows, :-2], (y - x)[rows, :-2]
-        if len(known) < 100: return torch.zeros(known.shape[1] + 1, known.shape[1], dtype=x.dtype)  # less than a second tells nothing
+        if len(known) < 100:
+            return torch.zeros(
+                known.shape[1] + 1, known.shape[1], dtype=x.dtype
+            )  # less than a second tells nothing
         centred = known - known.mean(0)
-        by_known = torch.linalg.solve(centred.T @ centred + ridge * len(known) * torch.eye(known.shape[1]), centred.T @ added)
+        by_known = torch.linalg.solve(
+            centred.T @ centred + ridge * len(known) * torch.eye(known.shape[1]), centred.T @ added
+        )
         return torch.cat([by_known, (added.mean(0) - known.mean(0) @ by_known)[None]])
+
     return torch.stack([change(x[:, -1] <= 0.5), change(x[:, -1] > 0.5)]).float()
 
 # %% ../nbs/01b_world.ipynb #75da2a95
 def nearest(x: Tensor, entries: Tensor) -> Tensor:
     "Index (n,) of the nearest of the entries (k, dim) to each of x (n, dim)."
     norms = entries.square().sum(1)
-    return torch.cat([torch.addmm(norms, part, entries.T, alpha=-2).argmin(1) for part in x.split(4096)])
+    return torch.cat(
+        [torch.addmm(norms, part, entries.T, alpha=-2).argmin(1) for part in x.split(4096)]
+    )
 
 # %% ../nbs/01b_world.ipynb #ffe891cc
 class Residual(nn.Module):
     "x + a convolution over three frames of it."
+
     def __init__(self, width: int):
         super().__init__()
         self.over_time, self.out = nn.Conv1d(width, width, 3, padding=1), nn.Conv1d(width, width, 1)
 
-    def forward(self, x: Tensor) -> Tensor: return x + self.out(F.gelu(self.over_time(F.gelu(x))))
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(F.gelu(self.over_time(F.gelu(x))))
 
 # %% ../nbs/01b_world.ipynb #2ba645ff
 class WorldVQ(nn.Module):
-    "WORLD features (batch, rows, features) become codes (batch, codebooks, rows / stack), and codes become features."
+    """WORLD features (batch, rows, features) become codes (batch, codebooks, rows / stack), and
+    codes become features.
+    """
+
     def __init__(self, config: WorldConfig = WorldConfig()):
         super().__init__()
         c, w, f = config, config.width, config.features
         self.config, self.dims = config, dict(e=(f - 1) * c.stack, m=c.stack)  # numbers a frame
-        self.refiner = nn.Sequential(nn.Conv1d(f * c.stack, w, 3, padding=1), *[Residual(w) for _ in range(3)], nn.ConvTranspose1d(w, f, 3 * c.stack, stride=c.stack, padding=c.stack))
-        for name, values in dict(mean=torch.zeros(f), scale=torch.ones(f), extension=torch.zeros(2, f - 1, f - 2)).items(): self.register_buffer(name, values)
-        self.codebooks = nn.ParameterList([nn.Parameter(torch.zeros(c.codebook_size, self.dims[p]), requires_grad=False) for p in c.parts])
+        self.refiner = nn.Sequential(
+            nn.Conv1d(f * c.stack, w, 3, padding=1),
+            *[Residual(w) for _ in range(3)],
+            nn.ConvTranspose1d(w, f, 3 * c.stack, stride=c.stack, padding=c.stack),
+        )
+        for name, values in dict(
+            mean=torch.zeros(f), scale=torch.ones(f), extension=torch.zeros(2, f - 1, f - 2)
+        ).items():
+            self.register_buffer(name, values)
+        self.codebooks = nn.ParameterList(
+            [
+                nn.Parameter(torch.zeros(c.codebook_size, self.dims[p]), requires_grad=False)
+                for p in c.parts
+            ]
+        )
 
     @torch.no_grad()
     def extend(self, features: Tensor) -> Tensor:
-        "Features (..., features) of a recording that ends at 8 kHz, with what is likely above; see `fit_bandwidth_extension`."
+        """Features (..., features) of a recording that ends at 8 kHz, with what is likely above;
+        see `fit_bandwidth_extension`.
+        """
         known, voiced = features[..., :-2], features[..., -1:] > 0.5
-        voiceless_change, voiced_change = (known @ change[:-1] + change[-1] for change in self.extension)
-        return torch.cat([known + torch.where(voiced, voiced_change, voiceless_change), features[..., -2:]], -1)
+        voiceless_change, voiced_change = (
+            known @ change[:-1] + change[-1] for change in self.extension
+        )
+        return torch.cat(
+            [known + torch.where(voiced, voiced_change, voiceless_change), features[..., -2:]], -1
+        )
 
     def normalise(self, features: Tensor) -> Tensor:
         "Features in the units of the distance that is quantised, of the same shape."
@@ -160,7 +249,9 @@ class WorldVQ(nn.Module):
     def split(self, x: Tensor) -> dict[str, Tensor]:
         "Frames of normalised features, by part: (batch, frames, dim)"
         rows = x.unflatten(1, (-1, self.config.stack))
-        return dict(e=torch.cat([rows[..., :-2], rows[..., -1:]], -1).flatten(2), m=rows[..., -2].flatten(2))
+        return dict(
+            e=torch.cat([rows[..., :-2], rows[..., -1:]], -1).flatten(2), m=rows[..., -2].flatten(2)
+        )
 
     def join(self, frames: dict[str, Tensor]) -> Tensor:
         "The inverse of `split`."
@@ -168,7 +259,9 @@ class WorldVQ(nn.Module):
         return torch.cat([e[..., :-1], m, e[..., -1:]], -1).flatten(1, 2)
 
     def quantize(self, frames: dict[str, Tensor]) -> Tensor:
-        "The code of each codebook, each of what those of its part left over: (batch, codebooks, frames)"
+        """The code of each codebook, each of what those of its part left over: (batch, codebooks,
+        frames)
+        """
         left, codes = dict(frames), []
         for part, codebook in zip(self.config.parts, self.codebooks):
             codes.append(nearest(left[part].flatten(0, 1), codebook).view(left[part].shape[:2]))
@@ -176,16 +269,27 @@ class WorldVQ(nn.Module):
         return torch.stack(codes, 1)
 
     def look_up(self, codes: Tensor, heard: Tensor | None = None) -> dict[str, Tensor]:
-        "The frames that codes stand for; the first codebooks alone give a coarser picture. `heard`: (batch,) how many of them each example hears."
-        frames = {part: self.codebooks[0].new_zeros(*codes[:, 0].shape, dim) for part, dim in self.dims.items()}
-        for k, (part, codebook, code) in enumerate(zip(self.config.parts, self.codebooks, codes.unbind(1))):
-            frames[part] = frames[part] + (codebook[code] if heard is None else codebook[code] * (heard > k)[:, None, None])
+        """The frames that codes stand for; the first codebooks alone give a coarser picture.
+        `heard`: (batch,) how many of them each example hears.
+        """
+        frames = {
+            part: self.codebooks[0].new_zeros(*codes[:, 0].shape, dim)
+            for part, dim in self.dims.items()
+        }
+        for k, (part, codebook, code) in enumerate(
+            zip(self.config.parts, self.codebooks, codes.unbind(1))
+        ):
+            frames[part] = frames[part] + (
+                codebook[code] if heard is None else codebook[code] * (heard > k)[:, None, None]
+            )
         return frames
 
     def decode(self, frames: dict[str, Tensor]) -> Tensor:
         "Normalised features (batch, rows, features), refined; voiced where the last is positive."
         x = self.join(frames)
-        return x + self.refiner(x.unflatten(1, (-1, self.config.stack)).flatten(2).transpose(1, 2)).transpose(1, 2)
+        return x + self.refiner(
+            x.unflatten(1, (-1, self.config.stack)).flatten(2).transpose(1, 2)
+        ).transpose(1, 2)
 
     @torch.no_grad()
     def encode(self, features: Tensor) -> Tensor:
@@ -196,77 +300,126 @@ class WorldVQ(nn.Module):
     def features_of(self, codes: Tensor) -> Tensor:
         "WORLD features (batch, frames * stack, features), voicing 0 or 1."
         y = self.decode(self.look_up(codes))
-        return torch.cat([y[..., :-1] / self.scale[:-1] + self.mean[:-1], (y[..., -1:] > 0).to(y)], -1)
+        return torch.cat(
+            [y[..., :-1] / self.scale[:-1] + self.mean[:-1], (y[..., -1:] > 0).to(y)], -1
+        )
 
 # %% ../nbs/01b_world.ipynb #fb78701e
-def k_means(x: Tensor, size: int, generator: torch.Generator, rounds: int = 12, most: int = 160_000) -> Tensor:
-    "`size` centres (size, dim) of x (n, dim), or of `most` of its rows; a centre that nothing is nearest to moves to one of them."
+def k_means(
+    x: Tensor, size: int, generator: torch.Generator, rounds: int = 12, most: int = 160_000
+) -> Tensor:
+    """`size` centres (size, dim) of x (n, dim), or of `most` of its rows; a centre that nothing is
+    nearest to moves to one of them.
+    """
     x = x[torch.randperm(len(x), generator=generator)[:most]]
     centres = x[:size].clone()
     for _ in range(rounds):
         code = nearest(x, centres)
-        count, total = torch.bincount(code, minlength=size)[:, None], torch.zeros_like(centres).index_add_(0, code, x)
+        count, total = (
+            torch.bincount(code, minlength=size)[:, None],
+            torch.zeros_like(centres).index_add_(0, code, x),
+        )
         elsewhere = x[torch.randint(len(x), (size,), generator=generator)]
         centres = torch.where(count > 0, total / count.clamp(min=1), elsewhere)
     return centres
 
+
 @torch.no_grad()
-def fit_codebooks(net: WorldVQ, x: Tensor,  # (rows, features), normalised
-                  generator: torch.Generator, progress: bool = True) -> None:
+def fit_codebooks(
+    net: WorldVQ,
+    x: Tensor,  # (rows, features), normalised
+    generator: torch.Generator,
+    progress: bool = True,
+) -> None:
     "Fill the codebooks, one after the other."
     left = {part: frames[0] for part, frames in net.split(x[None]).items()}
-    for part, codebook in zip(net.config.parts, tqdm(net.codebooks, desc="codebooks", disable=not progress)):
+    for part, codebook in zip(
+        net.config.parts, tqdm(net.codebooks, desc="codebooks", disable=not progress)
+    ):
         centres = k_means(left[part], len(codebook), generator)
         loudness = centres.unflatten(1, (net.config.stack, -1))[..., 0].mean(1)  # or pitch
         codebook.copy_(centres[loudness.argsort()])
         left[part] = left[part] - codebook[nearest(left[part], codebook)]
 
 # %% ../nbs/01b_world.ipynb #13857ad1
-def feature_loss(y: Tensor,  # (batch, rows, features), of `WorldVQ.decode`
-                 x: Tensor,  # the same, of `WorldVQ.normalise`
-                 config: WorldConfig) -> Tensor:
+def feature_loss(
+    y: Tensor,  # (batch, rows, features), of `WorldVQ.decode`
+    x: Tensor,  # the same, of `WorldVQ.normalise`
+    config: WorldConfig,
+) -> Tensor:
     "How far features are from those they stand for: a scalar."
     envelope, aperiodicity, log_f0, _ = _split(y - x, config)
     voiced = (x[..., -1] > 0).to(x)
     pitch = (log_f0.abs() * voiced).sum() / voiced.sum().clamp(min=1)
     voicing = F.binary_cross_entropy_with_logits(y[..., -1] / config.voicing_weight * 2, voiced)
-    return envelope.abs().mean() + 0.3 * envelope.square().mean() + 0.3 * aperiodicity.abs().mean() / config.aperiodicity_weight + 0.5 * pitch + 0.5 * voicing
+    return (
+        envelope.abs().mean()
+        + 0.3 * envelope.square().mean()
+        + 0.3 * aperiodicity.abs().mean() / config.aperiodicity_weight
+        + 0.5 * pitch
+        + 0.5 * voicing
+    )
 
 # %% ../nbs/01b_world.ipynb #7fb6e515
-def fit_world_vq(features: list[np.ndarray],  # (rows, features) each, of `world_features`
-                 config: WorldConfig = WorldConfig(),
-                 steps: int = 2000,  # of the network
-                 extension: Tensor | None = None,  # of `fit_bandwidth_extension`; the features are extended already
-                 batch: int = 20,  # examples a step
-                 frames: int = 64,  # of an example
-                 learning_rate: float = 2e-3,
-                 seed: int = 0,
-                 progress: bool = True) -> WorldVQ:
-    "Codebooks and a network fitted to speech, the numbers rounded to float16 as they are stored. `ValueError` if there is too little."
-    rows = torch.from_numpy(np.concatenate([f[:len(f) // config.stack * config.stack] for f in features])).float()
+def fit_world_vq(
+    features: list[np.ndarray],  # (rows, features) each, of `world_features`
+    config: WorldConfig = WorldConfig(),
+    steps: int = 2000,  # of the network
+    # of `fit_bandwidth_extension`; the features are extended already
+    extension: Tensor | None = None,
+    batch: int = 20,  # examples a step
+    frames: int = 64,  # of an example
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> WorldVQ:
+    """Codebooks and a network fitted to speech, the numbers rounded to float16 as they are stored.
+    `ValueError` if there is too little.
+    """
+    rows = torch.from_numpy(
+        np.concatenate([f[: len(f) // config.stack * config.stack] for f in features])
+    ).float()
     whole, generator = len(rows) // config.stack, torch.Generator().manual_seed(seed)
-    if whole <= max(frames, config.codebook_size): raise ValueError(f"{whole} frames of speech cannot fit codebooks of {config.codebook_size}: give more speech or smaller codebooks")
+    if whole <= max(frames, config.codebook_size):
+        raise ValueError(
+            f"{whole} frames of speech cannot fit codebooks of {config.codebook_size}: "
+            "give more speech or smaller codebooks"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = WorldVQ(config)
     a, spread = config.envelope_dim, rows.std(0) + 1e-6
-    net.mean.copy_(rows.mean(0)); net.mean[-1] = 0.5
-    net.scale.copy_(1 / spread); net.scale[:a], net.scale[-1] = 3 / spread[:a].max(), 2 * config.voicing_weight
-    net.scale[a:a + config.aperiodicity_dim] *= config.aperiodicity_weight
-    if extension is not None: net.extension.copy_(extension)
+    net.mean.copy_(rows.mean(0))
+    net.mean[-1] = 0.5
+    net.scale.copy_(1 / spread)
+    net.scale[:a], net.scale[-1] = 3 / spread[:a].max(), 2 * config.voicing_weight
+    net.scale[a : a + config.aperiodicity_dim] *= config.aperiodicity_weight
+    if extension is not None:
+        net.extension.copy_(extension)
     x = net.normalise(rows)
     fit_codebooks(net, x, generator, progress)
     nn.init.zeros_(net.refiner[-1].weight)  # it begins with what the codebooks say
-    optimizer = torch.optim.AdamW(net.refiner.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1, max(0.03, 1.4 * (1 - i / steps))))
+    optimizer = torch.optim.AdamW(
+        net.refiner.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=1e-3
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / 50, 1, max(0.03, 1.4 * (1 - i / steps)))
+    )
     bar = tqdm(range(steps), desc="fitting the codec", disable=not progress)
     for step in bar:
         starts = torch.randint(whole - frames, (batch, 1), generator=generator) * config.stack
         example = x[starts + torch.arange(frames * config.stack)]
-        heard = torch.randint(1, 2 * config.num_codebooks, (batch,), generator=generator).clamp(max=config.num_codebooks)
-        loss = feature_loss(net.decode(net.look_up(net.quantize(net.split(example)), heard)), example, config)
-        optimizer.zero_grad(); loss.backward()
+        heard = torch.randint(1, 2 * config.num_codebooks, (batch,), generator=generator).clamp(
+            max=config.num_codebooks
+        )
+        loss = feature_loss(
+            net.decode(net.look_up(net.quantize(net.split(example)), heard)), example, config
+        )
+        optimizer.zero_grad()
+        loss.backward()
         nn.utils.clip_grad_norm_(net.refiner.parameters(), 1.0)
-        optimizer.step(); schedule.step()
-        if step % 20 == 0: bar.set_postfix(loss=f"{loss.item():.3f}")
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
     return net.half().float().eval().requires_grad_(False)

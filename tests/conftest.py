@@ -9,26 +9,49 @@ BIN = Path(sys.executable).parent
 
 def run(*command, cwd, **env):
     "Standard output of `command`; a failure shows the end of what it wrote."
-    done = subprocess.run([*map(str, command)], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **env})
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{(done.stdout + done.stderr)[-3000:]}"
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(map(str, command))}\n{(done.stdout + done.stderr)[-3000:]}"
+    )
     return done.stdout
 
 
 def committed():
-    "Paths of the repository's files, relative to its root: tracked ones, and new ones that git does not ignore."
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
-    return [Path(name) for name in sorted(set(listed.stdout.split("\0"))) if name and ((ROOT/name).exists() or (ROOT/name).is_symlink())]
+    """Paths of the repository's files, relative to its root: tracked ones, and new ones that git
+    does not ignore.
+    """
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return [
+        Path(name)
+        for name in sorted(set(listed.stdout.split("\0")))
+        if name and ((ROOT / name).exists() or (ROOT / name).is_symlink())
+    ]
 
 
 @pytest.fixture(scope="session")
 def make_copy(tmp_path_factory):
     "A function that copies the repository, as a fresh clone would have it, into a new folder."
+
     def copy():
         folder = tmp_path_factory.mktemp("copy")
         for file in committed():
-            (folder/file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT/file, folder/file, follow_symlinks=False)
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / file, folder / file, follow_symlinks=False)
         return folder
+
     return copy
 
 
@@ -43,4 +66,4 @@ def site(make_copy):
     "The built site."
     copy = make_copy()
     run("make", "docs", "SETUP=", f"BIN={BIN}", cwd=copy)
-    return copy/"_docs"
+    return copy / "_docs"

@@ -1,9 +1,12 @@
-"""The recordings of the original implementation: their reader, and the command that makes the compact part.
+"""The recordings of the original implementation: their reader, and the command that makes the
+compact part.
 
     python tests/oracle_recordings.py FOLDER    # the whole recordings -> tests/oracle
 
-The compact part has every case and every variant. Of the largest outputs it keeps every eighth number; see `thin`.
+The compact part has every case and every variant. Of the largest outputs it keeps every eighth
+number; see `thin`.
 """
+
 import json
 import shutil
 import sys
@@ -44,7 +47,9 @@ BATCH_FIELDS = (
 
 
 def thin(x: Tensor) -> Tensor:
-    "Every eighth number of the last dimension; row r starts with number r % 8, so that no column is left out."
+    """Every eighth number of the last dimension; row r starts with number r % 8, so that no column
+    is left out.
+    """
     rows, width = x[..., 0].numel(), x.shape[-1] // STEP
     columns = torch.arange(rows)[:, None] % STEP + STEP * torch.arange(width)
     return x.reshape(rows, -1).gather(1, columns).view(*x.shape[:-1], width)
@@ -65,7 +70,9 @@ def thinned_names(file: Path) -> set[str]:
 
 
 class Recordings:
-    "Samples, batches and models as the original made them, from the whole folder or the compact part."
+    """Samples, batches and models as the original made them, from the whole folder or the compact
+    part.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -77,7 +84,8 @@ class Recordings:
         self.batch_tensors = self.tensors_of("collator")
         self.model_tensors = self.tensors_of("model")
         self.thinned = {
-            name: thinned_names(self.folder / f"{name}.safetensors") for name in ("collator", "model")
+            name: thinned_names(self.folder / f"{name}.safetensors")
+            for name in ("collator", "model")
         }
 
     def read(self, name: str):
@@ -102,7 +110,9 @@ class Recordings:
         return {k: stored[k] for k in self.model["state_dict_keys"][variant]}
 
     def mismatched(self, got: dict, run: dict, tolerance: float = 1e-5) -> list[str]:
-        "The fields in which a batch differs from the recorded one; Whisper's features may by `tolerance`."
+        """The fields in which a batch differs from the recorded one; Whisper's features may by
+        `tolerance`.
+        """
         bad = []
         for field in BATCH_FIELDS:
             name = run["out"][field]
@@ -123,7 +133,9 @@ class Recordings:
         return {k: None if n is None else self.model_tensors[n] for k, n in names.items()}
 
     def distance(self, got: dict, run: dict) -> float:
-        "The largest difference of text logits at attended positions and of audio logits of all frames."
+        """The largest difference of text logits at attended positions and of audio logits of all
+        frames.
+        """
         recorded = self.named(run["outputs"])
         attended = recorded["attention_mask"].bool()
         is_thin = run["outputs"]["logits"] in self.thinned["model"]
@@ -147,7 +159,9 @@ def compact(folder: str | Path, out: str | Path) -> None:
     "Write the compact part of the whole recordings in `folder` to `out`; the same bytes each time."
     whole, out = Recordings(folder), Path(out)
     if any(whole.thinned.values()):
-        raise ValueError(f"{folder} is a compact part itself: give the folder of the whole recordings")
+        raise ValueError(
+            f"{folder} is a compact part itself: give the folder of the whole recordings"
+        )
     out.mkdir(parents=True, exist_ok=True)
     for name in ("samples", "collator", "model", "native", "tokenizer"):
         shutil.copyfile(whole.folder / f"{name}.json", out / f"{name}.json")

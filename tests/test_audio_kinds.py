@@ -1,18 +1,35 @@
 "Kinds of recordings: each is decoded in full, or refused by a message that names the file."
+
 import io, json, os, struct, subprocess, sys, textwrap
 import numpy as np
 import pytest
 import soundfile as sf
 from hypothesis import given, settings, strategies as st
 
-from higgs_nb.audio import Audio, AudioError, load_audio, loud_frames, measure_audio, read_audio, trim_end
+from higgs_nb.audio import (
+    Audio,
+    AudioError,
+    load_audio,
+    loud_frames,
+    measure_audio,
+    read_audio,
+    trim_end,
+)
 from higgs_nb.chatml import check_corpus, embedded_corpus, load_corpus
 from higgs_nb.codec import CodeStore, load_codec
 
-KINDS = [("WAV", s) for s in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")]
+KINDS = [
+    ("WAV", s) for s in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
+]
 KINDS += [("WAVEX", "PCM_24"), ("RF64", "PCM_16"), ("FLAC", "PCM_16"), ("FLAC", "PCM_24")]
 KINDS += [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
-REFUSED = [("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "GSM610"), ("WAV", "G721_32"), ("AU", "PCM_16")]
+REFUSED = [
+    ("WAV", "IMA_ADPCM"),
+    ("WAV", "MS_ADPCM"),
+    ("WAV", "GSM610"),
+    ("WAV", "G721_32"),
+    ("AU", "PCM_16"),
+]
 REFUSED += [("AIFF", "PCM_16"), ("CAF", "PCM_16"), ("W64", "PCM_16"), ("FLAC", "PCM_16", b"RIFF")]
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -34,7 +51,12 @@ def read(data):
     return read_audio(Audio(raw=data))[0]
 
 
-@given(st.sampled_from(KINDS), st.sampled_from([8000, 16000, 24000, 48000]), st.integers(1, 2), st.integers(1, 30000))
+@given(
+    st.sampled_from(KINDS),
+    st.sampled_from([8000, 16000, 24000, 48000]),
+    st.integers(1, 2),
+    st.integers(1, 30000),
+)
 @QUICK
 def test_what_was_written_is_read_in_full(kind, rate, channels, count):
     wave = sound(count / rate, rate, channels)
@@ -48,11 +70,15 @@ def test_what_was_written_is_read_in_full(kind, rate, channels, count):
 @QUICK
 def test_a_cut_file_is_refused(kind, channels, share):
     data = encoded(kind, sound(channels=channels))
-    with pytest.raises(AudioError, match=f"a recording of {int(len(data) * share)} bytes|either a path or bytes"):
-        read(data[:int(len(data) * share)])
+    with pytest.raises(
+        AudioError, match=f"a recording of {int(len(data) * share)} bytes|either a path or bytes"
+    ):
+        read(data[: int(len(data) * share)])
 
 
-@given(st.sampled_from([k for k in KINDS if k[0] != "MP3"]), st.floats(0.1, 0.95), st.integers(1, 255))
+@given(
+    st.sampled_from([k for k in KINDS if k[0] != "MP3"]), st.floats(0.1, 0.95), st.integers(1, 255)
+)
 @QUICK
 def test_a_changed_byte_never_makes_it_shorter(kind, share, flip):
     wave = sound()
@@ -66,10 +92,13 @@ def test_a_changed_byte_never_makes_it_shorter(kind, share, flip):
 
 def with_size(data, size):
     at = data.index(b"data") + 4
-    return data[:at] + struct.pack("<I", size) + data[at + 4:]
+    return data[:at] + struct.pack("<I", size) + data[at + 4 :]
 
 
-@given(st.integers(0, 2**32 - 1) | st.integers(0, 30000), st.sampled_from(["PCM_16", "PCM_24", "FLOAT", "ULAW"]))
+@given(
+    st.integers(0, 2**32 - 1) | st.integers(0, 30000),
+    st.sampled_from(["PCM_16", "PCM_24", "FLOAT", "ULAW"]),
+)
 @QUICK
 def test_any_stated_size_of_a_wav_file(size, coding):
     wave = sound()
@@ -89,13 +118,17 @@ def test_streamed_wav_is_read_to_its_end(size, coding):
 
 def test_chunks_after_the_samples_are_no_fault():
     data = encoded(("WAV", "PCM_16"), sound())
-    tail = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Recorder 1.0\0\0"
+    tail = (
+        b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Recorder 1.0\0\0"
+    )
     assert len(read(data + tail)) == len(sound())
     with pytest.raises(AudioError, match="two chunks of samples"):
         read(data + b"data" + struct.pack("<I", 4) + bytes(4))
 
 
-@pytest.mark.parametrize("kind", [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"), ("WAV", "PCM_16")])
+@pytest.mark.parametrize(
+    "kind", [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"), ("WAV", "PCM_16")]
+)
 def test_joined_files_are_refused(kind):
     data = encoded(kind, sound())
     with pytest.raises(AudioError, match="several|states|goes on after"):
@@ -104,7 +137,7 @@ def test_joined_files_are_refused(kind):
 
 def without_xing(data):
     "An MP3 file without the first frame, which states how many follow."
-    return data[data.index(data[:2], 4):]
+    return data[data.index(data[:2], 4) :]
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
@@ -113,10 +146,17 @@ def without_xing(data):
 def test_mp3_without_a_stated_length(mode, rate, channels):
     loud, soft = sound(2, rate, channels), np.zeros((3 * rate, channels))
     file = io.BytesIO()
-    sf.write(file, np.concatenate([loud, soft]), rate, format="MP3", bitrate_mode=mode, compression_level=0.2)
+    sf.write(
+        file,
+        np.concatenate([loud, soft]),
+        rate,
+        format="MP3",
+        bitrate_mode=mode,
+        compression_level=0.2,
+    )
     samples = read(without_xing(file.getvalue()))
     assert 5 * rate <= len(samples) <= 5 * rate + 4 * 1152
-    assert np.abs(samples[:2 * rate]).mean() > 20 * np.abs(samples[3 * rate:]).mean()
+    assert np.abs(samples[: 2 * rate]).mean() > 20 * np.abs(samples[3 * rate :]).mean()
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -215,7 +255,12 @@ def test_stored_codes_that_changed_are_refused(codec, tmp_path):
     path = store.path(CLIP)
     data = path.read_bytes()
     files = []
-    for array in (np.roll(codes, 1, 1).astype(np.int16), codes, np.int16(3), codes[:3].astype(np.int16)):
+    for array in (
+        np.roll(codes, 1, 1).astype(np.int16),
+        codes,
+        np.int16(3),
+        codes[:3].astype(np.int16),
+    ):
         file = io.BytesIO()
         np.save(file, array)
         files.append(file.getvalue())
@@ -223,7 +268,7 @@ def test_stored_codes_that_changed_are_refused(codec, tmp_path):
     np.savez(file, codes=codes)
     rng = np.random.default_rng(0)
     for place in rng.integers(0, len(data), 40):
-        files.append(data[:place] + bytes([data[place] ^ 1 << rng.integers(8)]) + data[place + 1:])
+        files.append(data[:place] + bytes([data[place] ^ 1 << rng.integers(8)]) + data[place + 1 :])
     huge = data.replace(b"'shape': (8,", b"'shape': (99999999999,")
     for wrong in (*files, file.getvalue(), huge, data[:-32], b""):
         path.write_bytes(wrong)
@@ -268,10 +313,17 @@ def test_store_that_cannot_be_written_to(codec, tmp_path):
         folder.chmod(0o555)
     other = sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[1]
     for folder in tmp_path.parents:
-        if folder.stat().st_uid == os.getuid() and folder.is_relative_to("/tmp") and folder != folder.parent.parent:
+        if (
+            folder.stat().st_uid == os.getuid()
+            and folder.is_relative_to("/tmp")
+            and folder != folder.parent.parent
+        ):
             folder.chmod(folder.stat().st_mode | 0o055)
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path, CLIP.path, other],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path, CLIP.path, other],
+        capture_output=True,
+        text=True,
+    )
     for folder in (tmp_path / "prepared", *(tmp_path / "prepared").iterdir()):
         folder.chmod(0o755)
     lines = done.stdout.splitlines()

@@ -1,27 +1,61 @@
-"""The site, and the widgets in JupyterLab and Voila, in a headless Chromium: the tests in tests/browser, run by node.
+"""The site, and the widgets in JupyterLab and Voila, in a headless Chromium: the tests in
+tests/browser, run by node.
 
-`make test-browser` installs what they need, and keeps screenshots in build/screenshots."""
+`make test-browser` installs what they need, and keeps screenshots in build/screenshots.
+"""
+
 import importlib.util, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest
 from conftest import ROOT
 
-HERE, SHOTS = ROOT/"tests/browser", ROOT/"build/screenshots"
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-MISSING = [what for what, there in {"chromium": CHROMIUM, "node": shutil.which("node"), "node_modules in tests/browser": (HERE/"node_modules/playwright-core").exists(),
-                                    "voila": importlib.util.find_spec("voila")}.items() if not there]
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not found: see `make test-browser`"), pytest.mark.timeout(3600)]
+HERE, SHOTS = ROOT / "tests/browser", ROOT / "build/screenshots"
+CHROMIUM = (
+    os.environ.get("CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
+MISSING = [
+    what
+    for what, there in {
+        "chromium": CHROMIUM,
+        "node": shutil.which("node"),
+        "node_modules in tests/browser": (HERE / "node_modules/playwright-core").exists(),
+        "voila": importlib.util.find_spec("voila"),
+    }.items()
+    if not there
+]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"{', '.join(MISSING)} not found: see `make test-browser`"
+    ),
+    pytest.mark.timeout(3600),
+]
 
 
 def node(file, **env):
     "Run one of the node tests; a failure shows what it wrote."
-    done = subprocess.run(["node", "--test", "--test-reporter=spec", HERE/file], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          env={**os.environ, "CHROMIUM": CHROMIUM, "BIN": str(Path(sys.executable).parent), "SHOTS": str(SHOTS), **env})
+    done = subprocess.run(
+        ["node", "--test", "--test-reporter=spec", HERE / file],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "CHROMIUM": CHROMIUM,
+            "BIN": str(Path(sys.executable).parent),
+            "SHOTS": str(SHOTS),
+            **env,
+        },
+    )
     assert done.returncode == 0, f"{done.stdout[-12000:]}\n{done.stderr[-2000:]}"
 
 
-def test_site(site): node("site.test.mjs", SITE=str(site))
+def test_site(site):
+    node("site.test.mjs", SITE=str(site))
 
 
 WIDGETS = """\
@@ -57,11 +91,27 @@ run_monitor("run", every_s=0.5)
 
 def test_widgets(tmp_path):
     "The monitor follows a run that is going on meanwhile, the one of its chapter with more steps."
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text.strip()) for text in WIDGETS.split("%%\n")],
-                                            metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), tmp_path/"widgets.ipynb")
-    script = re.search(r'SMALL_RUN = """(.*?)"""', "\n".join(c.source for c in nbformat.read(ROOT/"nbs/11c_monitor.ipynb", 4).cells), re.S)[1]
-    (tmp_path/"run").mkdir()
-    run = subprocess.Popen(["nice", "-n", "10", sys.executable, "-W", "ignore", "-c", script, "run", "100000"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(text.strip()) for text in WIDGETS.split("%%\n")],
+            metadata=dict(
+                kernelspec=dict(name="python3", display_name="python3", language="python")
+            ),
+        ),
+        tmp_path / "widgets.ipynb",
+    )
+    script = re.search(
+        r'SMALL_RUN = """(.*?)"""',
+        "\n".join(c.source for c in nbformat.read(ROOT / "nbs/11c_monitor.ipynb", 4).cells),
+        re.S,
+    )[1]
+    (tmp_path / "run").mkdir()
+    run = subprocess.Popen(
+        ["nice", "-n", "10", sys.executable, "-W", "ignore", "-c", script, "run", "100000"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     try:
         node("widgets.test.mjs", NOTEBOOKS=str(tmp_path))
         assert run.poll() is None, run.stderr.read().decode()[-2000:]

@@ -1,10 +1,11 @@
 "The code store on a disk that is full, and under processes that are killed."
+
 import subprocess, sys, textwrap
 
 import numpy as np, pytest
 from higgs_nb.chatml import Audio, embedded_corpus
 
-CLIPS = sorted((embedded_corpus()/"audio").glob("conf-*.opus"))[:3]
+CLIPS = sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[:3]
 
 HEAD = """
 import sys, resource, signal, os
@@ -16,19 +17,33 @@ store = CodeStore(root, load_codec())
 
 
 def run(code, root):
-    return subprocess.run([sys.executable, "-c", HEAD + textwrap.dedent(code), root, *map(str, CLIPS)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", HEAD + textwrap.dedent(code), root, *map(str, CLIPS)],
+        capture_output=True,
+        text=True,
+    )
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE stands for a full disk, and Windows has none")
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="RLIMIT_FSIZE stands for a full disk, and Windows has none"
+)
 def test_full_disk(tmp_path):
-    full = run("""
+    full = run(
+        """
         store.get(Audio(clips[0]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
         store.get(Audio(clips[1]))
-        """, tmp_path)
+        """,
+        tmp_path,
+    )
     assert full.returncode == 1
     last = full.stderr.strip().splitlines()[-1]
-    assert last.startswith("OSError") and "could not be stored" in last and str(tmp_path) in last and ".npy" in last, full.stderr
+    assert (
+        last.startswith("OSError")
+        and "could not be stored" in last
+        and str(tmp_path) in last
+        and ".npy" in last
+    ), full.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 1, "the clip before is stored, of this one nothing"
     again = run("print(store.encode_all([Audio(c) for c in clips], progress=False))", tmp_path)
@@ -36,10 +51,13 @@ def test_full_disk(tmp_path):
 
 
 def test_killed_while_writing(tmp_path):
-    killed = run("""
+    killed = run(
+        """
         os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         store.get(Audio(clips[0]))
-        """, tmp_path)
+        """,
+        tmp_path,
+    )
     assert killed.returncode == -9, killed.stderr
     again = run("print(store.encode_all([Audio(c) for c in clips], progress=False))", tmp_path)
     assert again.stdout.strip() == "{'clips': 3, 'hits': 0, 'misses': 3}", again.stderr

@@ -1,4 +1,7 @@
-"""Corpora in the forms that people have them: what would train another thing is an error that names the row, and nothing crashes."""
+"""Corpora in the forms that people have them: what would train another thing is an error that
+names the row, and nothing crashes.
+"""
+
 import json
 import os
 import unicodedata
@@ -10,8 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from higgs_nb.audio import Problem
-from higgs_nb.chatml import (Audio, Conversation, CorpusError, Message, Text, check_corpus, load_corpus,
-                             sentence_key, speakers_without_mark, split_corpus, tts_conversation)
+from higgs_nb.chatml import (
+    Audio,
+    Conversation,
+    CorpusError,
+    Message,
+    Text,
+    check_corpus,
+    load_corpus,
+    sentence_key,
+    speakers_without_mark,
+    split_corpus,
+    tts_conversation,
+)
 from higgs_nb.samples import SPECIAL_TOKENS, byte_tokenizer, prepare_chatml_sample, special_ids
 
 
@@ -43,8 +57,21 @@ def problems_of(path, **options):
     return [str(p) for p in caught.value.problems]
 
 
-SECTIONS = ["offset", "start", "end", "start_time", "end_time", "begin", "Start-Time", "segment_start",
-            "startMs", "end_sec", "audio_offset", "start_sample", "onset"]
+SECTIONS = [
+    "offset",
+    "start",
+    "end",
+    "start_time",
+    "end_time",
+    "begin",
+    "Start-Time",
+    "segment_start",
+    "startMs",
+    "end_sec",
+    "audio_offset",
+    "start_sample",
+    "onset",
+]
 
 
 @pytest.mark.parametrize("key", SECTIONS)
@@ -56,9 +83,18 @@ def test_section_of_a_recording_is_an_error(tmp_path, key):
     assert repr(key) in second and "cut the recording" in first
 
 
-NEAR = {"ref_audio": "ref_audio_file", "ref_text": "ref_transcript", "ref_audiofile": "ref_audio_file",
-        "speaker": "speaker_id", "Speaker_ID": "speaker_id", "Split": "split", "Scene": "scene",
-        "ref_transcripts": "ref_transcript", "refSpeakers": "ref_speakers", "prompt_wav": "ref_audio_file"}
+NEAR = {
+    "ref_audio": "ref_audio_file",
+    "ref_text": "ref_transcript",
+    "ref_audiofile": "ref_audio_file",
+    "speaker": "speaker_id",
+    "Speaker_ID": "speaker_id",
+    "Split": "split",
+    "Scene": "scene",
+    "ref_transcripts": "ref_transcript",
+    "refSpeakers": "ref_speakers",
+    "prompt_wav": "ref_audio_file",
+}
 
 
 @pytest.mark.parametrize("key", NEAR)
@@ -74,8 +110,17 @@ def test_required_keys_of_other_tools_are_asked_about(tmp_path):
 
 
 def test_notes_are_kept(tmp_path):
-    notes = {"language": "en", "emotion": "calm", "duration": 0.3, "normalized_text": "good", "gender": "f",
-             "speaker_gender": "f", "language_id": 3, "source": "x", "duration_ms": 300}
+    notes = {
+        "language": "en",
+        "emotion": "calm",
+        "duration": 0.3,
+        "normalized_text": "good",
+        "gender": "f",
+        "speaker_gender": "f",
+        "language_id": 3,
+        "source": "x",
+        "duration_ms": 300,
+    }
     (c,) = load_corpus(table(tmp_path, row(**notes)))
     assert c.extra == notes and check_corpus([c], progress=False)
 
@@ -94,13 +139,22 @@ def test_keys_beside_the_rows(tmp_path):
 
 
 MARKS = [*SPECIAL_TOKENS, "<|reserved_special_token_200|>", "<|python_tag|>"]
-PLACES = {"text": lambda s: row(text=s), "scene": lambda s: row(scene=s), "speaker": lambda s: row(speaker_id=s),
-          "id": lambda s: row(id=s), "tag": lambda s: row(text=f"{s} Hi.", ref_speakers=[
-              dict(speaker_tag=s, ref_audio_file="b.wav", ref_transcript="Hi.")])}
+PLACES = {
+    "text": lambda s: row(text=s),
+    "scene": lambda s: row(scene=s),
+    "speaker": lambda s: row(speaker_id=s),
+    "id": lambda s: row(id=s),
+    "tag": lambda s: row(
+        text=f"{s} Hi.",
+        ref_speakers=[dict(speaker_tag=s, ref_audio_file="b.wav", ref_transcript="Hi.")],
+    ),
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("bad", [*MARKS, "nul\0", "bell\x07", "lost \ufffd", "\x1b[2J", "half \ud800"])
+@pytest.mark.parametrize(
+    "bad", [*MARKS, "nul\0", "bell\x07", "lost \ufffd", "\x1b[2J", "half \ud800"]
+)
 def test_text_that_is_no_text(tmp_path, place, bad):
     path = table(tmp_path, PLACES[place](f"Say {bad} now"))
     problems = problems_of(path)
@@ -108,7 +162,9 @@ def test_text_that_is_no_text(tmp_path, place, bad):
     assert all(p.isprintable() for p in problems)
 
 
-@pytest.mark.parametrize("text", ["<laugh> ha", "[laughter]", "<|", "a <| b |> c", "<| |>", "tab\tand\nline"])
+@pytest.mark.parametrize(
+    "text", ["<laugh> ha", "[laughter]", "<|", "a <| b |> c", "<| |>", "tab\tand\nline"]
+)
 def test_plain_signs_stay(tmp_path, text):
     (c,) = load_corpus(table(tmp_path, row(text=text)))
     check_corpus([c], progress=False)
@@ -119,14 +175,31 @@ TOKENIZER = byte_tokenizer()
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "a", "<|", "|>", " "]), min_size=1, max_size=4).map("".join),
-       st.sampled_from(["text", "scene", "system", "recipient", "role"]))
+@given(
+    st.lists(st.sampled_from([*SPECIAL_TOKENS, "a", "<|", "|>", " "]), min_size=1, max_size=4).map(
+        "".join
+    ),
+    st.sampled_from(["text", "scene", "system", "recipient", "role"]),
+)
 def test_no_text_makes_a_mark(text, place):
-    parts = {"text": "Hi.", "scene": "A room.", "system": "Speak.", "recipient": "you", "role": "user"}
+    parts = {
+        "text": "Hi.",
+        "scene": "A room.",
+        "system": "Speak.",
+        "recipient": "you",
+        "role": "user",
+    }
     parts[place] = text
-    c = Conversation("talk", (Message("system", (Text(parts["system"]),)), Message("scene", (Text(parts["scene"]),)),
-                              Message(parts["role"], (Text(parts["text"]),), parts["recipient"]),
-                              Message("assistant", (Audio("a.wav"),))), source="talks.jsonl:7")
+    c = Conversation(
+        "talk",
+        (
+            Message("system", (Text(parts["system"]),)),
+            Message("scene", (Text(parts["scene"]),)),
+            Message(parts["role"], (Text(parts["text"]),), parts["recipient"]),
+            Message("assistant", (Audio("a.wav"),)),
+        ),
+        source="talks.jsonl:7",
+    )
     if any(t in text for t in SPECIAL_TOKENS):
         with pytest.raises(CorpusError, match=r"talks.jsonl:7 \(id 'talk'\): a text holds"):
             prepare_chatml_sample(c, TOKENIZER)
@@ -142,13 +215,21 @@ def test_rows_without_ids(tmp_path, indent):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=9), st.floats(0, 0.99), st.integers(0, 9))
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=9),
+    st.floats(0, 0.99),
+    st.integers(0, 9),
+)
 def test_no_sentence_and_no_recording_on_both_sides(rows, share, seed):
-    talks = [tts_conversation(f"Words {'abcdef'[w]}", Audio(raw=bytes([r, 1])), id=str(i))
-             for i, (w, r) in enumerate(rows)]
+    talks = [
+        tts_conversation(f"Words {'abcdef'[w]}", Audio(raw=bytes([r, 1])), id=str(i))
+        for i, (w, r) in enumerate(rows)
+    ]
     train, held = split_corpus(talks, held_out=share, seed=seed)
     assert train and sorted(c.id for c in train + held) == sorted(c.id for c in talks)
-    assert not {sentence_key(c.transcript) for c in train} & {sentence_key(c.transcript) for c in held}
+    assert not {sentence_key(c.transcript) for c in train} & {
+        sentence_key(c.transcript) for c in held
+    }
     assert not {a for c in train for a in c.targets} & {a for c in held for a in c.targets}
 
 
@@ -161,23 +242,36 @@ def test_same_recording_in_files_and_forms(tmp_path):
         talks.append(tts_conversation(f"Word {i}", Audio(str(path)), id=str(i)))
     by_bytes = split_corpus(talks, 0.3)[1]
     assert {int(c.id) // 2 for c in by_bytes} and len(by_bytes) == 4
-    flac = [tts_conversation(c.transcript, Audio(c.audio[0].path.replace(".wav", ".flac")), id=c.id)
-            if int(c.id) % 2 else c for c in talks]
+    flac = [
+        tts_conversation(c.transcript, Audio(c.audio[0].path.replace(".wav", ".flac")), id=c.id)
+        if int(c.id) % 2
+        else c
+        for c in talks
+    ]
     held = split_corpus(flac, 0.3, report=check_corpus(flac, progress=False))[1]
     assert [c.id for c in held] == [c.id for c in by_bytes]
     assert len({int(c.id) // 2 for c in held}) == len(held) / 2
 
 
 def test_given_splits_that_share_a_recording(tmp_path):
-    path = table(tmp_path, row(id="one", split="train"), row(id="two", text="Other.", split="held_out"))
+    path = table(
+        tmp_path, row(id="one", split="train"), row(id="two", text="Other.", split="held_out")
+    )
     with pytest.raises(CorpusError) as caught:
         split_corpus(load_corpus(path))
     assert "'one'" in str(caught.value) and "'two'" in str(caught.value)
 
 
 def test_a_lent_voice_is_not_held_out():
-    talks = [tts_conversation(f"Word {i}", Audio(raw=bytes([i, 1])), id=str(i),
-                              reference=("Ref.", Audio(raw=b"\0\1")) if i else None) for i in range(6)]
+    talks = [
+        tts_conversation(
+            f"Word {i}",
+            Audio(raw=bytes([i, 1])),
+            id=str(i),
+            reference=("Ref.", Audio(raw=b"\0\1")) if i else None,
+        )
+        for i in range(6)
+    ]
     for seed in range(6):
         assert "0" not in {c.id for c in split_corpus(talks, 0.7, seed)[1]}
 
@@ -198,9 +292,12 @@ def test_paths_stay_in_the_folder(tmp_path):
     secret = tmp_path / "secret.txt"
     secret.write_text("The secret words.")
     tone(tmp_path / "far.wav")
-    path = table(folder, row(id="words", text=None, transcript_file="../secret.txt"),
-                 row(id="sound", audio_file=str(tmp_path / "far.wav"), text="B."),
-                 row(id="link", text=None, transcript_file="link.txt"))
+    path = table(
+        folder,
+        row(id="words", text=None, transcript_file="../secret.txt"),
+        row(id="sound", audio_file=str(tmp_path / "far.wav"), text="B."),
+        row(id="link", text=None, transcript_file="link.txt"),
+    )
     (folder / "link.txt").symlink_to(secret)
     problems = problems_of(path)
     assert len(problems) == 3 and all("allow_outside=True" in p for p in problems)
@@ -210,8 +307,12 @@ def test_paths_stay_in_the_folder(tmp_path):
 
 def test_pipes_and_devices_are_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    path = table(tmp_path, row(id="a", audio_file="pipe"), row(id="b", text=None, transcript_file="pipe"),
-                 row(id="c", text=None, transcript_file="/dev/zero"))
+    path = table(
+        tmp_path,
+        row(id="a", audio_file="pipe"),
+        row(id="b", text=None, transcript_file="pipe"),
+        row(id="c", text=None, transcript_file="/dev/zero"),
+    )
     for options in ({}, {"allow_outside": True}):
         assert any("not a regular file" in p for p in problems_of(path, **options))
     table(tmp_path, row(audio_file="pipe"))
@@ -228,7 +329,14 @@ def pairs(folder, *names):
 
 
 def test_folders_that_are_no_part_of_a_corpus(tmp_path):
-    for name in ("", ".Trash-0/files", ".git", "__MACOSX", ".ipynb_checkpoints", "runs/prepare/audio"):
+    for name in (
+        "",
+        ".Trash-0/files",
+        ".git",
+        "__MACOSX",
+        ".ipynb_checkpoints",
+        "runs/prepare/audio",
+    ):
         pairs(tmp_path / name, f"clip{len(name)}")
     (tmp_path / "runs/prepare/parameters.json").write_text("{}")
     with pytest.warns(UserWarning, match="runs/prepare is the output of a run"):
@@ -252,9 +360,22 @@ def test_other_sound_files_are_named(tmp_path, suffix):
     assert f"b{suffix} is a recording in a form that is not read" in problem and "ffmpeg" in problem
 
 
-@pytest.mark.parametrize("name", ["metadata.csv", "train.tsv", "train.list", "manifest.json", "x.parquet",
-                                  "dataset_info.json", "a1.lab", "a1.normalized.txt", "a1.wav.txt",
-                                  "transcripts.txt", "sub/metadata.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metadata.csv",
+        "train.tsv",
+        "train.list",
+        "manifest.json",
+        "x.parquet",
+        "dataset_info.json",
+        "a1.lab",
+        "a1.normalized.txt",
+        "a1.wav.txt",
+        "transcripts.txt",
+        "sub/metadata.json",
+    ],
+)
 def test_table_of_another_tool_is_named_once(tmp_path, name):
     for i in range(30):
         tone(tmp_path / f"a{i}.wav", seconds=0.01)
@@ -264,11 +385,19 @@ def test_table_of_another_tool_is_named_once(tmp_path, name):
     assert name in problem and "metadata.json" in problem
 
 
-@pytest.mark.parametrize("there, asked", [("wavs/clip.wav", "Wavs/clip.wav"), ("clip.wav", "clip"),
-                                          ("wavs/clip.wav", "wavs\\clip.wav"), ("clip.WAV", "clip.wav"),
-                                          ("wavs/clip.wav", "C:\\data\\wavs\\clip.wav"), ("clip.flac", "clip.wav"),
-                                          ("clip.wav", "clip.wav "),
-                                          (unicodedata.normalize("NFD", "é.wav"), unicodedata.normalize("NFC", "é.wav"))])
+@pytest.mark.parametrize(
+    "there, asked",
+    [
+        ("wavs/clip.wav", "Wavs/clip.wav"),
+        ("clip.wav", "clip"),
+        ("wavs/clip.wav", "wavs\\clip.wav"),
+        ("clip.WAV", "clip.wav"),
+        ("wavs/clip.wav", "C:\\data\\wavs\\clip.wav"),
+        ("clip.flac", "clip.wav"),
+        ("clip.wav", "clip.wav "),
+        (unicodedata.normalize("NFD", "é.wav"), unicodedata.normalize("NFC", "é.wav")),
+    ],
+)
 def test_file_that_is_there_is_named(tmp_path, there, asked):
     tone(tmp_path / f"x.{there.rpartition('.')[2].lower()}").rename(tmp_path / "x")
     (tmp_path / there).parent.mkdir(exist_ok=True)
@@ -292,7 +421,11 @@ def test_path_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     pairs(tmp_path / "my voice", "a")
     assert len(load_corpus("~/my voice")) == 1
-    for path, what in (("~/none", "does not exist"), ("", "is empty"), (tmp_path / "x.json", "does not exist")):
+    for path, what in (
+        ("~/none", "does not exist"),
+        ("", "is empty"),
+        (tmp_path / "x.json", "does not exist"),
+    ):
         with pytest.raises(CorpusError, match=what):
             load_corpus(path)
 
@@ -305,7 +438,9 @@ def test_messages_stay_short(tmp_path):
     assert len(caught.value.problems) == 6_000
     assert len(message) < 20_000 and message.count("\n") < 100 and "5,990 more" not in message
     assert "... and 2,990 more like it" in message
-    kinds = [Problem(f"{chr(97 + i % 26) * (i // 26 + 1)} is wrong", "x" * 999) for i in range(2000)]
+    kinds = [
+        Problem(f"{chr(97 + i % 26) * (i // 26 + 1)} is wrong", "x" * 999) for i in range(2000)
+    ]
     assert len(str(CorpusError(*kinds))) < 20_000
 
 
@@ -323,26 +458,80 @@ def test_speakers_that_share_a_prompt(tmp_path):
     both = [row(speaker_id="ann"), row(speaker_id="ben", text="Other.", audio_file="b.wav")]
     corpus = load_corpus(table(tmp_path, *both))
     report = check_corpus(corpus, progress=False)
-    assert report.unmarked_speakers == ("ann", "ben") and "2 speakers share one prompt" in repr(report)
+    assert report.unmarked_speakers == ("ann", "ben") and "2 speakers share one prompt" in repr(
+        report
+    )
     both[1] |= dict(ref_audio_file="b.wav", ref_transcript="Hi.")
     assert not speakers_without_mark(load_corpus(table(tmp_path, *both)))
     assert not speakers_without_mark(corpus[:1])
 
 
-KEYS = st.sampled_from(["id", "audio_file", "text", "transcript_file", "speaker_id", "scene", "ref_audio_file",
-                        "ref_transcript", "ref_speakers", "speaker_tag", "messages", "role", "content", "type",
-                        "path", "raw_audio", "recipient", "start_index", "speaker", "extra", "split", "duration",
-                        "samples"])
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-                      | st.sampled_from(["a.wav", "\ud800", "a\0.wav", "../x", "/", "user", "assistant", "audio"]),
-                      lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=8)
-ROWS = st.fixed_dictionaries({}, optional={k: VALUES for k in ("id", "text", "scene", "speaker_id", "ref_speakers",
-                             "split", "extra", "duration", "transcript_file", "start_index", "ref_audio_file")})
-TALKS = st.lists(st.dictionaries(KEYS, VALUES, max_size=4), max_size=3).map(lambda m: {"messages": m})
+KEYS = st.sampled_from(
+    [
+        "id",
+        "audio_file",
+        "text",
+        "transcript_file",
+        "speaker_id",
+        "scene",
+        "ref_audio_file",
+        "ref_transcript",
+        "ref_speakers",
+        "speaker_tag",
+        "messages",
+        "role",
+        "content",
+        "type",
+        "path",
+        "raw_audio",
+        "recipient",
+        "start_index",
+        "speaker",
+        "extra",
+        "split",
+        "duration",
+        "samples",
+    ]
+)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["a.wav", "\ud800", "a\0.wav", "../x", "/", "user", "assistant", "audio"]),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3),
+    max_leaves=8,
+)
+ROWS = st.fixed_dictionaries(
+    {},
+    optional={
+        k: VALUES
+        for k in (
+            "id",
+            "text",
+            "scene",
+            "speaker_id",
+            "ref_speakers",
+            "split",
+            "extra",
+            "duration",
+            "transcript_file",
+            "start_index",
+            "ref_audio_file",
+        )
+    },
+)
+TALKS = st.lists(st.dictionaries(KEYS, VALUES, max_size=4), max_size=3).map(
+    lambda m: {"messages": m}
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(rows=st.lists(VALUES | ROWS.map(lambda r: {"audio_file": "a.wav"} | r) | TALKS, max_size=3) | VALUES)
+@given(
+    rows=st.lists(VALUES | ROWS.map(lambda r: {"audio_file": "a.wav"} | r) | TALKS, max_size=3)
+    | VALUES
+)
 def test_any_json_is_a_corpus_or_an_error(tmp_path_factory, rows):
     folder = tmp_path_factory.getbasetemp() / "any"
     folder.mkdir(exist_ok=True)
@@ -360,11 +549,17 @@ def test_any_json_is_a_corpus_or_an_error(tmp_path_factory, rows):
         str(error).encode()
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, '[{"audio_file": "a.wav", "n": ' + "9" * 5000 + "}]",
-                                  '[{"audio_file": "a.wav", "text": "A.", "x": ' + "[" * 400 + "]" * 400 + "}]",
-                                  '[{"audio_file": "a\\u0000.wav", "text": "A."}]',
-                                  '[{"audio_file": "a\\ud800.wav", "text": "A."}]',
-                                  '[{"audio_file": "a.wav", "text": "A.", "ref_speakers": [{"speaker_tag": 5}]}]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000 + "]" * 100_000,
+        '[{"audio_file": "a.wav", "n": ' + "9" * 5000 + "}]",
+        '[{"audio_file": "a.wav", "text": "A.", "x": ' + "[" * 400 + "]" * 400 + "}]",
+        '[{"audio_file": "a\\u0000.wav", "text": "A."}]',
+        '[{"audio_file": "a\\ud800.wav", "text": "A."}]',
+        '[{"audio_file": "a.wav", "text": "A.", "ref_speakers": [{"speaker_tag": 5}]}]',
+    ],
+)
 def test_json_that_is_out_of_range(tmp_path, text):
     path = table(tmp_path)
     path.write_text(text)

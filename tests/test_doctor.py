@@ -1,4 +1,5 @@
 "higgs_doctor, with what it looks for really broken where that can be made here."
+
 import os, subprocess, sys
 from pathlib import Path
 
@@ -10,34 +11,72 @@ from higgs_nb.doctor import check_hub, check_place, check_python, main as higgs_
 
 def finding(check, given="", path=(), **env):
     "What one check prints in a fresh process, with more folders on its path."
-    code = f"from higgs_nb.doctor import {check}; f = {check}({given}); print(f.state, f.found, f.todo, sep='|')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT])), **env})
+    code = (
+        f"from higgs_nb.doctor import {check}; f = {check}({given}); print(f.state, "
+        "f.found, f.todo, sep='|')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT])), **env},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().split("|")
 
 
 def package(folder, name, version, source):
     "A package in `folder` that is found before the installed one, with the metadata of a version."
-    (folder/name).mkdir(parents=True)
-    (folder/name/"__init__.py").write_text(source)
-    (folder/f"{name}-{version}.dist-info").mkdir()
-    (folder/f"{name}-{version}.dist-info"/"METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(source)
+    (folder / f"{name}-{version}.dist-info").mkdir()
+    (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
     return folder
 
 
 def test_an_older_python():
-    older = next((p for v in ("3.9", "3.10") for p in [Path(sys.base_prefix).parent/f"{v}.18"/"bin"/"python3", Path(f"/usr/bin/python{v}")] if p.exists()), None)
+    older = next(
+        (
+            p
+            for v in ("3.9", "3.10")
+            for p in [
+                Path(sys.base_prefix).parent / f"{v}.18" / "bin" / "python3",
+                Path(f"/usr/bin/python{v}"),
+            ]
+            if p.exists()
+        ),
+        None,
+    )
     state = check_python((3, 10))
     assert state.state == "problem" and "make PYTHON=python3.11" in state.todo
-    if older is None: return
-    done = subprocess.run([older, "-c", "from higgs_nb.doctor import main; raise SystemExit(main([]))"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1 and done.stdout.startswith("problem  Python") and "install Python 3.11" in done.stdout, done.stdout + done.stderr
+    if older is None:
+        return
+    done = subprocess.run(
+        [older, "-c", "from higgs_nb.doctor import main; raise SystemExit(main([]))"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (
+        done.returncode == 1
+        and done.stdout.startswith("problem  Python")
+        and "install Python 3.11" in done.stdout
+    ), done.stdout + done.stderr
 
 
 def test_a_torchaudio_that_does_not_fit(tmp_path):
     "Its library is not one that this process can load."
-    broken = package(tmp_path, "torchaudio", "0.9", "import ctypes, os\nctypes.CDLL(os.path.join(os.path.dirname(__file__), 'libtorchaudio.so'))")
-    (broken/"torchaudio"/"libtorchaudio.so").write_bytes(b"for another machine")
+    broken = package(
+        tmp_path,
+        "torchaudio",
+        "0.9",
+        "import ctypes, os\nctypes.CDLL(os.path.join(os.path.dirname(__file__), "
+        "'libtorchaudio.so'))",
+    )
+    (broken / "torchaudio" / "libtorchaudio.so").write_bytes(b"for another machine")
     state, found, todo = finding("check_torchaudio", path=[broken])
     assert state == "problem" and "0.9 does not load beside torch" in found and "lib/*.so" in todo
 
@@ -48,48 +87,96 @@ def test_a_package_that_is_too_old(tmp_path):
 
 
 def test_torch_that_does_not_load(tmp_path):
-    state, found, todo = finding("check_torch", path=[package(tmp_path, "torch", "2.9", "raise OSError('libtorch_cuda.so: cannot open shared object file')")])
+    state, found, todo = finding(
+        "check_torch",
+        path=[
+            package(
+                tmp_path,
+                "torch",
+                "2.9",
+                "raise OSError('libtorch_cuda.so: cannot open shared object file')",
+            )
+        ],
+    )
     assert state == "problem" and "libtorch_cuda.so" in found and "install" in todo
 
 
 def test_a_gpu_that_torch_does_not_use(tmp_path):
     "What a machine with a driver and a torch for CPUs looks like."
-    (tmp_path/"nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA Test, 550.1'\n")
-    (tmp_path/"nvidia-smi").chmod(0o755)
-    state, found, todo = finding("check_torch", PATH=f"{tmp_path}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="")
-    assert state == "problem" and "NVIDIA Test" in found and "CUDA_VISIBLE_DEVICES, which is ''" in todo
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA Test, 550.1'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    state, found, todo = finding(
+        "check_torch", PATH=f"{tmp_path}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES=""
+    )
+    assert (
+        state == "problem"
+        and "NVIDIA Test" in found
+        and "CUDA_VISIBLE_DEVICES, which is ''" in todo
+    )
 
 
 def test_without_ffmpeg_or_with_a_broken_soundfile(tmp_path):
     state, found, todo = finding("check_audio", PATH="")
     assert state == "note" and "mp3 are read" in found and "m4a" in todo
-    state, found, todo = finding("check_audio", path=[package(tmp_path, "soundfile", "0.1", "raise OSError('sndfile library not found')")])
+    state, found, todo = finding(
+        "check_audio",
+        path=[package(tmp_path, "soundfile", "0.1", "raise OSError('sndfile library not found')")],
+    )
     assert state == "problem" and "sndfile library not found" in found and "soundfile>=0.13" in todo
 
 
 def test_data_that_is_not_whole(tmp_path):
     "A copy of the package without one recording."
     import shutil
-    shutil.copytree(ROOT/"higgs_nb", tmp_path/"higgs_nb", ignore=shutil.ignore_patterns("__pycache__"))
-    next((tmp_path/"higgs_nb"/"data"/"allison"/"audio").glob("*.opus")).write_bytes(b"")
-    code = "from higgs_nb.doctor import check_data; f = check_data(); print(f.state, f.found, f.todo, sep='|')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert done.stdout.startswith("problem|") and "the package is not whole" in done.stdout, done.stdout + done.stderr
+
+    shutil.copytree(
+        ROOT / "higgs_nb", tmp_path / "higgs_nb", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    next((tmp_path / "higgs_nb" / "data" / "allison" / "audio").glob("*.opus")).write_bytes(b"")
+    code = (
+        "from higgs_nb.doctor import check_data; f = check_data(); print(f.state, f.found, "
+        "f.todo, sep='|')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.stdout.startswith("problem|") and "the package is not whole" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_directories_that_cannot_be_written(tmp_path):
     assert check_place("/proc/runs").state == "problem"  # nobody may write there, root neither
-    (tmp_path/"taken").write_text("")
-    assert check_place(tmp_path/"taken"/"runs").state == "problem" and check_place(tmp_path/"new"/"runs").state != "problem"
+    (tmp_path / "taken").write_text("")
+    assert (
+        check_place(tmp_path / "taken" / "runs").state == "problem"
+        and check_place(tmp_path / "new" / "runs").state != "problem"
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["taken"]
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path):
     "A note, and no error; a closed port of this machine stands for a network that is down."
-    state, found, todo = finding("check_hub", "'somebody/some-base'", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
-    assert state == "note" and "cannot be reached" in found and "hf download somebody/some-base" in todo
-    assert check_hub(str(tmp_path)).state == "ok" and check_hub(str(tmp_path/"nowhere")).state == "problem"
+    state, found, todo = finding(
+        "check_hub", "'somebody/some-base'", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path)
+    )
+    assert (
+        state == "note"
+        and "cannot be reached" in found
+        and "hf download somebody/some-base" in todo
+    )
+    assert (
+        check_hub(str(tmp_path)).state == "ok"
+        and check_hub(str(tmp_path / "nowhere")).state == "problem"
+    )
 
 
 def test_exit_codes(capsys):
-    assert higgs_doctor(["--out", "/proc/runs"]) == 1 and "1 problem: repair" in capsys.readouterr().out
+    assert (
+        higgs_doctor(["--out", "/proc/runs"]) == 1
+        and "1 problem: repair" in capsys.readouterr().out
+    )

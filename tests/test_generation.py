@@ -1,4 +1,7 @@
-"Speech from prompts: one clip per prompt, equal to the stock class's codes; options that would break this are refused by name."
+"""Speech from prompts: one clip per prompt, equal to the stock class's codes; options that would
+break this are refused by name.
+"""
+
 import inspect
 import json
 import math
@@ -18,17 +21,33 @@ from higgs_nb.chatml import Audio, AudioError
 from higgs_nb.codec import load_codec
 from higgs_nb.collator import PackedCollator, PaddedCollator
 from higgs_nb.evaluate import speech_of
-from higgs_nb.generate import Encoder, Speech, generate_codes, generate_speech, prompt_of, save_clips
+from higgs_nb.generate import (
+    Encoder,
+    Speech,
+    generate_codes,
+    generate_speech,
+    prompt_of,
+    save_clips,
+)
 from higgs_nb.layers import CACHE
 from higgs_nb.model import check_directory, load_model, tiny_model, tokenizer_fingerprint
-from higgs_nb.samples import AudioTokens, byte_tokenizer, fit_tokenizer, delay_pattern, encode_conversation, expand, undelay
+from higgs_nb.samples import (
+    AudioTokens,
+    byte_tokenizer,
+    fit_tokenizer,
+    delay_pattern,
+    encode_conversation,
+    expand,
+    undelay,
+)
 from higgs_nb.chatml import tts_conversation
 
 TOKENIZER = byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def model(): return tiny_model(TOKENIZER, hidden_size=64, num_layers=2, intermediate_size=128).eval()
+def model():
+    return tiny_model(TOKENIZER, hidden_size=64, num_layers=2, intermediate_size=128).eval()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +59,10 @@ def stock(model):
 
 def batch_of(model, *texts):
     tokens = AudioTokens.from_config(model.config, TOKENIZER)
-    samples = [prompt_of(tts_conversation(text, id=str(i)), TOKENIZER, tokens) for i, text in enumerate(texts)]
+    samples = [
+        prompt_of(tts_conversation(text, id=str(i)), TOKENIZER, tokens)
+        for i, text in enumerate(texts)
+    ]
     return PaddedCollator(tokens, pad_left=True)(samples)
 
 
@@ -52,18 +74,27 @@ def test_greedy_codes_are_those_of_the_stock_class(model, stock):
 
 def test_audio_attention_generates_the_same_with_and_without_a_cache():
     talker = tiny_model(TOKENIZER, hidden_size=64, num_layers=2, intermediate_size=128)
-    talker = type(talker)(type(talker.config)(**{**talker.config.to_dict(), "use_audio_out_self_attention": True})).eval()
+    talker = type(talker)(
+        type(talker.config)(**{**talker.config.to_dict(), "use_audio_out_self_attention": True})
+    ).eval()
     batch = batch_of(talker, "One.")
-    cached, anew = (generate_codes(talker, batch, 8, do_sample=False, use_cache=flag) for flag in (True, False))
+    cached, anew = (
+        generate_codes(talker, batch, 8, do_sample=False, use_cache=flag) for flag in (True, False)
+    )
     assert torch.equal(cached, anew)
 
 
 def test_a_step_reads_one_position_and_the_prefill_keeps_one(model):
     shapes, seen = [], []
-    hooks = [model.audio_lm_head.register_forward_hook(lambda m, i, o: shapes.append(tuple(o.shape[:2]))),
-             model.model.layers[0].register_forward_hook(lambda m, i, o: seen.append(o.shape[1]))]
+    hooks = [
+        model.audio_lm_head.register_forward_hook(
+            lambda m, i, o: shapes.append(tuple(o.shape[:2]))
+        ),
+        model.model.layers[0].register_forward_hook(lambda m, i, o: seen.append(o.shape[1])),
+    ]
     generate_codes(model, batch_of(model, "One.", "Two."), 5, do_sample=False)
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     assert set(shapes) == {(2, 1)} and seen[0] > 10 and set(seen[1:]) == {1}
 
 
@@ -76,18 +107,36 @@ def test_one_text_is_one_prompt(model):
     assert clip.text == "Please hold."
 
 
-@pytest.mark.parametrize("option", [dict(num_return_sequences=2), dict(num_beams=2), dict(return_dict_in_generate=True), dict(max_new_tokens=5),
-                                    dict(max_length=9), dict(streamer=print), dict(min_new_tokens=4), dict(repetition_penalty=1.2),
-                                    dict(max_frames=0), dict(batch_size=0), dict(max_frames=-1), dict(batch_size=2.0)], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [
+        dict(num_return_sequences=2),
+        dict(num_beams=2),
+        dict(return_dict_in_generate=True),
+        dict(max_new_tokens=5),
+        dict(max_length=9),
+        dict(streamer=print),
+        dict(min_new_tokens=4),
+        dict(repetition_penalty=1.2),
+        dict(max_frames=0),
+        dict(batch_size=0),
+        dict(max_frames=-1),
+        dict(batch_size=2.0),
+    ],
+    ids=str,
+)
 def test_options_that_break_one_clip_per_prompt_are_refused(model, option):
-    with pytest.raises(ValueError, match=next(iter(option))): generate_speech(model, TOKENIZER, ["One."], **option)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        generate_speech(model, TOKENIZER, ["One."], **option)
 
 
 def test_the_generation_config_is_looked_at_too(model):
     model.generation_config.num_return_sequences = 2
     try:
-        with pytest.raises(ValueError, match="num_return_sequences=2 in the generation config"): generate_speech(model, TOKENIZER, ["One."])
-    finally: model.generation_config.num_return_sequences = None
+        with pytest.raises(ValueError, match="num_return_sequences=2 in the generation config"):
+            generate_speech(model, TOKENIZER, ["One."])
+    finally:
+        model.generation_config.num_return_sequences = None
 
 
 @given(st.integers(1, 24), st.integers(0, 40), st.integers(0, 10_000))
@@ -96,9 +145,11 @@ def test_stopped_means_that_no_frame_is_missing(frames, rows, seed):
     codes = torch.randint(0, 1024, (8, frames), generator=torch.Generator().manual_seed(seed))
     delayed = delay_pattern(codes, torch.tensor([frames]), 1024, 1025)[0][:rows]
     clip, stopped = undelay(delayed, 1024, 1025)
-    assert torch.equal(clip, codes[:, :clip.shape[1]])
-    if stopped: assert torch.equal(clip, codes)
-    if rows >= frames + 9: assert stopped  # BOS row, frames, seven rows of delay, EOS
+    assert torch.equal(clip, codes[:, : clip.shape[1]])
+    if stopped:
+        assert torch.equal(clip, codes)
+    if rows >= frames + 9:
+        assert stopped  # BOS row, frames, seven rows of delay, EOS
 
 
 NASTY = st.text(st.sampled_from("./\\\0~$é ab"), max_size=300)
@@ -108,30 +159,44 @@ NASTY = st.text(st.sampled_from("./\\\0~$é ab"), max_size=300)
 @settings(max_examples=40, deadline=None)
 def test_clips_stay_in_their_folder_whatever_their_ids(tmp_path_factory, ids):
     folder = tmp_path_factory.mktemp("clips")
-    (folder/"mine.wav").write_bytes(b"mine")
-    speech = [Speech(id, "La.", torch.zeros(8, 1), True, 24000, torch.zeros(960)) for id in (*ids, str(folder/"mine"), "../mine")]
-    rows = save_clips(speech, folder/"run/step-000000")
-    assert json.loads((folder/"run/step-000000/clips.json").read_text()) == rows and [r["id"] for r in rows] == [s.id for s in speech]
-    assert {p.name for p in folder.iterdir()} == {"mine.wav", "run"} and (folder/"mine.wav").read_bytes() == b"mine"
-    assert {p.name for p in (folder/"run/step-000000").iterdir()} == {"clips.json", *(r["file"] for r in rows)}
+    (folder / "mine.wav").write_bytes(b"mine")
+    speech = [
+        Speech(id, "La.", torch.zeros(8, 1), True, 24000, torch.zeros(960))
+        for id in (*ids, str(folder / "mine"), "../mine")
+    ]
+    rows = save_clips(speech, folder / "run/step-000000")
+    assert json.loads((folder / "run/step-000000/clips.json").read_text()) == rows and [
+        r["id"] for r in rows
+    ] == [s.id for s in speech]
+    assert {p.name for p in folder.iterdir()} == {"mine.wav", "run"} and (
+        folder / "mine.wav"
+    ).read_bytes() == b"mine"
+    assert {p.name for p in (folder / "run/step-000000").iterdir()} == {
+        "clips.json",
+        *(r["file"] for r in rows),
+    }
 
 
 SMALL = dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, codebook_size=34)
 
 
-def small(**config): return tiny_model(TOKENIZER, **{**SMALL, **config}).eval()
+def small(**config):
+    return tiny_model(TOKENIZER, **{**SMALL, **config}).eval()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("sampling", [False, True])
 def test_logits_that_are_not_finite_end_generation(value, sampling):
     model = small()
-    with torch.no_grad(): model.audio_lm_head.weight[5] = value
+    with torch.no_grad():
+        model.audio_lm_head.weight[5] = value
     with pytest.raises(ValueError, match="the model's logits are not finite"):
         generate_speech(model, TOKENIZER, ["One."], max_frames=4, do_sample=sampling)
 
 
-@pytest.mark.parametrize("part", ["audio_lm_head", "text_lm_head", "model.embed_tokens", "model.embed_audio_tokens"])
+@pytest.mark.parametrize(
+    "part", ["audio_lm_head", "text_lm_head", "model.embed_tokens", "model.embed_audio_tokens"]
+)
 def test_float32_parts_on_a_16_bit_base_speak(part):
     model = small().to(torch.bfloat16)
     model.get_submodule(part).float()
@@ -146,8 +211,13 @@ def test_the_text_head_follows_the_vocabulary(tmp_path_factory, more, mean):
     head = model.text_lm_head.weight.detach().clone()
     rows = len(head) + more
     model.resize_token_embeddings(rows, mean_resizing=mean)
-    assert len(model.text_lm_head.weight) == model.config.vocab_size == model.get_input_embeddings().num_embeddings == rows
-    assert torch.equal(model.text_lm_head.weight[:len(head)], head)
+    assert (
+        len(model.text_lm_head.weight)
+        == model.config.vocab_size
+        == model.get_input_embeddings().num_embeddings
+        == rows
+    )
+    assert torch.equal(model.text_lm_head.weight[: len(head)], head)
     model.save_pretrained(folder)
     assert torch.equal(load_model(str(folder)).text_lm_head.weight, model.text_lm_head.weight)
 
@@ -155,7 +225,12 @@ def test_the_text_head_follows_the_vocabulary(tmp_path_factory, more, mean):
 def test_tokens_without_a_row_are_named():
     more = byte_tokenizer()
     more.add_tokens(["<laugh>", "<sigh>"])
-    with pytest.raises(ValueError, match="2 tokens beyond the model's vocab_size 271: <laugh>, <sigh>.*resize_token_embeddings"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "2 tokens beyond the model's vocab_size 271: <laugh>, <sigh>.*resize_token_embeddings"
+        ),
+    ):
         generate_speech(small(), more, ["One."])
     model = small()
     model.resize_token_embeddings(len(more))
@@ -167,7 +242,11 @@ def test_a_fingerprint_is_that_of_the_tokenizer(tmp_path):
     again = type(TOKENIZER).from_pretrained(tmp_path)
     more = byte_tokenizer()
     more.add_tokens(["<laugh>"])
-    others = [more, fit_tokenizer(["one two three " * 20], 300), fit_tokenizer(["four five six " * 20], 300)]
+    others = [
+        more,
+        fit_tokenizer(["one two three " * 20], 300),
+        fit_tokenizer(["four five six " * 20], 300),
+    ]
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(TOKENIZER)
     assert len({tokenizer_fingerprint(t) for t in (TOKENIZER, *others)}) == 4
 
@@ -197,29 +276,55 @@ def test_neftune_adds_noise_to_packed_rows():
 def test_attention_dropout_is_refused_in_training():
     model = small().train()
     model.config.attention_dropout = 0.1
-    with pytest.raises(ValueError, match="attention_dropout=0.1.*set model.config.attention_dropout = 0"): model(**packed(model))
+    with pytest.raises(
+        ValueError, match="attention_dropout=0.1.*set model.config.attention_dropout = 0"
+    ):
+        model(**packed(model))
     assert torch.isfinite(model.eval()(**packed(model)).loss)
 
 
-@pytest.mark.parametrize("config, remedy", [({"model_type": "higgs_audio"}, "load_original"), ({"model_type": "higgs_audio_v2_tokenizer"}, "load_codec"),
-                                            ({"model_type": "llama"}, "model_type 'llama'"), ([], "model_type None")])
+@pytest.mark.parametrize(
+    "config, remedy",
+    [
+        ({"model_type": "higgs_audio"}, "load_original"),
+        ({"model_type": "higgs_audio_v2_tokenizer"}, "load_codec"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ([], "model_type None"),
+    ],
+)
 def test_what_is_no_base_is_named(tmp_path, config, remedy):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"cannot be loaded as a base: .*{remedy}"): load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=f"cannot be loaded as a base: .*{remedy}"):
+        load_model(str(tmp_path))
 
 
 def test_an_adapter_is_no_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter.*load_lora_adapters"): load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="is an adapter.*load_lora_adapters"):
+        load_model(str(tmp_path))
 
 
 def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    for name in ("runs/mybase", "./mybase", "../mybase", "~/mybase", "/nowhere/base", str(tmp_path / "gone"), "a/b/c", "my base", "runs/x\0", ""):
-        with pytest.raises(FileNotFoundError, match="no directory .* not asked of the hub"): check_directory(name)
-        with pytest.raises(FileNotFoundError): load_model(name)
-    for name in ("runs", tmp_path, "bosonai/higgs-audio-v2-generation-3B-base", "gpt2"): check_directory(name)
+    for name in (
+        "runs/mybase",
+        "./mybase",
+        "../mybase",
+        "~/mybase",
+        "/nowhere/base",
+        str(tmp_path / "gone"),
+        "a/b/c",
+        "my base",
+        "runs/x\0",
+        "",
+    ):
+        with pytest.raises(FileNotFoundError, match="no directory .* not asked of the hub"):
+            check_directory(name)
+        with pytest.raises(FileNotFoundError):
+            load_model(name)
+    for name in ("runs", tmp_path, "bosonai/higgs-audio-v2-generation-3B-base", "gpt2"):
+        check_directory(name)
 
 
 def test_recordings_may_be_as_long_as_the_run_allows(tmp_path):
@@ -227,6 +332,7 @@ def test_recordings_may_be_as_long_as_the_run_allows(tmp_path):
     talk = tts_conversation("One.", Audio(path=str(tmp_path / "long.wav")), id="long")
     codec = load_codec()
     for refused in (lambda: Encoder(codec).get(talk.audio[0]), lambda: speech_of([talk])):
-        with pytest.raises(AudioError, match="limit is 30 s"): refused()
+        with pytest.raises(AudioError, match="limit is 30 s"):
+            refused()
     assert Encoder(codec, 40).get(talk.audio[0]).shape[1] > 750
     assert speech_of([talk], max_duration_s=40)[0].duration_s == 31

@@ -1,4 +1,5 @@
 "What only a GPU can show; skipped without one."
+
 import pytest, torch
 from safetensors.torch import load_file
 
@@ -14,26 +15,51 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.mark.parametrize("heads,groups", [(4, 4), (4, 2), (8, 1)])
 def test_attention_of_packed_samples(heads, groups):
-    "Flash attention in bfloat16 against the way of a CPU in float32, queries grouped or not: the outputs and all three gradients."
+    """Flash attention in bfloat16 against the way of a CPU in float32, queries grouped or not: the
+    outputs and all three gradients.
+    """
     lengths, g = [7, 64, 1, 130], torch.Generator().manual_seed(0)
-    class Attention: config, scaling = type("Config", (), dict(_attn_implementation="sdpa")), 64**-0.5
+
+    class Attention:
+        config, scaling = type("Config", (), dict(_attn_implementation="sdpa")), 64**-0.5
+
     x = [torch.randn(sum(lengths), n, 64, generator=g) for n in (heads, groups, groups, heads)]
     want = [t.clone().requires_grad_() for t in x[:3]]
     got = [t.cuda().bfloat16().requires_grad_() for t in x[:3]]
-    out = torch.cat([attend_to_itself(*(t.transpose(0, 1) for t in qkv), Attention.scaling) for qkv in zip(*(t.split(lengths) for t in want))], 1).transpose(0, 1).flatten(1)
-    there = attend(Attention, *got, lengths, torch.tensor([0, 7, 71, 72, 202], dtype=torch.int32, device="cuda"))
+    out = (
+        torch.cat(
+            [
+                attend_to_itself(*(t.transpose(0, 1) for t in qkv), Attention.scaling)
+                for qkv in zip(*(t.split(lengths) for t in want))
+            ],
+            1,
+        )
+        .transpose(0, 1)
+        .flatten(1)
+    )
+    there = attend(
+        Attention,
+        *got,
+        lengths,
+        torch.tensor([0, 7, 71, 72, 202], dtype=torch.int32, device="cuda"),
+    )
     (out * x[3].flatten(1)).sum().backward()
     (there * x[3].flatten(1).cuda().bfloat16()).sum().backward()
     for a, b in [(there, out), *((a.grad, b.grad) for a, b in zip(got, want))]:
         assert (a.cpu().float() - b).norm() < 0.01 * b.norm()
 
 
-def losses(folder): return [row["audio_loss"] for row in resume_job.log(folder) if "audio_loss" in row]
+def losses(folder):
+    return [row["audio_loss"] for row in resume_job.log(folder) if "audio_loss" in row]
 
 
 def test_a_run_learns_as_on_a_cpu(tmp_path):
     "In float32 the same losses; in bfloat16 nearly so."
-    for name, more in (("cpu", dict()), ("gpu", dict(use_cpu=False)), ("bf16", dict(use_cpu=False, bf16=True))):
+    for name, more in (
+        ("cpu", dict()),
+        ("gpu", dict(use_cpu=False)),
+        ("bf16", dict(use_cpu=False, bf16=True)),
+    ):
         resume_job.train(tmp_path / name, adapter=dict(dropout=0.0), **more)
     want, got, half = (losses(tmp_path / n) for n in ("cpu", "gpu", "bf16"))
     assert want[-1] < 0.8 * want[0]
@@ -43,7 +69,9 @@ def test_a_run_learns_as_on_a_cpu(tmp_path):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_resume_is_exact(tmp_path, precision):
-    "13 steps, a stop, and 27 more are 40 steps, to the bit, where kernels are asked to be deterministic."
+    """13 steps, a stop, and 27 more are 40 steps, to the bit, where kernels are asked to be
+    deterministic.
+    """
     more = dict(use_cpu=False, full_determinism=True, save_steps=13, bf16=precision == "bf16")
     resume_job.train(tmp_path / "whole", **more)
     trainer = resume_job.make_trainer(tmp_path / "parts", **more)
@@ -60,14 +88,22 @@ def test_resume_is_exact(tmp_path, precision):
 
 
 class Stop(resume_job.TrainerCallback):
-    def __init__(self, step): self.step = step
-    def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step == self.step
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
 
 
 def test_generation_says_the_same():
     "Greedy codes of a model in float32."
     tokenizer = byte_tokenizer()
     model = tiny_model(tokenizer, hidden_size=64, num_layers=2, intermediate_size=96)
-    want = [s.codes for s in generate_speech(model, tokenizer, ["One.", "Two words."], max_frames=20)]
-    got = [s.codes for s in generate_speech(model.cuda(), tokenizer, ["One.", "Two words."], max_frames=20)]
+    want = [
+        s.codes for s in generate_speech(model, tokenizer, ["One.", "Two words."], max_frames=20)
+    ]
+    got = [
+        s.codes
+        for s in generate_speech(model.cuda(), tokenizer, ["One.", "Two words."], max_frames=20)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(want, got))

@@ -1,4 +1,7 @@
-"The files of the judges: each has its digest, the cache is checked at every load, and other content is never used."
+"""The files of the judges: each has its digest, the cache is checked at every load, and other
+content is never used.
+"""
+
 import hashlib
 import sys
 
@@ -8,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from higgs_nb import evaluate
-from higgs_nb.evaluate import WHISPER_FILES, cached_files, default_judges, missing_judges, voice_weights, whisper_folder
+from higgs_nb.evaluate import (
+    WHISPER_FILES,
+    cached_files,
+    default_judges,
+    missing_judges,
+    voice_weights,
+    whisper_folder,
+)
 
 NAMES = st.sampled_from(["model.bin", "config.json", "vocabulary.txt"])
 installed = pytest.mark.skipif(bool(missing_judges()), reason="the extra eval is not installed")
@@ -18,7 +28,10 @@ def digests_of(files):
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
-@given(st.dictionaries(NAMES, st.binary(max_size=50), min_size=1), st.dictionaries(NAMES, st.binary(max_size=50)))
+@given(
+    st.dictionaries(NAMES, st.binary(max_size=50), min_size=1),
+    st.dictionaries(NAMES, st.binary(max_size=50)),
+)
 @settings(max_examples=30, deadline=None)
 def test_whatever_the_cache_holds_it_ends_with_the_tested_files(tmp_path_factory, tested, held):
     folder = tmp_path_factory.mktemp("cache")
@@ -36,7 +49,10 @@ def test_whatever_the_cache_holds_it_ends_with_the_tested_files(tmp_path_factory
 def test_another_file_of_a_package_is_never_cached(tmp_path_factory, tested, data):
     folder = tmp_path_factory.mktemp("cache")
     name = data.draw(st.sampled_from(sorted(tested)))
-    foreign = {**tested, name: data.draw(st.binary(max_size=50).filter(lambda x: x != tested[name]))}
+    foreign = {
+        **tested,
+        name: data.draw(st.binary(max_size=50).filter(lambda x: x != tested[name])),
+    }
     with pytest.raises(ValueError, match=name):
         cached_files(folder, digests_of(tested), foreign.get)
     assert not (folder / name).exists()
@@ -74,7 +90,9 @@ def test_foreign_packages_are_refused_unimported(tmp_path, monkeypatch):
 
 def test_webrtcvad_without_pkg_resources(tmp_path):
     "What its release does on import, in a process where setuptools brings no pkg_resources."
-    (tmp_path / "webrtcvad.py").write_text("import pkg_resources\n__version__ = pkg_resources.get_distribution('numpy').version\n")
+    (tmp_path / "webrtcvad.py").write_text(
+        "import pkg_resources\n__version__ = pkg_resources.get_distribution('numpy').version\n"
+    )
     code = """if True:
         import importlib.util
         found = importlib.util.find_spec

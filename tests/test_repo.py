@@ -1,4 +1,7 @@
-"The repository agrees with itself: package and notebooks, README and index, wheel and tree, the site."
+"""The repository agrees with itself: package and notebooks, README and index, wheel and tree, the
+site.
+"""
+
 import importlib, importlib.util, inspect, json, re, shutil, sys, zipfile
 from configparser import ConfigParser
 from functools import cached_property
@@ -14,81 +17,172 @@ from fastcore.docments import docments
 def differing(a, b, pattern):
     "Files under `a` or `b` matching `pattern` that are not the same in both."
     files = {f.relative_to(root) for root in (a, b) for f in root.glob(pattern) if f.is_file()}
-    return sorted(str(f) for f in files if not ((a/f).is_file() and (b/f).is_file() and (a/f).read_bytes() == (b/f).read_bytes()))
+    return sorted(
+        str(f)
+        for f in files
+        if not (
+            (a / f).is_file() and (b / f).is_file() and (a / f).read_bytes() == (b / f).read_bytes()
+        )
+    )
 
 
 def test_package_is_what_the_notebooks_export(pristine, make_copy):
     copy = make_copy()
-    for module in copy.glob("higgs_nb/*.py"): module.unlink()
-    run(BIN/"nbdev_export", cwd=copy)
-    assert not differing(pristine, copy, "higgs_nb/*.py"), "nbs/ and higgs_nb/ are out of step: `make prepare`"
+    for module in copy.glob("higgs_nb/*.py"):
+        module.unlink()
+    run(BIN / "nbdev_export", cwd=copy)
+    assert not differing(pristine, copy, "higgs_nb/*.py"), (
+        "nbs/ and higgs_nb/ are out of step: `make prepare`"
+    )
 
 
 def test_notebooks_are_clean(pristine, make_copy):
     copy = make_copy()
-    run(BIN/"nbdev_clean", cwd=copy)
-    assert not differing(pristine, copy, "nbs/**/*.ipynb"), "notebooks hold what git should not see: `make prepare`"
+    run(BIN / "nbdev_clean", cwd=copy)
+    assert not differing(pristine, copy, "nbs/**/*.ipynb"), (
+        "notebooks hold what git should not see: `make prepare`"
+    )
 
 
 def test_readme_is_the_index(pristine, make_copy):
     copy = make_copy()
     run("make", "readme", "SETUP=", f"BIN={BIN}", cwd=copy)
-    assert not differing(pristine, copy, "README.md"), "README.md is not what nbs/index.ipynb renders to: `make prepare`"
-    missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", (copy/"README.md").read_text()) if not (copy/link).exists()]
+    assert not differing(pristine, copy, "README.md"), (
+        "README.md is not what nbs/index.ipynb renders to: `make prepare`"
+    )
+    missing = [
+        link
+        for link in re.findall(r"\]\(([^)#:]+)\)", (copy / "README.md").read_text())
+        if not (copy / link).exists()
+    ]
     assert not missing, f"README.md links to files that are not there: {missing}"
 
 
 def test_no_private_paths():
-    private = re.compile(rb"(?<![\w./+-])/(?:home|root|Users|work|tmp)/\w+|" + re.escape(bytes(ROOT)))
+    private = re.compile(
+        rb"(?<![\w./+-])/(?:home|root|Users|work|tmp)/\w+|" + re.escape(bytes(ROOT))
+    )
     text = {".py", ".ipynb", ".md", ".txt", ".ini", ".yml", ".json", ".css", ".svg", ""}
-    found = [f"{file}: {match.group().decode()}..." for file in committed() if file.suffix in text and (ROOT/file).is_file()
-             for match in [private.search((ROOT/file).read_bytes())] if match]
+    found = [
+        f"{file}: {match.group().decode()}..."
+        for file in committed()
+        if file.suffix in text and (ROOT / file).is_file()
+        for match in [private.search((ROOT / file).read_bytes())]
+        if match
+    ]
     assert not found, "\n".join(found)
 
 
-MODULES = sorted(f.stem for f in (ROOT/"higgs_nb").glob("[!_]*.py"))
+MODULES = sorted(f.stem for f in (ROOT / "higgs_nb").glob("[!_]*.py"))
 
 
 def undocumented(module):
-    "Public functions and classes of `module`, and the public methods and properties of these classes, that have no docstring and inherit none."
+    """Public functions and classes of `module`, and the public methods and properties of these
+    classes, that have no docstring and inherit none.
+    """
     bare = []
     for name in module.__all__:
         thing = getattr(module, name)
-        if not (inspect.isclass(thing) or inspect.isfunction(thing)) or thing.__module__ != module.__name__: continue
-        if not thing.__doc__ or thing.__doc__.startswith(f"{name}("): bare.append(f"{module.__name__}.{name}")  # that is what a dataclass gives itself
-        methods = [k for k, v in vars(thing).items() if isinstance(v, (FunctionType, classmethod, staticmethod, property, cached_property))] if inspect.isclass(thing) else []
-        bare += [f"{module.__name__}.{name}.{k}" for k in methods if k[0] != "_" and not any(getattr(vars(base).get(k), "__doc__", None) for base in thing.__mro__)]
+        if (
+            not (inspect.isclass(thing) or inspect.isfunction(thing))
+            or thing.__module__ != module.__name__
+        ):
+            continue
+        if not thing.__doc__ or thing.__doc__.startswith(f"{name}("):
+            bare.append(f"{module.__name__}.{name}")  # that is what a dataclass gives itself
+        methods = (
+            [
+                k
+                for k, v in vars(thing).items()
+                if isinstance(
+                    v, (FunctionType, classmethod, staticmethod, property, cached_property)
+                )
+            ]
+            if inspect.isclass(thing)
+            else []
+        )
+        bare += [
+            f"{module.__name__}.{name}.{k}"
+            for k in methods
+            if k[0] != "_"
+            and not any(getattr(vars(base).get(k), "__doc__", None) for base in thing.__mro__)
+        ]
     return bare
 
 
 def test_every_public_name_has_a_docstring():
-    bare = [name for module in MODULES for name in undocumented(importlib.import_module(f"higgs_nb.{module}"))]
+    bare = [
+        name
+        for module in MODULES
+        for name in undocumented(importlib.import_module(f"higgs_nb.{module}"))
+    ]
     assert not bare, "without a docstring:\n" + "\n".join(bare)
 
 
-WHOLE = "audio", "chatml", "export", "generate", "lora", "monitor", "plots", "widgets"  # all of these is for users
+WHOLE = (
+    "audio",
+    "chatml",
+    "export",
+    "generate",
+    "lora",
+    "monitor",
+    "plots",
+    "widgets",
+)  # all of these is for users
 
 
 def user_facing():
-    "Functions that users call: those of WHOLE, and what the home page, runs, tutorials and explanations import from the package."
-    names = {(f"higgs_nb.{module}", name) for module in WHOLE for name in importlib.import_module(f"higgs_nb.{module}").__all__}
+    """Functions that users call: those of WHOLE, and what the home page, runs, tutorials and
+    explanations import from the package.
+    """
+    names = {
+        (f"higgs_nb.{module}", name)
+        for module in WHOLE
+        for name in importlib.import_module(f"higgs_nb.{module}").__all__
+    }
     for file in committed():
-        if file.suffix != ".ipynb" or file.parts[0] != "nbs" or file.parts[1] not in ("index.ipynb", "runs", "tutorials", "explanations"): continue
-        code = "\n".join(cell.source for cell in nbformat.read(ROOT/file, 4).cells if cell.cell_type == "code")
-        names |= {(module, name.split()[0]) for module, listed in re.findall(r"^from (higgs_nb\.\w+) import ([\w, ]+)", code, re.M) for name in listed.split(",")}
-    return {f for module, name in names if inspect.isfunction(f := getattr(importlib.import_module(module), name))}
+        if (
+            file.suffix != ".ipynb"
+            or file.parts[0] != "nbs"
+            or file.parts[1] not in ("index.ipynb", "runs", "tutorials", "explanations")
+        ):
+            continue
+        code = "\n".join(
+            cell.source for cell in nbformat.read(ROOT / file, 4).cells if cell.cell_type == "code"
+        )
+        names |= {
+            (module, name.split()[0])
+            for module, listed in re.findall(r"^from (higgs_nb\.\w+) import ([\w, ]+)", code, re.M)
+            for name in listed.split(",")
+        }
+    return {
+        f
+        for module, name in names
+        if inspect.isfunction(f := getattr(importlib.import_module(module), name))
+    }
 
 
 def test_parameters_of_what_users_call_are_explained():
     "By a comment beside each, as API pages and JupyterLab show it."
-    bare = [f"{f.__module__}.{f.__name__}: {p}" for f in user_facing() for p, d in docments(f, full=True, returns=False).items()
-            if not d["docment"] and inspect.signature(f).parameters[p].kind != inspect.Parameter.VAR_KEYWORD]  # of which docments knows nothing
+    bare = [
+        f"{f.__module__}.{f.__name__}: {p}"
+        for f in user_facing()
+        for p, d in docments(f, full=True, returns=False).items()
+        if not d["docment"]
+        and inspect.signature(f).parameters[p].kind != inspect.Parameter.VAR_KEYWORD
+    ]  # of which docments knows nothing
     assert len(user_facing()) > 80 and not bare, "without a comment:\n" + "\n".join(sorted(bare))
 
 
 def test_no_widget_is_saved_without_its_kernel():
     "JupyterLab shows an error in its place; the still picture beside it stays."
-    held = [str(f) for f in committed() if f.suffix == ".ipynb" and '"application/vnd.jupyter.widget-view+json": {' in (ROOT/f).read_text(encoding="utf-8")]
+    held = [
+        str(f)
+        for f in committed()
+        if f.suffix == ".ipynb"
+        and '"application/vnd.jupyter.widget-view+json": {'
+        in (ROOT / f).read_text(encoding="utf-8")
+    ]
     assert not held, f"`make prepare` removes the views of widgets from {', '.join(held)}"
 
 
@@ -103,28 +197,53 @@ def wheel(make_copy):
 
 def test_wheel_holds_package_data_and_runs(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {str(f) for f in committed() if f.parts[0] == "higgs_nb" and f.name != "runs"} | {f"higgs_nb/runs/{f.name}" for f in committed() if f.parts[:2] == ("nbs", "runs") and f.suffix == ".ipynb"}
+    wanted = {str(f) for f in committed() if f.parts[0] == "higgs_nb" and f.name != "runs"} | {
+        f"higgs_nb/runs/{f.name}"
+        for f in committed()
+        if f.parts[:2] == ("nbs", "runs") and f.suffix == ".ipynb"
+    }
     package = {name for name in held if ".dist-info/" not in name}
-    assert package == wanted, f"missing: {sorted(wanted - package)}, not ours: {sorted(package - wanted)}"
+    assert package == wanted, (
+        f"missing: {sorted(wanted - package)}, not ours: {sorted(package - wanted)}"
+    )
 
 
 def test_wheel_trains_outside_the_repository(wheel, tmp_path):
-    site = tmp_path/"site"
-    run(sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
-    train = "from higgs_nb import run; print(run.__file__); raise SystemExit(run.main(['train', '--out', 'out', '-p', 'steps', '2', '-p', 'max_clips', '4', '-p', 'speak', '0', '-p', 'table', '0']))"
+    site = tmp_path / "site"
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-qq",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        site,
+        wheel,
+        cwd=tmp_path,
+    )
+    train = (
+        "from higgs_nb import run; print(run.__file__); raise "
+        "SystemExit(run.main(['train', '--out', 'out', '-p', 'steps', '2', '-p', "
+        "'max_clips', '4', '-p', 'speak', '0', '-p', 'table', '0']))"
+    )
     said = run(sys.executable, "-c", train, cwd=tmp_path, PYTHONPATH=str(site))
-    assert str(site/"higgs_nb") in said.splitlines()[0] and (tmp_path/"out/run.json").exists()
+    assert str(site / "higgs_nb") in said.splitlines()[0] and (tmp_path / "out/run.json").exists()
 
 
 def test_commands_of_settings_exist():
     settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT/"settings.ini")
+    settings.read(ROOT / "settings.ini")
     for script in settings["DEFAULT"]["console_scripts"].split():
-        assert "usage" in run(BIN/script.split("=")[0], "--help", cwd=ROOT)
+        assert "usage" in run(BIN / script.split("=")[0], "--help", cwd=ROOT)
 
 
 class Loads(HTMLParser):
-    "Addresses that a browser fetches by itself to show a page (links that a reader may follow are none)."
+    """Addresses that a browser fetches by itself to show a page (links that a reader may follow
+    are none).
+    """
+
     def __init__(self, html):
         super().__init__()
         self.found = []
@@ -132,34 +251,62 @@ class Loads(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        if tag == "link" and attrs.get("rel") not in ("canonical", "license"): self.found.append(attrs.get("href"))
-        if tag != "a": self.found += [attrs.get("src"), attrs.get("srcset"), attrs.get("poster"), attrs.get("data")]
+        if tag == "link" and attrs.get("rel") not in ("canonical", "license"):
+            self.found.append(attrs.get("href"))
+        if tag != "a":
+            self.found += [
+                attrs.get("src"),
+                attrs.get("srcset"),
+                attrs.get("poster"),
+                attrs.get("data"),
+            ]
 
 
 def test_site_has_a_page_for_each_notebook(site):
     pages = {str(p.relative_to(site).with_suffix("")) for p in site.rglob("*.html")}
-    wanted = {str(f.relative_to("nbs").with_suffix("")) for f in committed() if f.suffix == ".ipynb"}
+    wanted = {
+        str(f.relative_to("nbs").with_suffix("")) for f in committed() if f.suffix == ".ipynb"
+    }
     assert wanted <= pages, sorted(wanted - pages)
-    assert (site/"search.json").stat().st_size > 1000
+    assert (site / "search.json").stat().st_size > 1000
 
 
 def test_first_cell_is_the_title_alone():
     "nbdev makes title, description and options of it; whatever else stands there, no page shows."
     title = re.compile(r"# .*\n*(> .*\n*)?(- [\w-]+: .*\n*)*")
-    held = [str(f) for f in committed() if f.suffix == ".ipynb" and not title.fullmatch(nbformat.read(ROOT/f, 4).cells[0].source)]
+    held = [
+        str(f)
+        for f in committed()
+        if f.suffix == ".ipynb" and not title.fullmatch(nbformat.read(ROOT / f, 4).cells[0].source)
+    ]
     assert not held, f"move the text below into a cell of its own in {', '.join(held)}"
 
 
 def test_no_link_is_shown_as_it_is_written(site):
-    found = [f"{page.relative_to(site)}: {link}" for page in site.rglob("*.html") for link in re.findall(r"\]\(/[\w/]+\.ipynb[^)]*\)", page.read_text(encoding="utf-8"))]
+    found = [
+        f"{page.relative_to(site)}: {link}"
+        for page in site.rglob("*.html")
+        for link in re.findall(r"\]\(/[\w/]+\.ipynb[^)]*\)", page.read_text(encoding="utf-8"))
+    ]
     assert not found, "\n".join(found)
 
 
 def test_site_asks_nothing_of_other_hosts(site):
     outside = re.compile(r"^\s*(?:https?:)?//")
-    found = [f"{page.relative_to(site)}: {address}" for page in site.rglob("*.html") for address in Loads(page.read_text(encoding="utf-8")).found if address and outside.match(address)]
-    found += [f"{page.relative_to(site)}: {address}" for page in [*site.rglob("*.css"), *site.rglob("*.html")]
-              for address in re.findall(r"""(?:url\(|@import|from)\s*['"]?((?:https?:)?//[^'")\s]+)""", page.read_text(encoding="utf-8"))]
+    found = [
+        f"{page.relative_to(site)}: {address}"
+        for page in site.rglob("*.html")
+        for address in Loads(page.read_text(encoding="utf-8")).found
+        if address and outside.match(address)
+    ]
+    found += [
+        f"{page.relative_to(site)}: {address}"
+        for page in [*site.rglob("*.css"), *site.rglob("*.html")]
+        for address in re.findall(
+            r"""(?:url\(|@import|from)\s*['"]?((?:https?:)?//[^'")\s]+)""",
+            page.read_text(encoding="utf-8"),
+        )
+    ]
     assert not found, "\n".join(found)
 
 
@@ -167,24 +314,66 @@ def test_links_within_the_site_lead_somewhere(site):
     broken = []
     for page in site.rglob("*.html"):
         for address in re.findall(r'href="([^"#?:]+)[^":]*"', page.read_text(encoding="utf-8")):
-            target = page.parent/address
-            if not (target.is_file() or (target/"index.html").is_file()): broken.append(f"{page.relative_to(site)}: {address}")
+            target = page.parent / address
+            if not (target.is_file() or (target / "index.html").is_file()):
+                broken.append(f"{page.relative_to(site)}: {address}")
     assert not broken, "\n".join(broken)
 
 
 def test_figures_on_the_home_page_are_those_that_were_measured():
     "The rows of its table, in order, are these of benchmarks/results/small_base.json."
-    results = json.loads((ROOT/"benchmarks"/"results"/"small_base.json").read_text())
-    rows = [("voices", arm) for arm in ("synthesised originals", "codec", "codec, 4 codebooks", "base, greedy", "base, temperature 0.4, top 10", "base, other service sentences, greedy")]
-    rows += [("adapter", arm) for arm in ("recordings", "codec", "base, greedy: prompts", "base in the nearest of its voices: prompts", "adapter, greedy: prompts", "adapter, temperature 0.4, top 10: prompts",
-                                          "adapter, greedy: recordings' sentences")]
-    def cell(interval, digits): return "" if interval is None else "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*interval, d=digits)
-    measured = [[cell(results[group][arm][metric], digits) for metric, digits in (("WER %", 1), ("similarity", 2), ("stops %", 1))] for group, arm in rows]
-    table = (ROOT/"README.md").read_text().split("| what | word errors, %", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    results = json.loads((ROOT / "benchmarks" / "results" / "small_base.json").read_text())
+    rows = [
+        ("voices", arm)
+        for arm in (
+            "synthesised originals",
+            "codec",
+            "codec, 4 codebooks",
+            "base, greedy",
+            "base, temperature 0.4, top 10",
+            "base, other service sentences, greedy",
+        )
+    ]
+    rows += [
+        ("adapter", arm)
+        for arm in (
+            "recordings",
+            "codec",
+            "base, greedy: prompts",
+            "base in the nearest of its voices: prompts",
+            "adapter, greedy: prompts",
+            "adapter, temperature 0.4, top 10: prompts",
+            "adapter, greedy: recordings' sentences",
+        )
+    ]
+
+    def cell(interval, digits):
+        return (
+            ""
+            if interval is None
+            else "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*interval, d=digits)
+        )
+
+    measured = [
+        [
+            cell(results[group][arm][metric], digits)
+            for metric, digits in (("WER %", 1), ("similarity", 2), ("stops %", 1))
+        ]
+        for group, arm in rows
+    ]
+    table = (
+        (ROOT / "README.md")
+        .read_text()
+        .split("| what | word errors, %", 1)[1]
+        .split("\n\n", 1)[0]
+        .splitlines()[2:]
+    )
     assert [[c.strip() for c in line.split("|")[2:5]] for line in table] == measured
 
 
-@pytest.mark.parametrize("name", ["plain", "two words", "it's", 'a "clone"', "a;b", "$HOME", "`id`"])
+@pytest.mark.parametrize(
+    "name", ["plain", "two words", "it's", 'a "clone"', "a;b", "$HOME", "`id`"]
+)
 def test_make_works_in_a_clone_with_any_name(tmp_path, name):
     "Commands that take the clone's path get it as it is."
     clone = tmp_path / name
@@ -203,16 +392,24 @@ def test_make_works_in_a_clone_with_any_name(tmp_path, name):
 def test_actions_are_pinned_by_commit():
     "A tag can be moved to other code; the comment says which release the commit is."
     workflows = [ROOT / file for file in committed() if file.parts[:2] == (".github", "workflows")]
-    used = [line.strip() for f in workflows for line in f.read_text().splitlines() if "uses:" in line]
+    used = [
+        line.strip() for f in workflows for line in f.read_text().splitlines() if "uses:" in line
+    ]
     assert len(used) > 5
-    loose = [line for line in used if not re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", line)]
+    loose = [
+        line
+        for line in used
+        if not re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", line)
+    ]
     assert not loose, "\n".join(loose)
 
 
 @pytest.fixture(scope="module")
 def scores_script():
     "benchmarks/small_base.py as a module."
-    spec = importlib.util.spec_from_file_location("small_base", ROOT / "benchmarks" / "small_base.py")
+    spec = importlib.util.spec_from_file_location(
+        "small_base", ROOT / "benchmarks" / "small_base.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -220,16 +417,39 @@ def scores_script():
 
 def judged(id, errors):
     "A judged clip as evaluate.json holds it."
-    return dict(id=id, text="one two", duration_s=1.0, stopped=True, words=2, word_errors=errors, letters=7, letter_errors=errors, similarity=0.5)
+    return dict(
+        id=id,
+        text="one two",
+        duration_s=1.0,
+        stopped=True,
+        words=2,
+        word_errors=errors,
+        letters=7,
+        letter_errors=errors,
+        similarity=0.5,
+    )
 
 
 def test_the_scores_script_writes_what_the_results_hold(scores_script, tmp_path, monkeypatch):
-    "Each key of the file is measured by a section or named among what the script needs; rows are those of the file, in order."
+    """Each key of the file is measured by a section or named among what the script needs; rows are
+    those of the file, in order.
+    """
     results = json.loads(scores_script.RESULTS.read_text())
-    ways = ["recordings", "codec", "codec, 4 codebooks", "base, greedy", "base, A British woman., greedy", "adapter, greedy", "adapter, sampling"]
+    ways = [
+        "recordings",
+        "codec",
+        "codec, 4 codebooks",
+        "base, greedy",
+        "base, A British woman., greedy",
+        "adapter, greedy",
+        "adapter, sampling",
+    ]
     arms = {way: [judged("text 0", 1), judged("recorded", 2)] for way in ways}
-    evaluation = dict(arms=dict(scores=arms), codebooks=dict(scores={way: [judged("recorded", 2)] for way in results["codebooks"]}),
-                      merged_gives_same_codes=dict(clips=2, same=2))
+    evaluation = dict(
+        arms=dict(scores=arms),
+        codebooks=dict(scores={way: [judged("recorded", 2)] for way in results["codebooks"]}),
+        merged_gives_same_codes=dict(clips=2, same=2),
+    )
 
     def earlier_run(name, out, **parameters):
         out.mkdir(parents=True, exist_ok=True)
@@ -244,7 +464,10 @@ def test_the_scores_script_writes_what_the_results_hold(scores_script, tmp_path,
     assert measured["adapter"]["adapter, greedy: prompts"]["WER %"][0] == 50
     assert measured["adapter"]["adapter, greedy: recordings' sentences"]["WER %"][0] == 100
     control = scores_script.merged(results, scores_script.rehearsal(tmp_path, 1, 1))["controls"]
-    assert list(control) == list(results["controls"]) and control["without rehearsal"]["WER %"][0] == 50
+    assert (
+        list(control) == list(results["controls"])
+        and control["without rehearsal"]["WER %"][0] == 50
+    )
     assert control["losses unshifted"] == results["controls"]["losses unshifted"]
 
 

@@ -1,4 +1,7 @@
-"Parameters, directories, notes, git and signals of a run: what comes from outside runs no code and loses nothing."
+"""Parameters, directories, notes, git and signals of a run: what comes from outside runs no code
+and loses nothing.
+"""
+
 import ast, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -8,8 +11,24 @@ from nbformat.v4 import new_code_cell, new_notebook
 from papermill.translators import PythonTranslator
 
 from higgs_nb import run as runs
-from higgs_nb.run import (HELD, RANGES, check_parameters, claim, goes_on, in_range, is_done, load_yaml, main as higgs_run,
-                          occupied, parameters_of, range_of, read_parameters, reading, run_notebooks, surroundings)
+from higgs_nb.run import (
+    HELD,
+    RANGES,
+    check_parameters,
+    claim,
+    goes_on,
+    in_range,
+    is_done,
+    load_yaml,
+    main as higgs_run,
+    occupied,
+    parameters_of,
+    range_of,
+    read_parameters,
+    reading,
+    run_notebooks,
+    surroundings,
+)
 from higgs_nb.sweep import main as higgs_sweep, read_sweep
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -19,30 +38,59 @@ HOSTILE = '"]; open("TRACE", "w") #'
 @pytest.fixture
 def notebook(tmp_path):
     "A function that writes a notebook with parameters `n`, `out` and a cell of code."
+
     def write(code, name="work.ipynb"):
-        cells = [new_code_cell('n: int = 0  # number\nvalues: list = []  # any\nout: str = ""  # directory', metadata={"tags": ["parameters"]}),
-                 new_code_cell(code)]
-        nbformat.write(new_notebook(cells=cells, metadata=KERNEL), tmp_path/name)
-        return str(tmp_path/name)
+        cells = [
+            new_code_cell(
+                'n: int = 0  # number\nvalues: list = []  # any\nout: str = ""  # directory',
+                metadata={"tags": ["parameters"]},
+            ),
+            new_code_cell(code),
+        ]
+        nbformat.write(new_notebook(cells=cells, metadata=KERNEL), tmp_path / name)
+        return str(tmp_path / name)
+
     return write
 
 
 def command(*words):
-    return [sys.executable, "-c", "import sys; from higgs_nb.run import main; sys.exit(main())", *map(str, words)]
+    return [
+        sys.executable,
+        "-c",
+        "import sys; from higgs_nb.run import main; sys.exit(main())",
+        *map(str, words),
+    ]
 
 
 TEXT = st.one_of(st.text(max_size=12), st.sampled_from([HOSTILE, "\\", '\\"', "'''", "\n#", "{x}"]))
-PLAIN = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), TEXT),
-                     lambda part: st.one_of(st.lists(part, max_size=3), st.dictionaries(TEXT, part, max_size=3)), max_leaves=6)
-ODD = st.one_of(st.sampled_from([float("nan"), float("inf"), b"x", {1}, (1, HOSTILE), 2j]), st.dates(), st.dictionaries(st.integers(), TEXT, min_size=1, max_size=2))
+PLAIN = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        TEXT,
+    ),
+    lambda part: st.one_of(st.lists(part, max_size=3), st.dictionaries(TEXT, part, max_size=3)),
+    max_leaves=6,
+)
+ODD = st.one_of(
+    st.sampled_from([float("nan"), float("inf"), b"x", {1}, (1, HOSTILE), 2j]),
+    st.dates(),
+    st.dictionaries(st.integers(), TEXT, min_size=1, max_size=2),
+)
 
 
 @settings(max_examples=150, deadline=None)
 @given(PLAIN)
 def test_plain_values_arrive_in_the_notebook_as_they_are(value):
     "Through papermill's own translation, whatever quotes and backslashes they hold, keys too."
-    try: checked = check_parameters("train", dict(rank_pattern={"x": 1}, codebook_weights=[]))  # the check is by name below
-    except ValueError as error: pytest.fail(str(error))
+    try:
+        checked = check_parameters(
+            "train", dict(rank_pattern={"x": 1}, codebook_weights=[])
+        )  # the check is by name below
+    except ValueError as error:
+        pytest.fail(str(error))
     value = runs.check_leaves(value, "value")
     [_, assigned] = PythonTranslator.codify(dict(value=value, **{})).split("\n", 1)
     [statement] = ast.parse(assigned).body
@@ -52,61 +100,135 @@ def test_plain_values_arrive_in_the_notebook_as_they_are(value):
 @settings(max_examples=100, deadline=None)
 @given(ODD, st.sampled_from(["bare", "list", "mapping", "deep"]))
 def test_other_values_never_reach_papermill(value, place):
-    value = dict(bare=value, list=[value], mapping={"a": value}, deep={"a": [1, {"b": [value]}]})[place]
-    with pytest.raises(ValueError, match="codebook_weights|rank_pattern"): check_parameters("train", dict(codebook_weights=value, rank_pattern=value))
+    value = dict(bare=value, list=[value], mapping={"a": value}, deep={"a": [1, {"b": [value]}]})[
+        place
+    ]
+    with pytest.raises(ValueError, match="codebook_weights|rank_pattern"):
+        check_parameters("train", dict(codebook_weights=value, rank_pattern=value))
 
 
-TAGS = ["!!pairs", "!!omap", "!!set", "!!binary", "!!timestamp", "!!python/tuple", "!!python/object/apply:os.system", "!!int", "!!bool", "!!float", "!!null", "!!str", "!x"]
+TAGS = [
+    "!!pairs",
+    "!!omap",
+    "!!set",
+    "!!binary",
+    "!!timestamp",
+    "!!python/tuple",
+    "!!python/object/apply:os.system",
+    "!!int",
+    "!!bool",
+    "!!float",
+    "!!null",
+    "!!str",
+    "!x",
+]
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(TAGS), st.sampled_from(["[{'%s': 1}]", "{'%s': 1}", "'%s'", "['%s', [1]]", "{? [1] : '%s'}", "&a [*a, '%s']", ""]), st.booleans())
+@given(
+    st.sampled_from(TAGS),
+    st.sampled_from(
+        ["[{'%s': 1}]", "{'%s': 1}", "'%s'", "['%s', [1]]", "{? [1] : '%s'}", "&a [*a, '%s']", ""]
+    ),
+    st.booleans(),
+)
 def test_yaml_is_plain_data_or_a_sentence(tag, form, nested):
     text = f"{tag} {form.replace('%s', HOSTILE)}"
-    if nested: text = f"[[{text}]]"
-    try: value = load_yaml(text, "file.yaml")
-    except ValueError as error: assert "file.yaml" in str(error) and "\n" not in str(error)
-    else: assert yaml.safe_load(json.dumps(value)) == value
+    if nested:
+        text = f"[[{text}]]"
+    try:
+        value = load_yaml(text, "file.yaml")
+    except ValueError as error:
+        assert "file.yaml" in str(error) and "\n" not in str(error)
+    else:
+        assert yaml.safe_load(json.dumps(value)) == value
 
 
-@pytest.mark.parametrize("text", ["codebook_weights: !!pairs [{'%s': 1}]" % HOSTILE.replace("'", "''"), "codebook_weights: !!omap [{'%s': 1}]" % HOSTILE, "rank_pattern: !!set {a, b}",
-                                  "[" * 3000, "a: &a [*a]", "a: 1\n? [b]\n: 1", "1: 2", "steps: 010", "steps: 1:30", "steps: 3\nsteps: 4", "data: 2024-01-01", "steps: .nan", "learning_rate: .inf",
-                                  "data: \"a\\nb\"", "x: !!int ''", "\0", "a: *b", "- 1", "steps: 1e400", "a: !!timestamp x", "seed: " + "9" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "codebook_weights: !!pairs [{'%s': 1}]" % HOSTILE.replace("'", "''"),
+        "codebook_weights: !!omap [{'%s': 1}]" % HOSTILE,
+        "rank_pattern: !!set {a, b}",
+        "[" * 3000,
+        "a: &a [*a]",
+        "a: 1\n? [b]\n: 1",
+        "1: 2",
+        "steps: 010",
+        "steps: 1:30",
+        "steps: 3\nsteps: 4",
+        "data: 2024-01-01",
+        "steps: .nan",
+        "learning_rate: .inf",
+        'data: "a\\nb"',
+        "x: !!int ''",
+        "\0",
+        "a: *b",
+        "- 1",
+        "steps: 1e400",
+        "a: !!timestamp x",
+        "seed: " + "9" * 5000,
+    ],
+)
 def test_a_parameter_file_that_cannot_be_is_a_sentence(text, tmp_path, capsys):
-    file = tmp_path/"given.yaml"
+    file = tmp_path / "given.yaml"
     file.write_text(text)
-    assert higgs_run(["train", "-f", str(file), "--out", str(tmp_path/"out")]) == 2
-    assert capsys.readouterr().err.startswith("higgs_run: ") and not (tmp_path/"out").exists()
+    assert higgs_run(["train", "-f", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("higgs_run: ") and not (tmp_path / "out").exists()
 
 
 def test_every_number_of_every_notebook_has_a_range():
     for name in run_notebooks():
         for key, p in parameters_of(name).items():
-            if p["inferred_type_name"] not in ("int", "float"): continue
+            if p["inferred_type_name"] not in ("int", "float"):
+                continue
             assert range_of(name, key), f"{name}: {key} has no range in RANGES"
             assert in_range(ast.literal_eval(p["default"]), range_of(name, key)), f"{name}: {key}"
-    known = {key for name in run_notebooks() for key in (*parameters_of(name), *(f"{name}.{k}" for k in parameters_of(name)))}
+    known = {
+        key
+        for name in run_notebooks()
+        for key in (*parameters_of(name), *(f"{name}.{k}" for k in parameters_of(name)))
+    }
     assert set(RANGES) <= known
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from([(n, k) for n in run_notebooks() for k, p in parameters_of(n).items() if p["inferred_type_name"] in ("int", "float")]),
-       st.one_of(st.integers(-10**6, 2**33), st.floats()))
+@given(
+    st.sampled_from(
+        [
+            (n, k)
+            for n in run_notebooks()
+            for k, p in parameters_of(n).items()
+            if p["inferred_type_name"] in ("int", "float")
+        ]
+    ),
+    st.one_of(st.integers(-(10**6), 2**33), st.floats()),
+)
 def test_numbers_outside_of_their_range_never_start_a_run(parameter, value):
     name, key = parameter
     kind = parameters_of(name)[key]["inferred_type_name"]
-    right = value == value and abs(value) != float("inf") and (kind == "float" or type(value) is int) and in_range(value, range_of(name, key))
-    if right: assert check_parameters(name, {key: value})[key] == value
+    right = (
+        value == value
+        and abs(value) != float("inf")
+        and (kind == "float" or type(value) is int)
+        and in_range(value, range_of(name, key))
+    )
+    if right:
+        assert check_parameters(name, {key: value})[key] == value
     else:
-        with pytest.raises(ValueError, match=key): check_parameters(name, {key: value})
+        with pytest.raises(ValueError, match=key):
+            check_parameters(name, {key: value})
 
 
 def test_octal_empty_and_home(tmp_path):
     for pair in (["steps", "010"], ["steps", "1:30"], ["data", ""], ["data", " "], ["base", ""]):
-        with pytest.raises(ValueError, match=pair[0] + "|" + pair[1]): check_parameters("train", read_parameters("train", None, [pair]))
-    assert read_parameters("evaluate", None, [["run", ""]]) == dict(run="")  # documented: base and adapter say
+        with pytest.raises(ValueError, match=pair[0] + "|" + pair[1]):
+            check_parameters("train", read_parameters("train", None, [pair]))
+    assert read_parameters("evaluate", None, [["run", ""]]) == dict(
+        run=""
+    )  # documented: base and adapter say
     home = check_parameters("train", dict(data="~/x", base="~", whisper="a~b"))
-    assert home == dict(data=str(Path.home()/"x"), base=str(Path.home()), whisper="a~b")
+    assert home == dict(data=str(Path.home() / "x"), base=str(Path.home()), whisper="a~b")
     assert higgs_run(["train", "--out", ""]) == 2 and higgs_run(["train", "-p", "out="]) == 2
 
 
@@ -131,196 +253,341 @@ for k in range(4):
 
 
 def test_of_simultaneous_starts_exactly_one_runs(tmp_path):
-    "Three processes are released at the same moment on a directory, four times, while another looks."
-    start = lambda what: subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path/"go", what], stdout=subprocess.PIPE, text=True)
+    """Three processes are released at the same moment on a directory, four times, while another
+    looks.
+    """
+    start = lambda what: subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "go", what], stdout=subprocess.PIPE, text=True
+    )
     starters, looker = [start("claim") for _ in range(3)], start("look")
-    for process in (*starters, looker): assert process.stdout.readline() == "ready\n"
+    for process in (*starters, looker):
+        assert process.stdout.readline() == "ready\n"
     for k in range(4):
-        (tmp_path/f"go{k}").touch()
+        (tmp_path / f"go{k}").touch()
         assert sorted(p.stdout.readline() for p in starters) == ["refused\n", "refused\n", "runs\n"]
     assert [p.wait() for p in (*starters, looker)] == [0] * 4
 
 
 def test_the_kernel_of_a_killed_run_keeps_its_directory(tmp_path, notebook, capsys):
-    "And a plain execution claims it as well: the lock is in the kernel's hands before its first cell."
-    work = notebook("import os, time\nfrom pathlib import Path\nfrom higgs_nb.run import HELD, occupy\noccupy(Path(out))\nassert len(HELD) == 1\n"
-                    "Path(out, 'pid').write_text(str(os.getpid()))\ntime.sleep(60)")
-    out = tmp_path/"out"
-    process = subprocess.Popen(command(work, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out/"pid").exists() or not (out/"pid").read_text(): time.sleep(0.05)
-    kernel = int((out/"pid").read_text())
+    """And a plain execution claims it as well: the lock is in the kernel's hands before its first
+    cell.
+    """
+    work = notebook(
+        "import os, time\nfrom pathlib import Path\nfrom higgs_nb.run import HELD, "
+        "occupy\noccupy(Path(out))\nassert len(HELD) == 1\n"
+        "Path(out, 'pid').write_text(str(os.getpid()))\ntime.sleep(60)"
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(work, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (out / "pid").exists() or not (out / "pid").read_text():
+        time.sleep(0.05)
+    kernel = int((out / "pid").read_text())
     os.kill(kernel, signal.SIGSTOP)  # it would end by itself when its parent is gone
     process.kill()
     process.wait()
     try:
         assert occupied(out)
-        with pytest.raises(BlockingIOError, match="a run goes on"): claim(out, patience_s=0.2)
-    finally: os.kill(kernel, signal.SIGKILL)
+        with pytest.raises(BlockingIOError, match="a run goes on"):
+            claim(out, patience_s=0.2)
+    finally:
+        os.kill(kernel, signal.SIGKILL)
     os.close(claim(out))
 
 
 def test_what_is_read_is_not_replaced(tmp_path, capsys, monkeypatch):
     "Two may read; a run that would write waits and says so with exit code 2."
-    (tmp_path/"metadata.json").touch()
-    reading(tmp_path/"metadata.json")
+    (tmp_path / "metadata.json").touch()
+    reading(tmp_path / "metadata.json")
     reading(tmp_path)
     assert len([fd for fd in HELD if runs.is_same(fd, tmp_path)]) == 1 and not occupied(tmp_path)
     monkeypatch.setattr(runs, "claim", lambda out: claim(out, patience_s=0.1))
-    try: assert higgs_run(["prepare", "--out", str(tmp_path)]) == 2 and "a run reads" in capsys.readouterr().err
-    finally: os.close(HELD.pop())
+    try:
+        assert (
+            higgs_run(["prepare", "--out", str(tmp_path)]) == 2
+            and "a run reads" in capsys.readouterr().err
+        )
+    finally:
+        os.close(HELD.pop())
     fd = claim(tmp_path)
-    with pytest.raises(BlockingIOError, match="a run writes"): reading(tmp_path)
+    with pytest.raises(BlockingIOError, match="a run writes"):
+        reading(tmp_path)
     os.close(fd)
 
 
 @pytest.mark.parametrize("name", ["parameters.json", "run.json"])
 @settings(max_examples=25, deadline=None)
-@given(content=st.one_of(st.binary(max_size=20), st.sampled_from([b"", b"[]", b'{"steps": 3', b"\xff", b"[" * 5000, b"null"])))
+@given(
+    content=st.one_of(
+        st.binary(max_size=20),
+        st.sampled_from([b"", b"[]", b'{"steps": 3', b"\xff", b"[" * 5000, b"null"]),
+    )
+)
 def test_damaged_notes_stop_the_run_and_nothing_moves(name, content, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    (out/"parameters.json").write_text('{"steps": 3}')
-    (out/name).write_bytes(content)
-    (out/"checkpoint-3").mkdir()
+    (out / "parameters.json").write_text('{"steps": 3}')
+    (out / name).write_bytes(content)
+    (out / "checkpoint-3").mkdir()
     before = sorted(p.name for p in out.iterdir())
-    try: whole = isinstance(json.loads(content.decode()), dict)
-    except (ValueError, RecursionError): whole = False
+    try:
+        whole = isinstance(json.loads(content.decode()), dict)
+    except (ValueError, RecursionError):
+        whole = False
     if not whole:
-        with pytest.raises(ValueError, match=name): goes_on(out, dict(steps=3))
+        with pytest.raises(ValueError, match=name):
+            goes_on(out, dict(steps=3))
         assert sorted(p.name for p in out.iterdir()) == before
-    while HELD: os.close(HELD.pop())
+    while HELD:
+        os.close(HELD.pop())
 
 
 def test_a_checkpoint_that_cannot_be_read_now_moves_nothing(tmp_path, monkeypatch):
-    (tmp_path/"parameters.json").write_text('{"steps": 3}')
-    (tmp_path/"checkpoint-3").mkdir()
-    def unreadable(out): raise OSError(116, "Stale file handle")
+    (tmp_path / "parameters.json").write_text('{"steps": 3}')
+    (tmp_path / "checkpoint-3").mkdir()
+
+    def unreadable(out):
+        raise OSError(116, "Stale file handle")
+
     monkeypatch.setattr(runs, "latest_checkpoint", unreadable)
-    with pytest.raises(OSError, match="Stale"): goes_on(tmp_path, dict(steps=3))
+    with pytest.raises(OSError, match="Stale"):
+        goes_on(tmp_path, dict(steps=3))
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "parameters.json"]
     os.close(HELD.pop())
 
 
 def test_a_working_directory_runs_no_code(tmp_path, notebook, monkeypatch):
     "Neither what its .git/config and hooks name, nor modules with the names of others."
-    folder = tmp_path/"from the net"
+    folder = tmp_path / "from the net"
     git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
-    (folder/"a.txt").write_text("a")
-    (folder/".gitattributes").write_text("*.txt filter=bad diff=bad\n")
+    (folder / "a.txt").write_text("a")
+    (folder / ".gitattributes").write_text("*.txt filter=bad diff=bad\n")
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "a"], check=True)
-    trace = folder/"bad.sh"
+    trace = folder / "bad.sh"
     trace.write_text(f"#!/bin/sh\ntouch '{tmp_path}/TRACE'\ncat\n")
     trace.chmod(0o755)
-    for hook in ("post-index-change", "pre-commit", "post-checkout"): (folder/".git"/"hooks"/hook).symlink_to(trace)
-    for key in ("core.fsmonitor", "filter.bad.clean", "filter.bad.smudge", "filter.bad.process", "diff.bad.textconv", "diff.external", "core.pager", "core.sshCommand", "core.askPass"):
+    for hook in ("post-index-change", "pre-commit", "post-checkout"):
+        (folder / ".git" / "hooks" / hook).symlink_to(trace)
+    for key in (
+        "core.fsmonitor",
+        "filter.bad.clean",
+        "filter.bad.smudge",
+        "filter.bad.process",
+        "diff.bad.textconv",
+        "diff.external",
+        "core.pager",
+        "core.sshCommand",
+        "core.askPass",
+    ):
         subprocess.run(["git", "-C", str(folder), "config", key, f"'{trace}'"], check=True)
     time.sleep(0.01)
-    (folder/"a.txt").write_text("b")
-    (folder/"soundfile.py").write_text(f"open({str(tmp_path/'TRACE')!r}, 'w')")
+    (folder / "a.txt").write_text("b")
+    (folder / "soundfile.py").write_text(f"open({str(tmp_path / 'TRACE')!r}, 'w')")
     monkeypatch.chdir(folder)
     assert len(surroundings()["git"]["cwd"]["commit"]) == 40
-    assert not (tmp_path/"TRACE").exists()
+    assert not (tmp_path / "TRACE").exists()
     monkeypatch.setattr(runs, "RUNS", tmp_path)  # this one is of the package
-    notebook("import sys\nassert '' not in sys.path and sys.flags.safe_path\nimport soundfile\nassert hasattr(soundfile, 'SoundFile')", "packaged.ipynb")
+    notebook(
+        "import sys\nassert '' not in sys.path and sys.flags.safe_path\nimport "
+        "soundfile\nassert hasattr(soundfile, 'SoundFile')",
+        "packaged.ipynb",
+    )
     monkeypatch.setenv("PYTHONPATH", str(Path(runs.__file__).parents[1]))
-    runs.execute(tmp_path/"packaged.ipynb", tmp_path/"done.ipynb", {}, os.open(tmp_path, os.O_RDONLY))
-    assert not (tmp_path/"TRACE").exists()
+    runs.execute(
+        tmp_path / "packaged.ipynb", tmp_path / "done.ipynb", {}, os.open(tmp_path, os.O_RDONLY)
+    )
+    assert not (tmp_path / "TRACE").exists()
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.one_of(st.binary(max_size=30), PLAIN.map(lambda v: json.dumps(v).encode()), st.sampled_from([b"[" * 5000, b'{"nbformat": 4, "nbformat_minor": 5, "metadata": [], "cells": {}}',
-       b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {"papermill": 3}, "cells": [3]}', b'{"nbformat": "x"}', "{\"é".encode()[:-1]])))
+@given(
+    st.one_of(
+        st.binary(max_size=30),
+        PLAIN.map(lambda v: json.dumps(v).encode()),
+        st.sampled_from(
+            [
+                b"[" * 5000,
+                b'{"nbformat": 4, "nbformat_minor": 5, "metadata": [], "cells": {}}',
+                b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {"papermill": 3}, "cells": [3]}',
+                b'{"nbformat": "x"}',
+                '{"é'.encode()[:-1],
+            ]
+        ),
+    )
+)
 def test_a_notebook_that_cannot_be_read_is_not_done(tmp_path_factory, content):
     out = tmp_path_factory.mktemp("out")
-    (out/"train.ipynb").write_bytes(content)
+    (out / "train.ipynb").write_bytes(content)
     assert is_done("train", out, {}) is False
 
 
 def test_ctrl_c_saves_and_stops(tmp_path, notebook):
-    "In a terminal the signal goes to the whole group. Once: exit code 75, no traceback. A run that does not stop ends at the second."
-    work = notebook("import os, time\nfrom pathlib import Path\nPath(out, 'begun').touch()\nclass Preempted(Exception): pass\n"
-                    "while n or not Path(out, 'STOP').exists(): time.sleep(0.05)\nPath(out, 'saved').touch()\nraise Preempted('saved')")
-    start = lambda out, n: subprocess.Popen(command(work, "--out", out, "-p", f"n={n}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    processes = [start(tmp_path/"once", 0), start(tmp_path/"twice", 1)]
+    """In a terminal the signal goes to the whole group. Once: exit code 75, no traceback. A run
+    that does not stop ends at the second.
+    """
+    work = notebook(
+        "import os, time\nfrom pathlib import Path\nPath(out, 'begun').touch()\nclass "
+        "Preempted(Exception): pass\n"
+        "while n or not Path(out, 'STOP').exists(): time.sleep(0.05)\nPath(out, "
+        "'saved').touch()\nraise Preempted('saved')"
+    )
+    start = lambda out, n: subprocess.Popen(
+        command(work, "--out", out, "-p", f"n={n}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    processes = [start(tmp_path / "once", 0), start(tmp_path / "twice", 1)]
     for out, process in zip(("once", "twice"), processes):
-        while not (tmp_path/out/"begun").exists(): time.sleep(0.05)
+        while not (tmp_path / out / "begun").exists():
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
     output = processes[0].communicate(timeout=60)[0]
-    assert processes[0].returncode == 75 and "the same command goes on" in output and "concurrent" not in output and (tmp_path/"once"/"saved").exists(), output
-    assert not (tmp_path/"once"/"STOP").exists()
-    while not (tmp_path/"twice"/"STOP").exists(): time.sleep(0.05)
+    assert (
+        processes[0].returncode == 75
+        and "the same command goes on" in output
+        and "concurrent" not in output
+        and (tmp_path / "once" / "saved").exists()
+    ), output
+    assert not (tmp_path / "once" / "STOP").exists()
+    while not (tmp_path / "twice" / "STOP").exists():
+        time.sleep(0.05)
     os.killpg(processes[1].pid, signal.SIGINT)
     assert processes[1].wait(20) == -signal.SIGINT
 
 
 def test_exit_codes_and_the_cause(tmp_path, monkeypatch, capsys):
-    "A full disk in a run that has begun: 1, and a clean-up that fails hides nothing. Control characters do not reach the terminal."
+    """A full disk in a run that has begun: 1, and a clean-up that fails hides nothing. Control
+    characters do not reach the terminal.
+    """
+
     def full(*given):
-        (tmp_path/"out"/"STOP").mkdir()  # unlink fails
+        (tmp_path / "out" / "STOP").mkdir()  # unlink fails
         raise OSError(28, "No space left on device", "a\x1b]52;")
+
     monkeypatch.setattr(runs, "execute", full)
-    assert higgs_run(["train", "--out", str(tmp_path/"out")]) == 1
+    assert higgs_run(["train", "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert "No space left" in said and "STOP was not removed" in said and "\x1b" not in said
-    assert higgs_run(["train", "--out", str(tmp_path/"a\nb")]) == 2 and len(os.listdir(tmp_path)) == 1
+    assert (
+        higgs_run(["train", "--out", str(tmp_path / "a\nb")]) == 2
+        and len(os.listdir(tmp_path)) == 1
+    )
 
 
 @pytest.mark.parametrize("module", ["run", "sweep", "doctor", "launch"])
 def test_python_dash_m(module):
-    done = subprocess.run([sys.executable, "-m", f"higgs_nb.{module}", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", f"higgs_nb.{module}", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
 def test_windows_is_named():
-    done = subprocess.run([sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import higgs_nb.run"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import higgs_nb.run"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "on Windows use WSL2" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("text", ["run: [train]", "run: train\ngrid: [rank]", "run: train\ngrid: {rank: []}", "run: train\n1: 2", "[" * 4000, "run: train\nruns: []", "run: train\nout: 3",
-                                  "run: train\nparameters: [a]", "run: train\ngrid: {rank: !!set {a}}", "run: train\nout: \"a\\nb\"", "x", "", "run: train\nruns: [{1: 2}]", "run: train\nruns: [3]",
-                                  "run: train\nout: ' '", "run: train\ngrid: {steps: [1, 2, x]}", "run: train\ngrid: {rank_pattern: [!!pairs [a: b]]}", "run: 'train\0'", "run: {a: b}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run: [train]",
+        "run: train\ngrid: [rank]",
+        "run: train\ngrid: {rank: []}",
+        "run: train\n1: 2",
+        "[" * 4000,
+        "run: train\nruns: []",
+        "run: train\nout: 3",
+        "run: train\nparameters: [a]",
+        "run: train\ngrid: {rank: !!set {a}}",
+        'run: train\nout: "a\\nb"',
+        "x",
+        "",
+        "run: train\nruns: [{1: 2}]",
+        "run: train\nruns: [3]",
+        "run: train\nout: ' '",
+        "run: train\ngrid: {steps: [1, 2, x]}",
+        "run: train\ngrid: {rank_pattern: [!!pairs [a: b]]}",
+        "run: 'train\0'",
+        "run: {a: b}",
+    ],
+)
 def test_a_sweep_that_cannot_be_is_a_sentence(text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path/"sweep.yaml").write_text(text)
+    (tmp_path / "sweep.yaml").write_text(text)
     assert higgs_sweep(["sweep.yaml", "--list"]) == 2
     assert capsys.readouterr().err.startswith("higgs_sweep: ") and os.listdir() == ["sweep.yaml"]
 
 
-PARTS = st.recursive(st.one_of(st.none(), st.integers(-3, 3), st.sampled_from(["train", "rank", "", "a\nb", "run"])),
-                     lambda part: st.one_of(st.lists(part, max_size=2), st.dictionaries(st.sampled_from(["rank", "steps", "out", "x"]), part, max_size=2)), max_leaves=4)
+PARTS = st.recursive(
+    st.one_of(st.none(), st.integers(-3, 3), st.sampled_from(["train", "rank", "", "a\nb", "run"])),
+    lambda part: st.one_of(
+        st.lists(part, max_size=2),
+        st.dictionaries(st.sampled_from(["rank", "steps", "out", "x"]), part, max_size=2),
+    ),
+    max_leaves=4,
+)
 
 
 @settings(max_examples=100, deadline=None)
-@given(said=st.fixed_dictionaries({}, optional={key: PARTS for key in ("run", "out", "parameters", "grid", "runs", "more")}))
+@given(
+    said=st.fixed_dictionaries(
+        {}, optional={key: PARTS for key in ("run", "out", "parameters", "grid", "runs", "more")}
+    )
+)
 def test_any_sweep_is_runs_or_a_sentence(said, tmp_path_factory):
-    file = tmp_path_factory.mktemp("sweep")/"sweep.yaml"
+    file = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
     file.write_text(yaml.safe_dump({"run": "train", **said}))
-    try: assert read_sweep(file)
-    except ValueError as error: assert str(error)
+    try:
+        assert read_sweep(file)
+    except ValueError as error:
+        assert str(error)
 
 
 def test_a_torn_notebook_stops_no_sweep(tmp_path, capsys):
-    (tmp_path/"s.yaml").write_text(json.dumps(dict(run="train", out=str(tmp_path/"out"), grid=dict(rank=[1, 2]))))
-    (tmp_path/"out"/"rank=1").mkdir(parents=True)
-    (tmp_path/"out"/"rank=1"/"train.ipynb").write_bytes('{"cells": "é'.encode()[:-1])
-    assert higgs_sweep([str(tmp_path/"s.yaml"), "--list"]) == 0
+    (tmp_path / "s.yaml").write_text(
+        json.dumps(dict(run="train", out=str(tmp_path / "out"), grid=dict(rank=[1, 2])))
+    )
+    (tmp_path / "out" / "rank=1").mkdir(parents=True)
+    (tmp_path / "out" / "rank=1" / "train.ipynb").write_bytes('{"cells": "é'.encode()[:-1])
+    assert higgs_sweep([str(tmp_path / "s.yaml"), "--list"]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["begun", "to"]
 
 
 def test_names_are_no_commands_of_the_job_script(tmp_path, monkeypatch, capsys):
-    "Spaces, shell characters and `%` arrive as they are; line breaks are refused, in `out` and in the name of the file."
-    folder = tmp_path/"my $(touch TRACE) 'sweeps'; touch TRACE #%u"
+    """Spaces, shell characters and `%` arrive as they are; line breaks are refused, in `out` and
+    in the name of the file.
+    """
+    folder = tmp_path / "my $(touch TRACE) 'sweeps'; touch TRACE #%u"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    write = lambda name, out: Path(name).write_text(json.dumps(dict(run="train", out=out, grid=dict(rank=[1]))))
+    write = lambda name, out: Path(name).write_text(
+        json.dumps(dict(run="train", out=out, grid=dict(rank=[1])))
+    )
     write("$(touch TRACE) `x`.yaml", "out; touch TRACE")
     assert higgs_sweep(["$(touch TRACE) `x`.yaml", "--slurm", "job.sh"]) == 0
     lines = Path("job.sh").read_text().splitlines()
-    assert f'#SBATCH --output="{str(folder).replace("%", "%%")}/out; touch TRACE/slurm-%A_%a.log"'.replace("/out;", "/out;") in lines
+    assert (
+        f'#SBATCH --output="{str(folder).replace("%", "%%")}/out; touch TRACE/slurm-%A_%a.log"'
+    ).replace("/out;", "/out;") in lines
     job = Path("job.sh").read_text().replace(sys.executable, "echo")
-    done = subprocess.run(["bash"], input=job, capture_output=True, text=True, env={**os.environ, "SLURM_ARRAY_TASK_ID": "0"})
-    assert f"{folder}/$(touch TRACE) `x`.yaml --only 0" in done.stdout and not list(tmp_path.rglob("TRACE"))
+    done = subprocess.run(
+        ["bash"],
+        input=job,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SLURM_ARRAY_TASK_ID": "0"},
+    )
+    assert f"{folder}/$(touch TRACE) `x`.yaml --only 0" in done.stdout and not list(
+        tmp_path.rglob("TRACE")
+    )
     write("b.yaml", "swept\ntouch TRACE\n#")
     write("c\ntouch TRACE\n.yaml", "out")
     for name in ("b.yaml", "c\ntouch TRACE\n.yaml"):

@@ -1,4 +1,6 @@
-"What goes wrong in training is said where it begins: numbers that are not finite, weights in 16 bits, a trainer that is used twice."
+"""What goes wrong in training is said where it begins: numbers that are not finite, weights in 16
+bits, a trainer that is used twice.
+"""
 
 import dataclasses
 import copy
@@ -15,7 +17,14 @@ from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from higgs_nb.checkpoint import CheckpointError, adapter_state, load_lora_adapters, restore, save_lora_adapters, take_snapshot
+from higgs_nb.checkpoint import (
+    CheckpointError,
+    adapter_state,
+    load_lora_adapters,
+    restore,
+    save_lora_adapters,
+    take_snapshot,
+)
 from higgs_nb.fused import HALF
 from higgs_nb.generate import generate_speech
 from higgs_nb.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora
@@ -25,7 +34,15 @@ from higgs_nb.chatml import Conversation
 from higgs_nb.model import tiny_config, tiny_model
 from higgs_nb.resume import describe_data, differences
 from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
-from higgs_nb.trainer import AT_LEAST, BELOW_ONE, IGNORED, REFUSED, HiggsTrainer, HiggsTrainingArguments, NotFinite
+from higgs_nb.trainer import (
+    AT_LEAST,
+    BELOW_ONE,
+    IGNORED,
+    REFUSED,
+    HiggsTrainer,
+    HiggsTrainingArguments,
+    NotFinite,
+)
 from resume_job import SMALL, make_trainer
 
 IN_FULL = HEADS + EMBEDDINGS
@@ -33,42 +50,72 @@ IN_FULL = HEADS + EMBEDDINGS
 
 class Spoil(TrainerCallback):
     "Writes `value` into one trained weight at a step."
-    def __init__(self, step, part, value=torch.nan): self.step, self.part, self.value = step, part, value
+
+    def __init__(self, step, part, value=torch.nan):
+        self.step, self.part, self.value = step, part, value
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step != self.step: return
-        with torch.no_grad(): next(p for n, p in model.named_parameters() if p.requires_grad and self.part in n).view(-1)[0] = self.value
+        if state.global_step != self.step:
+            return
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if p.requires_grad and self.part in n).view(
+                -1
+            )[0] = self.value
 
 
-@pytest.mark.parametrize("part, value, logging_steps", [("lora_A", torch.nan, 3), ("audio_lm_head", torch.inf, 50)])
-def test_a_run_that_is_not_finite_stops_and_keeps_its_good_checkpoints(tmp_path, part, value, logging_steps):
-    trainer = make_trainer(tmp_path, max_steps=12, save_steps=2, logging_steps=logging_steps, eval_strategy="no", save_total_limit=2,
-                           callbacks=[Spoil(7, part, value)])
-    with pytest.raises(NotFinite, match=r"step \d+: .*not finite"): trainer.train()
+@pytest.mark.parametrize(
+    "part, value, logging_steps", [("lora_A", torch.nan, 3), ("audio_lm_head", torch.inf, 50)]
+)
+def test_a_run_that_is_not_finite_stops_and_keeps_its_good_checkpoints(
+    tmp_path, part, value, logging_steps
+):
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=12,
+        save_steps=2,
+        logging_steps=logging_steps,
+        eval_strategy="no",
+        save_total_limit=2,
+        callbacks=[Spoil(7, part, value)],
+    )
+    with pytest.raises(NotFinite, match=r"step \d+: .*not finite"):
+        trainer.train()
     trainer.saver.wait()
     reports = list_checkpoints(tmp_path)
     assert [r.step for r in reports if r.whole] == [4, 6]
-    for report in reports: restore(trainer.model, report)  # refuses what is not finite
+    for report in reports:
+        restore(trainer.model, report)  # refuses what is not finite
     with pytest.raises(NotFinite, match="trained parameters"):
-        Spoil(0, part, value).on_step_end(None, type("S", (), dict(global_step=0)), None, trainer.model)
-        trainer.save_adapter(tmp_path/"adapter")
-    assert not (tmp_path/"adapter").exists()
+        Spoil(0, part, value).on_step_end(
+            None, type("S", (), dict(global_step=0)), None, trainer.model
+        )
+        trainer.save_adapter(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_held_out_loss_that_is_not_finite_stops_the_run(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=4, eval_steps=2, logging_steps=50, callbacks=[Spoil(2, "lora_A")])
-    with pytest.raises(NotFinite, match="held-out"): trainer.train()
+    trainer = make_trainer(
+        tmp_path, max_steps=4, eval_steps=2, logging_steps=50, callbacks=[Spoil(2, "lora_A")]
+    )
+    with pytest.raises(NotFinite, match="held-out"):
+        trainer.train()
 
 
 def test_nothing_that_is_not_finite_is_saved_or_restored(tmp_path):
-    model = make_trainer(tmp_path/"run").model
-    save_lora_adapters(model, tmp_path/"good", base={})
-    with pytest.raises(CheckpointError, match="state/exp_avg"): take_snapshot(model, base={}, files={"training_state.safetensors": {"state/exp_avg": torch.tensor([torch.inf])}})
+    model = make_trainer(tmp_path / "run").model
+    save_lora_adapters(model, tmp_path / "good", base={})
+    with pytest.raises(CheckpointError, match="state/exp_avg"):
+        take_snapshot(
+            model,
+            base={},
+            files={"training_state.safetensors": {"state/exp_avg": torch.tensor([torch.inf])}},
+        )
     spoiled = adapter_state(model)["base_model.model.audio_lm_head.weight"]
     spoiled.data[0, 0] = torch.nan
-    with pytest.raises(CheckpointError, match="audio_lm_head"): save_lora_adapters(model, tmp_path/"bad", base={})
-    assert not (tmp_path/"bad").exists() and validate_checkpoint(tmp_path/"good").whole
-    restore(model, tmp_path/"good")
+    with pytest.raises(CheckpointError, match="audio_lm_head"):
+        save_lora_adapters(model, tmp_path / "bad", base={})
+    assert not (tmp_path / "bad").exists() and validate_checkpoint(tmp_path / "good").whole
+    restore(model, tmp_path / "good")
     assert torch.isfinite(spoiled).all()
 
 
@@ -78,19 +125,51 @@ def test_the_probe_says_so(losses):
     assert (verdict == "not finite") == (not all(torch.isfinite(torch.tensor(losses))))
 
 
-@pytest.mark.parametrize("name, value", [("learning_rate", float("nan")), ("learning_rate", -1.0), ("weight_decay", float("inf")), ("codebook_weights", [1, float("nan")]),
-                                         ("codebook_weights", [-1.0]), ("audio_loss_weight", -1.0), ("label_smoothing_factor", 1.5), ("token_budget", 0),
-                                         ("auto_find_batch_size", True), ("neftune_noise_alpha", 5.0), ("max_grad_norm", float("nan"))])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("learning_rate", float("nan")),
+        ("learning_rate", -1.0),
+        ("weight_decay", float("inf")),
+        ("codebook_weights", [1, float("nan")]),
+        ("codebook_weights", [-1.0]),
+        ("audio_loss_weight", -1.0),
+        ("label_smoothing_factor", 1.5),
+        ("token_budget", 0),
+        ("auto_find_batch_size", True),
+        ("neftune_noise_alpha", 5.0),
+        ("max_grad_norm", float("nan")),
+    ],
+)
 def test_settings_that_cannot_be_are_refused_by_name(tmp_path, name, value):
-    with pytest.raises(ValueError, match=name): HiggsTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+    with pytest.raises(ValueError, match=name):
+        HiggsTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: value})
 
 
 def trained(tmp_path, dtype, **kwargs):
-    trainer = make_trainer(tmp_path/dtype, dtype=dtype, adapter=dict(train=IN_FULL, dropout=0.0), max_steps=8, learning_rate=1e-4, warmup_steps=0,
-                           lr_scheduler_type="constant", save_strategy="no", eval_strategy="no", **kwargs)
-    before = {n: p.detach().float().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer = make_trainer(
+        tmp_path / dtype,
+        dtype=dtype,
+        adapter=dict(train=IN_FULL, dropout=0.0),
+        max_steps=8,
+        learning_rate=1e-4,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        eval_strategy="no",
+        **kwargs,
+    )
+    before = {
+        n: p.detach().float().clone()
+        for n, p in trainer.model.named_parameters()
+        if p.requires_grad
+    }
     trainer.train()
-    full = [(before[n], p.detach().float()) for n, p in trainer.model.named_parameters() if n in before and "lora_" not in n]
+    full = [
+        (before[n], p.detach().float())
+        for n, p in trainer.model.named_parameters()
+        if n in before and "lora_" not in n
+    ]
     return trainer, sum((a != b).sum().item() for a, b in full) / sum(a.numel() for a, _ in full)
 
 
@@ -108,22 +187,39 @@ def test_a_base_in_16_bits_stays_so_and_what_is_trained_is_in_float32(tmp_path, 
     batch = next(iter(trainer.get_eval_dataloader()))
     model.eval()
     packed = model(**batch).loss.item()
-    save_lora_adapters(model, tmp_path/"adapter", base={})
-    again = load_lora_adapters(make_trainer(tmp_path/"fresh", dtype=str(dtype).removeprefix("torch.")).model.unload(), tmp_path/"adapter").eval()
-    for name, tensor in adapter_state(model).items(): assert torch.equal(adapter_state(again)[name], tensor), name
+    save_lora_adapters(model, tmp_path / "adapter", base={})
+    again = load_lora_adapters(
+        make_trainer(tmp_path / "fresh", dtype=str(dtype).removeprefix("torch.")).model.unload(),
+        tmp_path / "adapter",
+    ).eval()
+    for name, tensor in adapter_state(model).items():
+        assert torch.equal(adapter_state(again)[name], tensor), name
     assert again(**batch).loss.item() == packed
     tokenizer = trainer.tokenizer
-    spoken = [generate_speech(m, tokenizer, ["La la"], max_frames=6)[0].codes for m in (model, again)]
+    spoken = [
+        generate_speech(m, tokenizer, ["La la"], max_frames=6)[0].codes for m in (model, again)
+    ]
     assert torch.equal(*spoken)
     wide = copy.deepcopy(again).float()
-    assert len(generate_speech(wide, tokenizer, ["La la"], max_frames=2)) == 1 and {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert len(generate_speech(wide, tokenizer, ["La la"], max_frames=2)) == 1 and {
+        p.dtype for p in wide.parameters()
+    } == {torch.float32}
     merged = merge_lora(model)
-    assert {p.dtype for p in merged.parameters()} == {dtype} and {type(m).__name__ for m in merged.modules()}.isdisjoint({"Float32Linear", "Float32Embedding"})
+    assert {p.dtype for p in merged.parameters()} == {dtype} and {
+        type(m).__name__ for m in merged.modules()
+    }.isdisjoint({"Float32Linear", "Float32Embedding"})
     assert merged.eval()(**batch).loss.item() == pytest.approx(packed, rel=0.02)
 
 
 def test_a_norm_that_is_trained_on_a_base_in_16_bits_speaks(tmp_path):
-    trainer = make_trainer(tmp_path, dtype="bfloat16", adapter=dict(train=("model.norm", "audio_lm_head"), dropout=0.0), max_steps=2, eval_strategy="no", save_strategy="no")
+    trainer = make_trainer(
+        tmp_path,
+        dtype="bfloat16",
+        adapter=dict(train=("model.norm", "audio_lm_head"), dropout=0.0),
+        max_steps=2,
+        eval_strategy="no",
+        save_strategy="no",
+    )
     trainer.train()
     assert len(generate_speech(trainer.model, trainer.tokenizer, ["La la"], max_frames=2)) == 1
 
@@ -131,45 +227,133 @@ def test_a_norm_that_is_trained_on_a_base_in_16_bits_speaks(tmp_path):
 def test_a_trainer_that_was_interrupted_does_not_begin_at_step_0_again(tmp_path):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3 and not self.done: self.done = True; raise KeyboardInterrupt
+            if state.global_step == 3 and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+
         done = False
+
     trainer = make_trainer(tmp_path, max_steps=6, eval_strategy="no", callbacks=[Interrupt()])
-    with pytest.raises(KeyboardInterrupt): trainer.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
     for resume in (None, "auto"):
-        with pytest.raises(RuntimeError, match="make the model and the trainer again"): trainer.train(resume=resume)
+        with pytest.raises(RuntimeError, match="make the model and the trainer again"):
+            trainer.train(resume=resume)
 
 
 def test_evaluating_a_finished_run_leaves_its_log_alone(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=3, save_steps=3)
     trainer.train()
-    logs = {f: (tmp_path/f).read_bytes() for f in ("log.jsonl", "log.csv")}
+    logs = {f: (tmp_path / f).read_bytes() for f in ("log.jsonl", "log.csv")}
     metrics = make_trainer(tmp_path, max_steps=3).evaluate()
-    assert metrics["eval_loss"] > 0 and {f: (tmp_path/f).read_bytes() for f in logs} == logs
+    assert metrics["eval_loss"] > 0 and {f: (tmp_path / f).read_bytes() for f in logs} == logs
 
 
 @pytest.mark.parametrize("metric, best", [("eval_similarity", 4), ("wer", 2)])
 def test_the_best_checkpoint_by_what_judges_logged(tmp_path, metric, best):
     scores = {0: (90.0, 0.1), 2: (10.0, 0.2), 4: (50.0, 0.9), 6: (60.0, 0.3)}
+
     class Judge(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in scores: self.trainer.log(dict(zip(("eval_wer", "eval_similarity"), scores[state.global_step])))
+            if state.global_step in scores:
+                self.trainer.log(
+                    dict(zip(("eval_wer", "eval_similarity"), scores[state.global_step]))
+                )
+
     judge = Judge()
-    trainer = judge.trainer = make_trainer(tmp_path, max_steps=6, eval_steps=2, save_steps=2, save_total_limit=1, metric_for_best_model=metric, callbacks=[judge])
+    trainer = judge.trainer = make_trainer(
+        tmp_path,
+        max_steps=6,
+        eval_steps=2,
+        save_steps=2,
+        save_total_limit=1,
+        metric_for_best_model=metric,
+        callbacks=[judge],
+    )
     trainer.train()
-    assert trainer.state.best_global_step == best and validate_checkpoint(tmp_path/f"checkpoint-{best}").whole
+    assert (
+        trainer.state.best_global_step == best
+        and validate_checkpoint(tmp_path / f"checkpoint-{best}").whole
+    )
 
 
 # --- every argument has an answer
 
-USED = {"output_dir", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
-        "adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules", "gradient_accumulation_steps", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "tf32",
-        "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend",
-        "torch_compile_mode", "liger_kernel_config", "torch_empty_cache_steps", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node",
-        "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
-        "trackio_bucket_id", "trackio_static_space_id", "eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps", "save_total_limit",
-        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "full_determinism", "seed", "data_seed", "use_cpu", "dataloader_num_workers",
-        "dataloader_pin_memory", "dataloader_persistent_workers", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
-        "ddp_timeout", "fsdp_config", "debug", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "local_rank"}
+USED = {
+    "output_dir",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim_target_modules",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "tf32",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "liger_kernel_config",
+    "torch_empty_cache_steps",
+    "logging_strategy",
+    "logging_steps",
+    "logging_first_step",
+    "log_on_each_node",
+    "logging_nan_inf_filter",
+    "include_num_input_tokens_seen",
+    "log_level",
+    "log_level_replica",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_space_id",
+    "trackio_bucket_id",
+    "trackio_static_space_id",
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "full_determinism",
+    "seed",
+    "data_seed",
+    "use_cpu",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers",
+    "ddp_static_graph",
+    "ddp_backend",
+    "ddp_timeout",
+    "fsdp_config",
+    "debug",
+    "skip_memory_metrics",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "local_rank",
+}
 FIELDS = {f.name: f for f in dataclasses.fields(TrainingArguments)}
 TESTED = "5.23" if transformers.__version__.startswith("5.23") else None
 
@@ -178,22 +362,32 @@ def test_the_table_of_arguments_has_each_once():
     tables = [USED, set(IGNORED), set(REFUSED)]
     assert sum(map(len, tables)) == len(set.union(*tables))
     unknown = set(FIELDS) - set.union(*tables)
-    if unknown and TESTED is None: pytest.skip(f"transformers {transformers.__version__} has settings that the table does not know: {sorted(unknown)}")
+    if unknown and TESTED is None:
+        pytest.skip(
+            f"transformers {transformers.__version__} has settings that the table does "
+            f"not know: {sorted(unknown)}"
+        )
     assert not unknown
 
 
 def another(name):
     "A value of a setting that is not transformers' default."
     default = FIELDS[name].default
-    if default is dataclasses.MISSING: return ["loss"]
-    if isinstance(default, bool): return name == "remove_unused_columns" or not default
-    if isinstance(default, int): return default + 3
-    return dict(train_sampling_strategy="group_by_length", accelerator_config=dict(split_batches=False)).get(name, "other")
+    if default is dataclasses.MISSING:
+        return ["loss"]
+    if isinstance(default, bool):
+        return name == "remove_unused_columns" or not default
+    if isinstance(default, int):
+        return default + 3
+    return dict(
+        train_sampling_strategy="group_by_length", accelerator_config=dict(split_batches=False)
+    ).get(name, "other")
 
 
 @pytest.mark.parametrize("name", sorted(set(REFUSED) & set(FIELDS)))
 def test_an_argument_is_refused_by_name(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"^{name}="): HiggsTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: another(name)})
+    with pytest.raises(ValueError, match=rf"^{name}="):
+        HiggsTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: another(name)})
 
 
 @pytest.mark.parametrize("name", sorted(set(IGNORED) & set(FIELDS)))
@@ -203,136 +397,250 @@ def test_an_argument_is_said_to_be_ignored(tmp_path, caplog, name):
     transformers.logging.enable_propagation()
     HiggsTrainingArguments(**args)
     assert "is ignored" not in caplog.text
-    try: HiggsTrainingArguments(**args, **{name: another(name)})
-    except (ValueError, TypeError): pass  # transformers looks at some itself, later
+    try:
+        HiggsTrainingArguments(**args, **{name: another(name)})
+    except (ValueError, TypeError):
+        pass  # transformers looks at some itself, later
     assert re.search(rf"\b{name}=.* is ignored", caplog.text)
 
 
-@given(st.sampled_from([(n, v) for n, least in AT_LEAST.items() for v in (least - 1, float("nan"), float("inf"), "many")] +
-                       [(n, 1.0) for n in BELOW_ONE] + [("max_steps", 0), ("max_steps", -2), ("save_total_limit", -1), ("codebook_weights", [0.0] * 8)]))
+@given(
+    st.sampled_from(
+        [
+            (n, v)
+            for n, least in AT_LEAST.items()
+            for v in (least - 1, float("nan"), float("inf"), "many")
+        ]
+        + [(n, 1.0) for n in BELOW_ONE]
+        + [
+            ("max_steps", 0),
+            ("max_steps", -2),
+            ("save_total_limit", -1),
+            ("codebook_weights", [0.0] * 8),
+        ]
+    )
+)
 @settings(max_examples=60, deadline=None)
 def test_a_number_out_of_its_range_is_refused_by_name(change):
     name, value = change
-    with pytest.raises(ValueError, match=name): HiggsTrainingArguments(output_dir="unused", use_cpu=True, **{name: value})
+    with pytest.raises(ValueError, match=name):
+        HiggsTrainingArguments(output_dir="unused", use_cpu=True, **{name: value})
 
 
 @pytest.mark.parametrize("length", [1, 7, 12])
 def test_weights_of_another_number_of_codebooks_are_refused(tmp_path, length):
-    with pytest.raises(ValueError, match=f"codebook_weights=.*{length} weights.*8 codebooks"): make_trainer(tmp_path, codebook_weights=[1.0] * length)
+    with pytest.raises(ValueError, match=f"codebook_weights=.*{length} weights.*8 codebooks"):
+        make_trainer(tmp_path, codebook_weights=[1.0] * length)
 
 
 # --- what can be trained
 
+
 def trainer_of(model, tmp_path, eval_dataset=None):
-    data = make_trainer(tmp_path/"other").train_dataset
-    return HiggsTrainer(model, HiggsTrainingArguments(output_dir=str(tmp_path), use_cpu=True), data, eval_dataset)
+    data = make_trainer(tmp_path / "other").train_dataset
+    return HiggsTrainer(
+        model, HiggsTrainingArguments(output_dir=str(tmp_path), use_cpu=True), data, eval_dataset
+    )
 
 
-TUNERS = dict(adalora=AdaLoraConfig(init_r=4, target_r=2, total_step=6, tinit=1, tfinal=1, target_modules=["q_proj"]), ia3=IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
-              loha=LoHaConfig(r=4, target_modules=["q_proj"]), lokr=LoKrConfig(r=4, target_modules=["q_proj"]), oft=OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj"]))
+TUNERS = dict(
+    adalora=AdaLoraConfig(
+        init_r=4, target_r=2, total_step=6, tinit=1, tfinal=1, target_modules=["q_proj"]
+    ),
+    ia3=IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    loha=LoHaConfig(r=4, target_modules=["q_proj"]),
+    lokr=LoKrConfig(r=4, target_modules=["q_proj"]),
+    oft=OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj"]),
+)
+
 
 @pytest.mark.parametrize("name", TUNERS)
 def test_other_tuners_are_refused_before_the_first_step(tmp_path, name):
     base = lambda: tiny_model(byte_tokenizer(), **SMALL)
-    with pytest.raises(ValueError, match="only LoRA is supported"): apply_lora(base(), TUNERS[name])
-    with pytest.raises(ValueError, match="only LoRA is supported"): trainer_of(get_peft_model(base(), TUNERS[name]), tmp_path)
+    with pytest.raises(ValueError, match="only LoRA is supported"):
+        apply_lora(base(), TUNERS[name])
+    with pytest.raises(ValueError, match="only LoRA is supported"):
+        trainer_of(get_peft_model(base(), TUNERS[name]), tmp_path)
 
 
-@pytest.mark.parametrize("setting", [dict(layers_to_transform=[0]), dict(exclude_modules=["q_proj"]), dict(lora_bias=True)], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [dict(layers_to_transform=[0]), dict(exclude_modules=["q_proj"]), dict(lora_bias=True)],
+    ids=str,
+)
 def test_what_narrows_an_adapter_is_named(setting):
     with pytest.raises((RuntimeError, ValueError), match=next(iter(setting))):
-        apply_lora(tiny_model(byte_tokenizer(), **{**SMALL, "num_layers": 2}), create_lora_config("attention", r=4, **setting))
+        apply_lora(
+            tiny_model(byte_tokenizer(), **{**SMALL, "num_layers": 2}),
+            create_lora_config("attention", r=4, **setting),
+        )
 
 
 def test_nothing_to_train_and_several_held_out_sets_are_refused(tmp_path):
-    trainer = make_trainer(tmp_path/"run")
-    save_lora_adapters(trainer.model, tmp_path/"adapter", base={})
-    with pytest.raises(ValueError, match="one SampleDataset"): trainer_of(trainer.model, tmp_path, {"a": trainer.eval_dataset})
+    trainer = make_trainer(tmp_path / "run")
+    save_lora_adapters(trainer.model, tmp_path / "adapter", base={})
+    with pytest.raises(ValueError, match="one SampleDataset"):
+        trainer_of(trainer.model, tmp_path, {"a": trainer.eval_dataset})
     frozen = trainer.model.requires_grad_(False)
-    with pytest.raises(ValueError, match="trainable"): trainer_of(frozen, tmp_path)
+    with pytest.raises(ValueError, match="trainable"):
+        trainer_of(frozen, tmp_path)
 
 
 # --- the data's digest sees every sample
+
 
 @given(st.integers(0, 39), st.booleans())
 @settings(max_examples=8, deadline=None)
 def test_the_digest_sees_every_sample(changed, text):
     class Codes:
         other = None
+
         def get(self, audio):
             codes = torch.full((8, 3), int(audio.path) % 30)
             return codes + (audio.path == str(self.other))
+
     tokenizer, store = byte_tokenizer(), Codes()
     tokens = AudioTokens.from_config(tiny_config(tokenizer, **SMALL), tokenizer)
+
     def data(words=None):
-        talks = [Conversation.from_dict(dict(messages=[dict(role="user", content=words if n == changed and words else "La"), dict(role="assistant", content={"type": "audio", "path": str(n)})]), id=f"s{n}")
-                 for n in range(40)]
+        talks = [
+            Conversation.from_dict(
+                dict(
+                    messages=[
+                        dict(role="user", content=words if n == changed and words else "La"),
+                        dict(role="assistant", content={"type": "audio", "path": str(n)}),
+                    ]
+                ),
+                id=f"s{n}",
+            )
+            for n in range(40)
+        ]
         return SampleDataset(talks, tokenizer, store, tokens)
+
     before = describe_data(data(), 4)
     assert describe_data(data(), 4) == before
-    if not text: store.other = changed
-    assert differences(before, describe_data(data("Lo" if text else None), 4))[0].startswith("sha256")
+    if not text:
+        store.other = changed
+    assert differences(before, describe_data(data("Lo" if text else None), 4))[0].startswith(
+        "sha256"
+    )
 
 
 # --- a stranger's state
 
+
 def checkpoint_with(tmp_path, change, whole=True):
     "A checkpoint whose manifest vouches for a `trainer_state.json` that `change` made."
-    trainer = make_trainer(tmp_path, max_steps=2, save_steps=2, eval_steps=2, metric_for_best_model="loss", callbacks=[EarlyStoppingCallback(3)])
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=2,
+        save_steps=2,
+        eval_steps=2,
+        metric_for_best_model="loss",
+        callbacks=[EarlyStoppingCallback(3)],
+    )
     trainer.train()
-    file = tmp_path/"checkpoint-2"/"trainer_state.json"
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
     state = json.loads(file.read_text())
     change(state)
     file.write_text(json.dumps(state))
-    manifest = validate_checkpoint(file.parent).manifest or Manifest.loads(file.with_name("manifest.json").read_text())
-    manifest.files[file.name].update(size=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    manifest = validate_checkpoint(file.parent).manifest or Manifest.loads(
+        file.with_name("manifest.json").read_text()
+    )
+    manifest.files[file.name].update(
+        size=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest()
+    )
     file.with_name("manifest.json").write_text(manifest.dumps())
     assert validate_checkpoint(file.parent).whole == whole
-    return make_trainer(tmp_path/"again", max_steps=4, eval_steps=2, metric_for_best_model="loss", callbacks=[EarlyStoppingCallback(3)])
+    return make_trainer(
+        tmp_path / "again",
+        max_steps=4,
+        eval_steps=2,
+        metric_for_best_model="loss",
+        callbacks=[EarlyStoppingCallback(3)],
+    )
 
 
-@pytest.mark.parametrize("named, attributes", [("early_stopping_threshold", dict(early_stopping_threshold=9.0)), ("on_step_end", dict(on_step_end=1)), ("counter", dict(early_stopping_patience_counter="1")),
-                                               ("__class__", dict(__class__="x")), (None, dict(early_stopping_patience_counter=1))])
+@pytest.mark.parametrize(
+    "named, attributes",
+    [
+        ("early_stopping_threshold", dict(early_stopping_threshold=9.0)),
+        ("on_step_end", dict(on_step_end=1)),
+        ("counter", dict(early_stopping_patience_counter="1")),
+        ("__class__", dict(__class__="x")),
+        (None, dict(early_stopping_patience_counter=1)),
+    ],
+)
 def test_a_state_sets_only_what_its_callback_saves(tmp_path, named, attributes):
-    trainer = checkpoint_with(tmp_path, lambda state: state["stateful_callbacks"]["EarlyStoppingCallback"].update(attributes=attributes) if isinstance(state["stateful_callbacks"]["EarlyStoppingCallback"], dict)
-                              else state["stateful_callbacks"]["EarlyStoppingCallback"][0].update(attributes=attributes))
-    if named is None: return trainer.train(tmp_path/"checkpoint-2") and None
-    with pytest.raises(CheckpointError, match=named): trainer.train(tmp_path/"checkpoint-2")
+    trainer = checkpoint_with(
+        tmp_path,
+        lambda state: (
+            state["stateful_callbacks"]["EarlyStoppingCallback"].update(attributes=attributes)
+            if isinstance(state["stateful_callbacks"]["EarlyStoppingCallback"], dict)
+            else state["stateful_callbacks"]["EarlyStoppingCallback"][0].update(
+                attributes=attributes
+            )
+        ),
+    )
+    if named is None:
+        return trainer.train(tmp_path / "checkpoint-2") and None
+    with pytest.raises(CheckpointError, match=named):
+        trainer.train(tmp_path / "checkpoint-2")
 
 
 def test_a_state_of_another_step_is_not_resumed(tmp_path):
     trainer = checkpoint_with(tmp_path, lambda state: state.update(global_step=1), whole=False)
-    with pytest.raises(CheckpointError): trainer.train(tmp_path/"checkpoint-2")
+    with pytest.raises(CheckpointError):
+        trainer.train(tmp_path / "checkpoint-2")
 
 
 def test_the_state_that_was_verified_is_the_one_that_is_read(tmp_path):
     make_trainer(tmp_path, max_steps=2, save_steps=2, eval_strategy="no").train()
-    file = tmp_path/"checkpoint-2"/"trainer_state.json"
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+
     class Swap(HiggsTrainer):
-        def _load_from_checkpoint(self, path, model=None):  # after the state was verified, before transformers reads it
+        def _load_from_checkpoint(
+            self, path, model=None
+        ):  # after the state was verified, before transformers reads it
             super()._load_from_checkpoint(path, model)
             file.write_text(json.dumps({**json.loads(file.read_text()), "global_step": 3}))
+
     trainer = make_trainer(tmp_path, max_steps=4, eval_strategy="no")
     trainer.__class__ = Swap
     steps = []
+
     class Count(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs): steps.append(state.global_step)
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
     trainer.add_callback(Count())
-    trainer.train(tmp_path/"checkpoint-2")
+    trainer.train(tmp_path / "checkpoint-2")
     assert steps == [3, 4]
 
 
 def test_a_clock_that_is_set_back_leaves_the_runtime_positive(tmp_path, monkeypatch):
     real, back = time.time, []
+
     class SetBack(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs): back.append(86400)
+        def on_step_end(self, args, state, control, **kwargs):
+            back.append(86400)
+
     monkeypatch.setattr(time, "time", lambda: real() - sum(back))
-    assert 0 < make_trainer(tmp_path, max_steps=2, eval_strategy="no", save_strategy="no", callbacks=[SetBack()]).train().metrics["train_runtime"] < 600
+    assert (
+        0
+        < make_trainer(
+            tmp_path, max_steps=2, eval_strategy="no", save_strategy="no", callbacks=[SetBack()]
+        )
+        .train()
+        .metrics["train_runtime"]
+        < 600
+    )
 
 
 def test_the_remedy_among_foreign_checkpoints_is_not_what_was_done(tmp_path):
-    foreign = tmp_path/"checkpoint-5"
-    make_trainer(tmp_path/"other").model.save_pretrained(str(foreign))
-    (foreign/"trainer_state.json").write_text("{}")
-    with pytest.raises(CheckpointError) as error: make_trainer(tmp_path).train(resume="auto")
+    foreign = tmp_path / "checkpoint-5"
+    make_trainer(tmp_path / "other").model.save_pretrained(str(foreign))
+    (foreign / "trainer_state.json").write_text("{}")
+    with pytest.raises(CheckpointError) as error:
+        make_trainer(tmp_path).train(resume="auto")
     assert "cannot go on" in str(error.value) and "choose another output_dir" in str(error.value)

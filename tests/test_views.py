@@ -1,6 +1,10 @@
-"""What runs and views do with data from outside: corpora without held-out speech, hostile names, foreign run directories.
+"""What runs and views do with data from outside: corpora without held-out speech, hostile names,
+foreign run directories.
 
-Cells of a run notebook are executed here in this process, with small parameters, which takes a second or two; test_runs.py executes the notebooks by papermill."""
+Cells of a run notebook are executed here in this process, with small parameters, which takes a
+second or two; test_runs.py executes the notebooks by papermill.
+"""
+
 import contextlib, io, json, warnings
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,21 +20,39 @@ from higgs_nb.monitor import read_log_lines, run_monitor, samples_of
 from higgs_nb.plots import plain_text
 from higgs_nb.widgets import CorpusExplorer, measure_clips
 
+
 @pytest.fixture(autouse=True)
 def without_judges(monkeypatch):
     "As where the extra `eval` is not installed: its models take half a minute to load."
     monkeypatch.setattr("higgs_nb.evaluate.missing_judges", lambda: ["everything"])
 
 
-SMALL = dict(base="tiny", rank=2, steps=2, warmup=1, token_budget=512, eval_every=1, save_every=2, speak=1, table=1, learning_rate=0.001)
+SMALL = dict(
+    base="tiny",
+    rank=2,
+    steps=2,
+    warmup=1,
+    token_budget=512,
+    eval_every=1,
+    save_every=2,
+    speak=1,
+    table=1,
+    learning_rate=0.001,
+)
 
 
 def execute(out, until=None, **parameters):
-    "Everything that train.ipynb defines and prints, after all its cells or those before the one with the text `until`."
+    """Everything that train.ipynb defines and prints, after all its cells or those before the one
+    with the text `until`.
+    """
     space, said = {"__name__": "__main__", "display": lambda *shown, **more: None}, io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
-        for cell in nbformat.read(ROOT/"nbs/runs/train.ipynb", 4).cells:
+        for cell in nbformat.read(ROOT / "nbs/runs/train.ipynb", 4).cells:
             if cell.cell_type != "code":
                 continue
             if until and until in cell.source:
@@ -51,17 +73,23 @@ def tone(path, number, seconds=0.6):
 def corpus_of(folder, rows):
     "A corpus of `rows` (dict of metadata, or ChatML), whose recordings `clipN.wav` are made."
     for number in range(8):
-        tone(folder/f"clip{number}.wav", number)
-    (folder/"data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return str(folder/"data.jsonl")
+        tone(folder / f"clip{number}.wav", number)
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(folder / "data.jsonl")
 
 
 def row(number, **more):
-    return dict(id=f"c{number}", audio_file=f"clip{number}.wav", text=f"sentence {chr(97 + number)}") | more
+    return (
+        dict(id=f"c{number}", audio_file=f"clip{number}.wav", text=f"sentence {chr(97 + number)}")
+        | more
+    )
 
 
 def talk(id, *answers, **more):
-    turns = [dict(role="user", content=f"Say {id}."), *(dict(role="assistant", content=a) for a in answers)]
+    turns = [
+        dict(role="user", content=f"Say {id}."),
+        *(dict(role="assistant", content=a) for a in answers),
+    ]
     return dict(id=id, messages=turns, **more)
 
 
@@ -74,7 +102,10 @@ NOTHING_HELD = {  # rows and parameters
     "one sentence": ([row(i, text="the same words") for i in range(3)], {}),
     "all train": ([row(i, split="train") for i in range(3)], {}),
     "held_out=0": ([row(i) for i in range(3)], dict(held_out=0.0)),
-    "only text": ([talk("a", sound(0)), talk("b", sound(1)), talk("chat", "Fine.", split="held_out")], dict(held_out=0.0)),
+    "only text": (
+        [talk("a", sound(0)), talk("b", sound(1)), talk("chat", "Fine.", split="held_out")],
+        dict(held_out=0.0),
+    ),
 }
 
 
@@ -82,44 +113,89 @@ NOTHING_HELD = {  # rows and parameters
 def test_a_corpus_without_held_out_speech(tmp_path, name):
     "The run says so and goes on as if nothing were held out."
     rows, parameters = NOTHING_HELD[name]
-    space, said = execute(tmp_path/"out", until='base == "tiny"', data=corpus_of(tmp_path/"data", rows), **parameters)
-    assert "there is no evaluation" in said and space["held"] == [] and space["clip"] in space["train"]
+    space, said = execute(
+        tmp_path / "out",
+        until='base == "tiny"',
+        data=corpus_of(tmp_path / "data", rows),
+        **parameters,
+    )
+    assert (
+        "there is no evaluation" in said and space["held"] == [] and space["clip"] in space["train"]
+    )
 
 
-@pytest.mark.parametrize("rows, held_out", [
-    ([row(0, id="price $5^^$6")], False),
-    ([talk("a", sound(0), split="train"), talk("chat", "Fine.", split="held_out"), talk("b", sound(1), split="held_out"), talk("more", "Well.", split="train")], True)])
+@pytest.mark.parametrize(
+    "rows, held_out",
+    [
+        ([row(0, id="price $5^^$6")], False),
+        (
+            [
+                talk("a", sound(0), split="train"),
+                talk("chat", "Fine.", split="held_out"),
+                talk("b", sound(1), split="held_out"),
+                talk("more", "Well.", split="train"),
+            ],
+            True,
+        ),
+    ],
+)
 def test_a_run_with_little_speech(tmp_path, rows, held_out):
     "To its end: one clip with a title of mathematics; text-only conversations among speech."
-    space, said = execute(tmp_path/"out", data=corpus_of(tmp_path/"data", rows))
-    run = json.loads((tmp_path/"out/run.json").read_text())
-    assert (tmp_path/"out/adapter/manifest.json").is_file() and ("there is no evaluation" in said) != held_out
+    space, said = execute(tmp_path / "out", data=corpus_of(tmp_path / "data", rows))
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert (tmp_path / "out/adapter/manifest.json").is_file() and (
+        "there is no evaluation" in said
+    ) != held_out
     assert (run["held_out_audio_loss"]["after"] is not None) == held_out == bool(run["probe"])
 
 
-@pytest.mark.parametrize("rows, words", [
-    ([row(i, split="held_out") for i in range(3)], "no conversation is left to train on"),
-    ([talk("chat", "Fine."), talk("more", "Well.")], "has a recording to train on"),
-    ([dict(id="a", messages=[dict(role="user", content=["Listen.", sound(0)]), dict(role="assistant", content="Fine.")])], "has a recording to train on")])
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([row(i, split="held_out") for i in range(3)], "no conversation is left to train on"),
+        ([talk("chat", "Fine."), talk("more", "Well.")], "has a recording to train on"),
+        (
+            [
+                dict(
+                    id="a",
+                    messages=[
+                        dict(role="user", content=["Listen.", sound(0)]),
+                        dict(role="assistant", content="Fine."),
+                    ],
+                )
+            ],
+            "has a recording to train on",
+        ),
+    ],
+)
 def test_a_run_without_speech_to_learn(tmp_path, rows, words):
     "One sentence, before the model is loaded."
     with pytest.raises(ValueError, match=words):
-        execute(tmp_path/"out", until="load_codec(codec)", data=corpus_of(tmp_path/"data", rows))
+        execute(
+            tmp_path / "out", until="load_codec(codec)", data=corpus_of(tmp_path / "data", rows)
+        )
 
 
 def test_a_negative_number_of_clips(tmp_path):
     with pytest.raises(ValueError, match="max_clips"):
-        execute(tmp_path/"out", until="load_codec(codec)", max_clips=-1)
-    assert not (tmp_path/"out").exists()
+        execute(tmp_path / "out", until="load_codec(codec)", max_clips=-1)
+    assert not (tmp_path / "out").exists()
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=8), st.integers(0, 5))
 def test_no_recording_is_trained_and_held_out(tmp_path_factory, numbers, seed):
     "Rows that share a recording under different words end on one side."
     folder = tmp_path_factory.mktemp("twice")
-    rows = [dict(id=f"r{i}", audio_file=f"clip{n}.wav", text=f"sentence {chr(97 + i)}") for i, n in enumerate(numbers)]
-    space, said = execute(folder/"out", until="def recording", data=corpus_of(folder, rows), held_out=0.5, seed=seed)
+    rows = [
+        dict(id=f"r{i}", audio_file=f"clip{n}.wav", text=f"sentence {chr(97 + i)}")
+        for i, n in enumerate(numbers)
+    ]
+    space, said = execute(
+        folder / "out", until="def recording", data=corpus_of(folder, rows), held_out=0.5, seed=seed
+    )
     sides = [{Path(c.audio[-1].path).name for c in space[side]} for side in ("train", "held")]
     assert not sides[0] & sides[1] and sides[0] | sides[1] == {f"clip{n}.wav" for n in numbers}
     assert len(space["train"]) + len(space["held"]) == len(numbers)
@@ -127,19 +203,27 @@ def test_no_recording_is_trained_and_held_out(tmp_path_factory, numbers, seed):
 
 def test_a_long_clip_is_heard_to_the_end_of_the_run(tmp_path):
     "A held-out recording and a reference beyond 30 s, with a limit that allows them."
-    data = corpus_of(tmp_path/"data", [row(i, split="train") for i in range(2)] + [row(7, split="held_out", ref_audio_file="clip7.wav", ref_transcript="a reference")])
-    tone(tmp_path/"data/clip7.wav", 7, 31)
-    space, said = execute(tmp_path/"out", data=data, max_duration_s=40.0, token_budget=2048)
-    assert json.loads((tmp_path/"out/run.json").read_text())["held_out_audio_loss"]["after"]
+    data = corpus_of(
+        tmp_path / "data",
+        [row(i, split="train") for i in range(2)]
+        + [row(7, split="held_out", ref_audio_file="clip7.wav", ref_transcript="a reference")],
+    )
+    tone(tmp_path / "data/clip7.wav", 7, 31)
+    space, said = execute(tmp_path / "out", data=data, max_duration_s=40.0, token_budget=2048)
+    assert json.loads((tmp_path / "out/run.json").read_text())["held_out_audio_loss"]["after"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.text(st.characters(), max_size=12) | st.text(r"$\^_{}%f ", max_size=12))
 @example(r"price $5^^$6")
 @example("_$\\$x$")
 @example("\0\ud800\n$")
 def test_any_text_can_be_drawn(text):
-    "As a title, a label of a tick, and a line that a legend names; matplotlib reads no mathematics in it."
+    """As a title, a label of a tick, and a line that a legend names; matplotlib reads no
+    mathematics in it.
+    """
     fig = Figure(figsize=(1, 1))
     ax = fig.subplots()
     ax.plot([1], label=plain_text(text))
@@ -153,6 +237,7 @@ def test_any_text_can_be_drawn(text):
 
 class Elements(HTMLParser):
     "The elements and attributes of HTML, and the texts in it."
+
     def __init__(self, page):
         super().__init__()
         self.found = []
@@ -163,8 +248,14 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attributes)))
 
 
-ALLOWED = {"p": {"role"}, "strong": set(), "br": set(), "em": set(), "img": {"alt", "style", "src"},
-           "audio": {"controls", "preload", "aria-label", "style", "src"}}
+ALLOWED = {
+    "p": {"role"},
+    "strong": set(),
+    "br": set(),
+    "em": set(),
+    "img": {"alt", "style", "src"},
+    "audio": {"controls", "preload", "aria-label", "style", "src"},
+}
 HOSTILE = "<img src=x onerror=alert(1)>'\"><script>document.title='bad'</script>"
 
 
@@ -177,50 +268,119 @@ def assert_harmless(page):
 
 
 words = st.sampled_from([HOSTILE, "", "5", "\ud800", "\0"]) | st.text(max_size=8)
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | words, lambda part: st.lists(part, max_size=3) | st.dictionaries(words, part, max_size=3), max_leaves=4)
-names = st.sampled_from(["step", "audio_loss", "text_loss", "eval_audio_loss", "tokens_per_second", "memory_mb", "eval_probe_+1", "eval_codebook_0", "train_runtime"])
-entries = st.fixed_dictionaries({"step": st.integers(0, 99) | values}, optional={"audio_loss": values, "eval_audio_loss": st.floats() | values, "tokens_per_second": st.integers() | values})
-lines = st.one_of(entries.map(json.dumps), st.dictionaries(names, values).map(json.dumps), values.map(json.dumps), words.map(lambda w: w.replace("\n", "")),
-                  st.just("[" * 5000), st.just('{"step": 3, "audio_loss": 2.5}'))
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | words,
+    lambda part: st.lists(part, max_size=3) | st.dictionaries(words, part, max_size=3),
+    max_leaves=4,
+)
+names = st.sampled_from(
+    [
+        "step",
+        "audio_loss",
+        "text_loss",
+        "eval_audio_loss",
+        "tokens_per_second",
+        "memory_mb",
+        "eval_probe_+1",
+        "eval_codebook_0",
+        "train_runtime",
+    ]
+)
+entries = st.fixed_dictionaries(
+    {"step": st.integers(0, 99) | values},
+    optional={
+        "audio_loss": values,
+        "eval_audio_loss": st.floats() | values,
+        "tokens_per_second": st.integers() | values,
+    },
+)
+lines = st.one_of(
+    entries.map(json.dumps),
+    st.dictionaries(names, values).map(json.dumps),
+    values.map(json.dumps),
+    words.map(lambda w: w.replace("\n", "")),
+    st.just("[" * 5000),
+    st.just('{"step": 3, "audio_loss": 2.5}'),
+)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[*HealthCheck])
-@given(st.lists(lines, max_size=6), values.map(json.dumps) | words, values, values, st.sampled_from(["losses", "probe", "scores", "speed and memory"]))
-@example([json.dumps(dict(step=HOSTILE, audio_loss=1.0)), '{"step": 1, "audio_loss": 1}'], json.dumps(dict(steps=HOSTILE)), dict(max_steps=HOSTILE), [dict(id=HOSTILE, file="a.wav")], "losses")
-@example(['{"step": 1, "audio_loss": 1}'], "[]", [], [dict(id="x", file="../../../a.wav")], "speed and memory")
+@given(
+    st.lists(lines, max_size=6),
+    values.map(json.dumps) | words,
+    values,
+    values,
+    st.sampled_from(["losses", "probe", "scores", "speed and memory"]),
+)
+@example(
+    [json.dumps(dict(step=HOSTILE, audio_loss=1.0)), '{"step": 1, "audio_loss": 1}'],
+    json.dumps(dict(steps=HOSTILE)),
+    dict(max_steps=HOSTILE),
+    [dict(id=HOSTILE, file="a.wav")],
+    "losses",
+)
+@example(
+    ['{"step": 1, "audio_loss": 1}'],
+    "[]",
+    [],
+    [dict(id="x", file="../../../a.wav")],
+    "speed and memory",
+)
 @example(['{"step": 1, "audio_loss": 1}'], "", "", [dict(id=1), 3], "probe")
 def test_the_monitor_of_a_foreign_run(tmp_path_factory, log, parameters, state, clips, view):
-    "Whatever lies in its files: nothing is raised, HTML holds no element of theirs, and each line is an entry or counted."
-    run = tmp_path_factory.mktemp("run")/"a<b>"
-    for folder in ("checkpoint-3", f"checkpoint-{HOSTILE[:4]}", "samples/step-000004", "samples/step-last", "samples/step-9x"):
-        (run/folder).mkdir(parents=True)
+    """Whatever lies in its files: nothing is raised, HTML holds no element of theirs, and each
+    line is an entry or counted.
+    """
+    run = tmp_path_factory.mktemp("run") / "a<b>"
+    for folder in (
+        "checkpoint-3",
+        f"checkpoint-{HOSTILE[:4]}",
+        "samples/step-000004",
+        "samples/step-last",
+        "samples/step-9x",
+    ):
+        (run / folder).mkdir(parents=True)
     raw = "".join(f"{line}\n" for line in log).encode("utf-8", "surrogatepass")
-    (run/"log.jsonl").write_bytes(raw)
-    (run/"parameters.json").write_bytes(parameters.encode("utf-8", "surrogatepass"))
-    (run/"checkpoint-3/trainer_state.json").write_text(json.dumps(state))
-    (run/"samples/step-000004/clips.json").write_text(json.dumps(clips))
+    (run / "log.jsonl").write_bytes(raw)
+    (run / "parameters.json").write_bytes(parameters.encode("utf-8", "surrogatepass"))
+    (run / "checkpoint-3/trainer_state.json").write_text(json.dumps(state))
+    (run / "samples/step-000004/clips.json").write_text(json.dumps(clips))
     for folder in ("samples/step-000004", "samples/step-last"):
-        (run/folder/"a.wav").write_bytes(b"no recording")
+        (run / folder / "a.wav").write_bytes(b"no recording")
     entries, unreadable = read_log_lines(run)
-    assert len(entries) + unreadable == sum(bool(line.strip()) for line in raw.decode("utf-8", "replace").split("\n"))
+    assert len(entries) + unreadable == sum(
+        bool(line.strip()) for line in raw.decode("utf-8", "replace").split("\n")
+    )
     monitor = run_monitor(run, follow=False)
     monitor.show.value = view
     for name in monitor.sample.options:
         monitor.sample.value = name
         assert_harmless(monitor.still())
     assert (f"{unreadable} lines" in monitor.status.value) == bool(unreadable)
-    assert not [f for f in samples_of(run).values() if not f.resolve().is_relative_to(run.resolve())]
+    assert not [
+        f for f in samples_of(run).values() if not f.resolve().is_relative_to(run.resolve())
+    ]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda run: (run/"log.jsonl").mkdir(),
-    lambda run: [run.rmdir(), run.write_text("a file")],
-    lambda run: (run/"parameters.json").mkdir(),
-    lambda run: [(run/"checkpoint-1/manifest.json").mkdir(parents=True), (run/"log.jsonl").write_text('{"step": 1}\n')],
-    lambda run: [(run/"checkpoint-1").write_text("a file"), (run/"log.jsonl").write_text('{"step": 1}\n')],
-    lambda run: (run/"samples").write_text("a file")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: (run / "log.jsonl").mkdir(),
+        lambda run: [run.rmdir(), run.write_text("a file")],
+        lambda run: (run / "parameters.json").mkdir(),
+        lambda run: [
+            (run / "checkpoint-1/manifest.json").mkdir(parents=True),
+            (run / "log.jsonl").write_text('{"step": 1}\n'),
+        ],
+        lambda run: [
+            (run / "checkpoint-1").write_text("a file"),
+            (run / "log.jsonl").write_text('{"step": 1}\n'),
+        ],
+        lambda run: (run / "samples").write_text("a file"),
+    ],
+)
 def test_the_monitor_of_a_damaged_directory(tmp_path, damage):
-    run = tmp_path/"run"
+    run = tmp_path / "run"
     run.mkdir()
     damage(run)
     monitor = run_monitor(run, follow=False)
@@ -230,10 +390,18 @@ def test_the_monitor_of_a_damaged_directory(tmp_path, damage):
 
 def test_samples_are_listed_by_their_ids(tmp_path):
     "In the order of clips.json, by the ids in it; a folder without one by its files."
-    clips = [Speech(id, "words", np.zeros((1, 1)), True, 24000, np.zeros(240, dtype=np.float32)) for id in ("b/1", "a", "a")]
-    save_clips(clips, tmp_path/"samples/step-000002")
-    tone(tmp_path/"samples/step-000000/old.wav", 0)
-    assert list(samples_of(tmp_path)) == ["step 0, old", "step 2, b/1", "step 2, a", "step 2, a (2)"]
+    clips = [
+        Speech(id, "words", np.zeros((1, 1)), True, 24000, np.zeros(240, dtype=np.float32))
+        for id in ("b/1", "a", "a")
+    ]
+    save_clips(clips, tmp_path / "samples/step-000002")
+    tone(tmp_path / "samples/step-000000/old.wav", 0)
+    assert list(samples_of(tmp_path)) == [
+        "step 0, old",
+        "step 2, b/1",
+        "step 2, a",
+        "step 2, a (2)",
+    ]
     assert all(file.is_file() for file in samples_of(tmp_path).values())
 
 
@@ -242,22 +410,36 @@ CLIPS = measure_clips(sorted(load_corpus(embedded_corpus()), key=lambda c: len(c
 
 class Sent:
     "What a widget tells a browser, as one that applies each message in turn."
+
     def __init__(self, widget):
         self.states = []
         send = widget.comm.send
+
         def keep(data=None, buffers=None, **more):
             if data and data.get("method") == "update":
                 self.states.append(data["state"])
             return send(data=data, buffers=buffers, **more)
+
         widget.comm.send = keep
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[*HealthCheck])
-@given(st.lists(st.tuples(st.sampled_from(["search", "sort", "only", "pick", "next"]), st.text("doi-", max_size=2), st.integers(0, 9)), max_size=6))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["search", "sort", "only", "pick", "next"]),
+            st.text("doi-", max_size=2),
+            st.integers(0, 9),
+        ),
+        max_size=6,
+    )
+)
 @example([("pick", "", 7), ("search", "d", 0), ("search", "do", 0)])
 @example([("search", "zz", 0), ("search", "", 0)])
 def test_what_is_listed_is_what_is_shown(steps):
-    "After any steps the panel shows the recording that the list has chosen, and each message to the browser has options and choice together."
+    """After any steps the panel shows the recording that the list has chosen, and each message to
+    the browser has options and choice together.
+    """
     explorer = CorpusExplorer(CLIPS, 3.5)
     sent = Sent(explorer.pick)
     for control, text, number in steps:
@@ -279,5 +461,7 @@ def test_what_is_listed_is_what_is_shown(steps):
         if chosen is not None:
             assert explorer.pick.options[explorer.pick.index][1] == chosen
             assert f">{explorer.clips[chosen].row.id}</td>" in explorer.view.value
-        assert [set(s) >= {"index", "_options_labels"} for s in sent.states if "_options_labels" in s] in ([], [True])
+        assert [
+            set(s) >= {"index", "_options_labels"} for s in sent.states if "_options_labels" in s
+        ] in ([], [True])
         assert len([s for s in sent.states if "index" in s]) <= 1

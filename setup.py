@@ -23,7 +23,9 @@ setup(
     keywords=cfg["keywords"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["higgs_nb", "higgs_nb.*"]),
-    package_data={"higgs_nb": ["data/**/*", "runs/*.ipynb"]},  # higgs_nb/runs is a link to nbs/runs
+    package_data={
+        "higgs_nb": ["assets/**/*", "runs/*.ipynb"]
+    },  # higgs_nb/runs is a link to nbs/runs
     install_requires=cfg["requirements"].split(),
     extras_require={
         name: cfg[f"{name}_requirements"].split()

@@ -11,18 +11,24 @@ fails, which ours includes, with sha256 and reading back. Arms take turns, each 
 directory.
 """
 
-import argparse, json, os, platform, shutil, tempfile, time
+import argparse
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
 import torch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgs_nb.background import BackgroundSaver
-from higgs_nb.checkpoint import BASE_KEYS, adapter_state, save_lora_adapters, take_snapshot
-from higgs_nb.lora import apply_lora, create_lora_config
-from higgs_nb.manifest import validate_checkpoint
-from higgs_nb.saving import fsync
+from higgs_nb.checkpoint.adapter import BASE_KEYS, adapter_state, save_lora_adapters, take_snapshot
+from higgs_nb.checkpoint.background import BackgroundSaver
+from higgs_nb.checkpoint.manifest import validate_checkpoint
+from higgs_nb.core.files import fsync
+from higgs_nb.model.lora import apply_lora, create_lora_config
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 

@@ -10,7 +10,10 @@ each on one thread, as in a worker of a data loader; time is CPU time of the pro
 other programs on the machine do not count.
 """
 
-import argparse, json, platform, time
+import argparse
+import json
+import platform
+import time
 from pathlib import Path
 from statistics import median
 
@@ -18,8 +21,8 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from higgs_nb.collator import HiggsAudioSampleCollator, PackedCollator, PaddedCollator
-from higgs_nb.samples import IGNORE, AudioTokens, ChatMLDatasetSample, expand
+from higgs_nb.data.collator import HiggsAudioSampleCollator, PackedCollator, PaddedCollator
+from higgs_nb.data.samples import IGNORE, AudioTokens, ChatMLDatasetSample, expand
 
 FRAME_RATE, CODEBOOKS, BATCH, TOKENS = 25, 8, 8, AudioTokens()
 RESULTS = Path(__file__).parent / "results" / "collate.json"
@@ -231,7 +234,7 @@ def main():
         f"{args.samples} samples of 1 to 15 s, {CODEBOOKS} codebooks at {FRAME_RATE} "
         f"frames/s, batches of {BATCH}, one thread, median of {args.passes}\n"
     )
-    print(f"| arm | samples/s | times |\n|---|---|---|")
+    print("| arm | samples/s | times |\n|---|---|---|")
     for name, rate in rates.items():
         print(f"| {name} | {rate:,.0f} | {rate / base:.1f} |")
     result = dict(
@@ -249,7 +252,7 @@ def main():
             k: round(v, 1) for k, v in memory(samples, 100_000).items()
         }
         print(
-            f"\nresident memory over 100,000 samples: "
+            "\nresident memory over 100,000 samples: "
             + ", ".join(
                 f"{k} {v:+.1f} MB" for k, v in result["mb_grown_over_100000_samples"].items()
             )

@@ -15,14 +15,22 @@ import argparse
 import json
 from pathlib import Path
 
-from higgs_nb.chatml import embedded_corpus, load_audio, load_corpus
-from higgs_nb.codec import load_codec
-from higgs_nb.evaluate import Evaluation, Score, default_judges, evaluate, speech_of, voice_of
-from higgs_nb.files import load_json, write_json, write_whole
-from higgs_nb.generate import Speech
-from higgs_nb.model import base_path
-from higgs_nb.run import main as run_notebook
-from higgs_nb.world import world_features, world_synthesis
+from higgs_nb.cli.run import main as run_notebook
+from higgs_nb.core.files import load_json, write_json, write_whole
+from higgs_nb.data.audio import load_audio
+from higgs_nb.data.chatml import embedded_corpus, load_corpus
+from higgs_nb.data.codec import load_codec
+from higgs_nb.model.model import base_path
+from higgs_nb.small.world import world_features, world_synthesis
+from higgs_nb.speech.evaluate import (
+    Evaluation,
+    Score,
+    default_judges,
+    evaluate,
+    speech_of,
+    voice_of,
+)
+from higgs_nb.speech.generate import Speech
 
 RESULTS = Path(__file__).parent / "results" / "small_base.json"
 PROMPTS = 104  # the first lines of the base's held_out.txt; what other services say follows

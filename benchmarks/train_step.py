@@ -24,7 +24,15 @@ one feed-forward network) x tokens + 4 x audio head x supervised frames + 4 x te
 supervised text positions. Padding and adapters count as nothing.
 """
 
-import argparse, json, os, platform, subprocess, sys, tempfile, time, warnings
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -41,11 +49,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from higgs_nb.collator import PaddedCollator
-from higgs_nb.lora import apply_lora, create_lora_config
-from higgs_nb.model import HiggsAudioForTraining
-from higgs_nb.samples import IGNORE, AudioTokens, Sample, SampleDataset, delay_pattern
-from higgs_nb.trainer import HiggsTrainer, HiggsTrainingArguments
+from higgs_nb.data.collator import PaddedCollator
+from higgs_nb.data.samples import IGNORE, AudioTokens, Sample, SampleDataset, delay_pattern
+from higgs_nb.model.lora import apply_lora, create_lora_config
+from higgs_nb.model.model import HiggsAudioForTraining
+from higgs_nb.training.trainer import HiggsTrainer, HiggsTrainingArguments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = (

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 from transformers import WhisperFeatureExtractor
 
-from higgs_nb.collator import HiggsAudioSampleCollator
-from higgs_nb.convert import from_original, native_batch
+from higgs_nb.data.collator import HiggsAudioSampleCollator
+from higgs_nb.original.convert import from_original, native_batch
 
 
 def collate(samples: list[dict], **kwargs) -> dict:

@@ -2,20 +2,26 @@
 start, stop and compare.
 """
 
-import csv, json, multiprocessing, os, resource, socket, time
+import csv
+import json
+import multiprocessing
+import os
+import resource
+import socket
+import time
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
 
-from higgs_nb.chatml import Conversation
-from higgs_nb.codec import load_codec
-from higgs_nb.generate import SpeechCallback
-from higgs_nb.lora import apply_lora, create_lora_config
-from higgs_nb.model import HiggsAudioForTraining, load_model, tiny_config
-from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
-from higgs_nb.trainer import HiggsTrainer, HiggsTrainingArguments
+from higgs_nb.data.chatml import Conversation
+from higgs_nb.data.codec import load_codec
+from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.model.lora import apply_lora, create_lora_config
+from higgs_nb.model.model import HiggsAudioForTraining, load_model, tiny_config
+from higgs_nb.speech.generate import SpeechCallback
+from higgs_nb.training.trainer import HiggsTrainer, HiggsTrainingArguments
 
 SMALL = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, codebook_size=34)
 TIMES = (

@@ -1,12 +1,19 @@
 "Kinds of recordings: each is decoded in full, or refused by a message that names the file."
 
-import io, json, os, struct, subprocess, sys, textwrap
+import io
+import os
+import struct
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 import soundfile as sf
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from higgs_nb.audio import (
+from higgs_nb.data.audio import (
     Audio,
     AudioError,
     load_audio,
@@ -15,8 +22,8 @@ from higgs_nb.audio import (
     read_audio,
     trim_end,
 )
-from higgs_nb.chatml import check_corpus, embedded_corpus, load_corpus
-from higgs_nb.codec import CodeStore, load_codec
+from higgs_nb.data.chatml import check_corpus, embedded_corpus, load_corpus
+from higgs_nb.data.codec import CodeStore, load_codec
 
 KINDS = [
     ("WAV", s) for s in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
@@ -291,8 +298,8 @@ def test_store_that_cannot_be_written_to(codec, tmp_path):
     CodeStore(tmp_path / "prepared", codec).get(CLIP)
     script = """
         import os, sys
-        from higgs_nb.chatml import Audio
-        from higgs_nb.codec import CodeStore, load_codec
+        from higgs_nb.data.chatml import Audio
+        from higgs_nb.data.codec import CodeStore, load_codec
         os.chmod(sys.argv[1], 0o777)
         os.chmod(sys.argv[1] + "/run", 0o777)
         root, run = sys.argv[1] + "/prepared", sys.argv[1] + "/run"

@@ -10,15 +10,12 @@ import soundfile as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higgs_nb.chatml import (
-    Audio,
-    AudioError,
+from higgs_nb.data.audio import Audio, AudioError, CorpusError, load_audio
+from higgs_nb.data.chatml import (
     Conversation,
-    CorpusError,
     Message,
     Text,
     check_corpus,
-    load_audio,
     load_corpus,
     sentence_key,
     split_corpus,

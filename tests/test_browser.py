@@ -4,10 +4,16 @@ tests/browser, run by node.
 `make test-browser` installs what they need, and keeps screenshots in build/screenshots.
 """
 
-import importlib.util, os, re, shutil, subprocess, sys
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import nbformat, pytest
+import nbformat
+import pytest
 from conftest import ROOT
 
 HERE, SHOTS = ROOT / "tests/browser", ROOT / "build/screenshots"
@@ -60,16 +66,16 @@ def test_site(site):
 
 WIDGETS = """\
 import tempfile
-from higgs_nb.audio import load_audio
-from higgs_nb.audit import audit
-from higgs_nb.chatml import embedded_corpus, load_corpus
-from higgs_nb.codec import CodeStore, load_codec
-from higgs_nb.collator import PackedCollator
-from higgs_nb.generate import Speech
-from higgs_nb.model import tiny_config
-from higgs_nb.monitor import ab_listener, run_monitor
-from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
-from higgs_nb.widgets import codes_explorer, corpus_explorer, label_explorer
+from higgs_nb.data.audio import load_audio
+from higgs_nb.data.audit import audit
+from higgs_nb.data.chatml import embedded_corpus, load_corpus
+from higgs_nb.data.codec import CodeStore, load_codec
+from higgs_nb.data.collator import PackedCollator
+from higgs_nb.speech.generate import Speech
+from higgs_nb.model.model import tiny_config
+from higgs_nb.view.monitor import ab_listener, run_monitor
+from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.view.explorers import codes_explorer, corpus_explorer, label_explorer
 corpus = sorted(load_corpus(embedded_corpus()), key=lambda c: len(c.transcript))[:12]
 codec, tokenizer = load_codec(), byte_tokenizer()
 store, tokens = CodeStore(tempfile.mkdtemp(), codec), AudioTokens.from_config(tiny_config(tokenizer), tokenizer)
@@ -102,7 +108,7 @@ def test_widgets(tmp_path):
     )
     script = re.search(
         r'SMALL_RUN = """(.*?)"""',
-        "\n".join(c.source for c in nbformat.read(ROOT / "nbs/11c_monitor.ipynb", 4).cells),
+        "\n".join(c.source for c in nbformat.read(ROOT / "nbs/view/03_monitor.ipynb", 4).cells),
         re.S,
     )[1]
     (tmp_path / "run").mkdir()

@@ -1,20 +1,29 @@
-"""What the promise of `higgs_nb.checkpoint` is worth: real kills, real full disks, injected
+"""What the promise of `higgs_nb.checkpoint.adapter` is worth: real kills, real full disks, injected
 errors. Children are forked, so torch is loaded once.
 """
 
-import errno, multiprocessing, os, resource, shutil, signal, subprocess, sys, tempfile, threading
+import errno
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-import higgs_nb.manifest, higgs_nb.saving
-from higgs_nb.checkpoint import (
-    CheckpointError,
+import higgs_nb.checkpoint.manifest
+import higgs_nb.checkpoint.saving
+from higgs_nb.checkpoint.adapter import (
     adapter_tensors,
     base_tensors,
     describe_base,
@@ -22,21 +31,21 @@ from higgs_nb.checkpoint import (
     preflight,
     save_lora_adapters,
 )
-from higgs_nb.lora import apply_lora, create_lora_config
-from higgs_nb.manifest import (
+from higgs_nb.checkpoint.manifest import (
     hidden_name,
     latest_checkpoint,
     list_checkpoints,
     validate_checkpoint,
     writer_of,
 )
-from higgs_nb.saving import (
-    load_files,
+from higgs_nb.checkpoint.saving import (
+    CheckpointError,
     prune_checkpoints,
     remove_directory,
     same_bits,
     save_checkpoint,
 )
+from higgs_nb.model.lora import apply_lora, create_lora_config
 
 CONFIG = HiggsAudioV2Config(
     hidden_size=64,
@@ -109,7 +118,7 @@ def die_at_line(f, fatal: int, seen: Path, first_only: bool):
     """Run `f` and be killed before the `fatal`-th line of the saver; each line of the source
     counts once with `first_only`. The count goes to `seen`.
     """
-    lines, files = [], {higgs_nb.saving.__file__, higgs_nb.manifest.__file__}
+    lines, files = [], {higgs_nb.checkpoint.saving.__file__, higgs_nb.checkpoint.manifest.__file__}
 
     def trace(frame, event, _):
         if frame.f_code.co_filename not in files:
@@ -444,7 +453,7 @@ def test_the_console_script(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys; from higgs_nb.manifest import main; sys.exit(main())",
+            "import sys; from higgs_nb.checkpoint.manifest import main; sys.exit(main())",
             *args,
         ],
         capture_output=True,

@@ -2,27 +2,35 @@
 names, and adapters made to do harm.
 """
 
-import builtins, errno, io, json, os, shutil, subprocess, sys, warnings
+import builtins
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_checkpoint import make_adapted, make_base, save
 
-import higgs_nb.checkpoint as checkpoint
-from higgs_nb.checkpoint import (
+import higgs_nb.checkpoint.adapter as checkpoint
+from higgs_nb.checkpoint.adapter import (
     load_lora_adapters,
     read_adapter_config,
     restore,
     save_lora_adapters,
     take_snapshot,
 )
-from higgs_nb.export import in_markdown, source_of, still_to_export
-from higgs_nb.manifest import (
+from higgs_nb.checkpoint.manifest import (
     BYSTANDERS,
     HIDDEN,
     MANIFEST,
@@ -36,8 +44,14 @@ from higgs_nb.manifest import (
     sha256,
     validate_checkpoint,
 )
-from higgs_nb.resume import checkpoint_to_resume, read_state, state_files
-from higgs_nb.saving import CheckpointError, load_files, prune_checkpoints, save_checkpoint
+from higgs_nb.checkpoint.saving import (
+    CheckpointError,
+    load_files,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from higgs_nb.cli.export import in_markdown, source_of, still_to_export
+from higgs_nb.training.resume import checkpoint_to_resume, read_state, state_files
 
 SAYS_SOMETHING = {
     errno.ENOENT,
@@ -546,7 +560,7 @@ HOSTILE = st.text(
 @settings(max_examples=40, deadline=None)
 @given(name=HOSTILE)
 def test_names_reach_no_terminal_as_they_are(name):
-    from higgs_nb.manifest import CheckpointReport, Fault, Reports
+    from higgs_nb.checkpoint.manifest import CheckpointReport, Fault, Reports
 
     text = str(Reports([CheckpointReport(Path(name), (Fault("corrupt", name, "x"),))])) + repr(
         CheckpointReport(Path(name))
@@ -575,6 +589,8 @@ def test_words_in_a_card_are_plain_text(text):
 
 def test_python_m(adapter):
     done = subprocess.run(
-        [sys.executable, "-m", "higgs_nb.manifest", str(adapter)], capture_output=True, text=True
+        [sys.executable, "-m", "higgs_nb.checkpoint.manifest", str(adapter)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stdout.startswith("whole"), done.stderr

@@ -1,16 +1,20 @@
 "The code store on a disk that is full, and under processes that are killed."
 
-import subprocess, sys, textwrap
+import subprocess
+import sys
+import textwrap
 
-import numpy as np, pytest
-from higgs_nb.chatml import Audio, embedded_corpus
+import numpy as np
+import pytest
+
+from higgs_nb.data.chatml import embedded_corpus
 
 CLIPS = sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[:3]
 
 HEAD = """
 import sys, resource, signal, os
-from higgs_nb.chatml import Audio
-from higgs_nb.codec import CodeStore, load_codec
+from higgs_nb.data.chatml import Audio
+from higgs_nb.data.codec import CodeStore, load_codec
 root, *clips = sys.argv[1:]
 store = CodeStore(root, load_codec())
 """

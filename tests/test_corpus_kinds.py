@@ -12,11 +12,9 @@ import soundfile as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higgs_nb.audio import Problem
-from higgs_nb.chatml import (
-    Audio,
+from higgs_nb.data.audio import Audio, CorpusError, Problem
+from higgs_nb.data.chatml import (
     Conversation,
-    CorpusError,
     Message,
     Text,
     check_corpus,
@@ -26,7 +24,7 @@ from higgs_nb.chatml import (
     split_corpus,
     tts_conversation,
 )
-from higgs_nb.samples import SPECIAL_TOKENS, byte_tokenizer, prepare_chatml_sample, special_ids
+from higgs_nb.data.samples import SPECIAL_TOKENS, byte_tokenizer, prepare_chatml_sample, special_ids
 
 
 def tone(path, hz=440.0, seconds=0.3):

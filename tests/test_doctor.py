@@ -1,18 +1,20 @@
 "higgs_doctor, with what it looks for really broken where that can be made here."
 
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT
 
-from higgs_nb.doctor import check_hub, check_place, check_python, main as higgs_doctor
+from higgs_nb.cli.doctor import check_hub, check_place, check_python
+from higgs_nb.cli.doctor import main as higgs_doctor
 
 
 def finding(check, given="", path=(), **env):
     "What one check prints in a fresh process, with more folders on its path."
     code = (
-        f"from higgs_nb.doctor import {check}; f = {check}({given}); print(f.state, "
+        f"from higgs_nb.cli.doctor import {check}; f = {check}({given}); print(f.state, "
         "f.found, f.todo, sep='|')"
     )
     done = subprocess.run(
@@ -54,7 +56,7 @@ def test_an_older_python():
     if older is None:
         return
     done = subprocess.run(
-        [older, "-c", "from higgs_nb.doctor import main; raise SystemExit(main([]))"],
+        [older, "-c", "from higgs_nb.cli.doctor import main; raise SystemExit(main([]))"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -132,9 +134,9 @@ def test_data_that_is_not_whole(tmp_path):
     shutil.copytree(
         ROOT / "higgs_nb", tmp_path / "higgs_nb", ignore=shutil.ignore_patterns("__pycache__")
     )
-    next((tmp_path / "higgs_nb" / "data" / "allison" / "audio").glob("*.opus")).write_bytes(b"")
+    next((tmp_path / "higgs_nb" / "assets" / "allison" / "audio").glob("*.opus")).write_bytes(b"")
     code = (
-        "from higgs_nb.doctor import check_data; f = check_data(); print(f.state, f.found, "
+        "from higgs_nb.cli.doctor import check_data; f = check_data(); print(f.state, f.found, "
         "f.todo, sep='|')"
     )
     done = subprocess.run(

@@ -3,16 +3,21 @@ checkpoints spoiled in every way, and checkpoints made to do harm. Real kills of
 children; a fault of the disk is an error of the very call that would report it.
 """
 
-import errno, json, os, pickle, shutil, signal
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from resume_job import make_trainer, whole_state
 
-import higgs_nb.saving as saving
-from higgs_nb.background import BackgroundSaver
-from higgs_nb.manifest import (
+import higgs_nb.checkpoint.saving as saving
+from higgs_nb.checkpoint.background import BackgroundSaver
+from higgs_nb.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     latest_checkpoint,
@@ -22,7 +27,7 @@ from higgs_nb.manifest import (
     validate_checkpoint,
     writer_of,
 )
-from higgs_nb.saving import (
+from higgs_nb.checkpoint.saving import (
     CheckpointError,
     Snapshot,
     load_files,

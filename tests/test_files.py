@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from higgs_nb.files import check_plain, load_json, safe_name, shown, within, write_json, write_whole
+from higgs_nb.core.files import (
+    check_plain,
+    load_json,
+    safe_name,
+    shown,
+    within,
+    write_json,
+    write_whole,
+)
 
 NASTY = st.text() | st.text(st.sampled_from("./\\\0~\n$%é\ud800 ab"), max_size=400)
 PLAIN = st.recursive(

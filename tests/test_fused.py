@@ -2,13 +2,14 @@
 logits.
 """
 
-import pytest, torch
+import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from higgs_nb.collator import PackedCollator, PaddedCollator
-from higgs_nb.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config
-from higgs_nb.model import LossWeights, tiny_model, target_counts
-from higgs_nb.samples import AudioTokens, IGNORE, Sample, byte_tokenizer, delay_pattern
+from higgs_nb.data.collator import PackedCollator, PaddedCollator
+from higgs_nb.data.samples import IGNORE, AudioTokens, Sample, byte_tokenizer, delay_pattern
+from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config
+from higgs_nb.model.model import LossWeights, target_counts, tiny_model
 
 TOKENIZER = byte_tokenizer()
 WAITS = (
@@ -116,7 +117,7 @@ def test_nothing_waits(model):
 
 def test_full_logits_never_exist(model, monkeypatch):
     monkeypatch.setattr(
-        "higgs_nb.fused.CHUNK", 2 * model.config.vocab_size
+        "higgs_nb.model.fused.CHUNK", 2 * model.config.vocab_size
     )  # two rows of text at a time
     made, tokens = samples(model.config)
     batch = PackedCollator(tokens)(made)

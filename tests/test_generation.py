@@ -17,11 +17,23 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from transformers.integrations.neftune import activate_neftune
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Attention
 
-from higgs_nb.chatml import Audio, AudioError
-from higgs_nb.codec import load_codec
-from higgs_nb.collator import PackedCollator, PaddedCollator
-from higgs_nb.evaluate import speech_of
-from higgs_nb.generate import (
+from higgs_nb.data.audio import Audio, AudioError
+from higgs_nb.data.chatml import tts_conversation
+from higgs_nb.data.codec import load_codec
+from higgs_nb.data.collator import PackedCollator, PaddedCollator
+from higgs_nb.data.samples import (
+    AudioTokens,
+    byte_tokenizer,
+    delay_pattern,
+    encode_conversation,
+    expand,
+    fit_tokenizer,
+    undelay,
+)
+from higgs_nb.model.layers import CACHE
+from higgs_nb.model.model import check_directory, load_model, tiny_model, tokenizer_fingerprint
+from higgs_nb.speech.evaluate import speech_of
+from higgs_nb.speech.generate import (
     Encoder,
     Speech,
     generate_codes,
@@ -29,18 +41,6 @@ from higgs_nb.generate import (
     prompt_of,
     save_clips,
 )
-from higgs_nb.layers import CACHE
-from higgs_nb.model import check_directory, load_model, tiny_model, tokenizer_fingerprint
-from higgs_nb.samples import (
-    AudioTokens,
-    byte_tokenizer,
-    fit_tokenizer,
-    delay_pattern,
-    encode_conversation,
-    expand,
-    undelay,
-)
-from higgs_nb.chatml import tts_conversation
 
 TOKENIZER = byte_tokenizer()
 

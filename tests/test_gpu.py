@@ -1,14 +1,15 @@
 "What only a GPU can show; skipped without one."
 
-import pytest, torch
+import pytest
+import resume_job
+import torch
 from safetensors.torch import load_file
 
-import resume_job
-from higgs_nb.fused import attend, attend_to_itself
-from higgs_nb.generate import generate_speech
-from higgs_nb.manifest import validate_checkpoint
-from higgs_nb.model import tiny_model
-from higgs_nb.samples import byte_tokenizer
+from higgs_nb.checkpoint.manifest import validate_checkpoint
+from higgs_nb.data.samples import byte_tokenizer
+from higgs_nb.model.fused import attend, attend_to_itself
+from higgs_nb.model.model import tiny_model
+from higgs_nb.speech.generate import generate_speech
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -10,8 +10,8 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higgs_nb import evaluate
-from higgs_nb.evaluate import (
+from higgs_nb.speech import evaluate
+from higgs_nb.speech.evaluate import (
     WHISPER_FILES,
     cached_files,
     default_judges,
@@ -97,7 +97,7 @@ def test_webrtcvad_without_pkg_resources(tmp_path):
         import importlib.util
         found = importlib.util.find_spec
         importlib.util.find_spec = lambda name, *a: None if name == "pkg_resources" else found(name, *a)
-        from higgs_nb.evaluate import import_webrtcvad
+        from higgs_nb.speech.evaluate import import_webrtcvad
         import_webrtcvad()
         import numpy, sys, webrtcvad
         assert webrtcvad.__version__ == numpy.__version__

@@ -2,7 +2,9 @@
 and back in another process.
 """
 
-import json, subprocess, sys
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +13,16 @@ import soundfile
 import torch
 from transformers import HiggsAudioV2ForConditionalGeneration, WhisperConfig, WhisperModel
 
-from higgs_nb.chatml import Conversation
-from higgs_nb.checkpoint import (
-    CheckpointError,
+from higgs_nb.checkpoint.adapter import (
     adapter_tensors,
     describe_base,
     load_lora_adapters,
     save_lora_adapters,
 )
-from higgs_nb.collator import PackedCollator
-from higgs_nb.generate import generate_speech
-from higgs_nb.lora import apply_lora, create_lora_config
-from higgs_nb.model import load_model, tiny_model
-from higgs_nb.samples import (
+from higgs_nb.checkpoint.saving import CheckpointError
+from higgs_nb.data.chatml import Conversation
+from higgs_nb.data.collator import PackedCollator
+from higgs_nb.data.samples import (
     AudioTokens,
     SampleDataset,
     byte_tokenizer,
@@ -31,7 +30,10 @@ from higgs_nb.samples import (
     expand,
     whisper_extractor,
 )
-from higgs_nb.trainer import HiggsTrainer, HiggsTrainingArguments
+from higgs_nb.model.lora import apply_lora, create_lora_config
+from higgs_nb.model.model import load_model, tiny_model
+from higgs_nb.speech.generate import generate_speech
+from higgs_nb.training.trainer import HiggsTrainer, HiggsTrainingArguments
 
 SIZE = dict(hidden_size=64, num_layers=2, intermediate_size=96, codebook_size=34)
 

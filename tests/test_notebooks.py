@@ -2,10 +2,12 @@
 with parameters run on small ones.
 """
 
-import subprocess, sys
+import subprocess
+import sys
 from pathlib import Path
 
-import papermill, pytest
+import papermill
+import pytest
 from conftest import ROOT, committed
 
 SMALL = {  # tutorial: its parameters here; what it makes goes into the test's folder, where it runs

@@ -11,10 +11,9 @@ import torch
 from oracle_adapter import collate, forward, load
 from oracle_recordings import COMPACT, STEP, Recordings, agrees, compact, thin
 
-from higgs_nb.chatml import Conversation
-from higgs_nb.collator import PackedCollator, PaddedCollator
-from higgs_nb.convert import native_batch
-from higgs_nb.samples import (
+from higgs_nb.data.chatml import Conversation
+from higgs_nb.data.collator import PackedCollator, PaddedCollator
+from higgs_nb.data.samples import (
     AudioTokens,
     ChatMLDatasetSample,
     delay_pattern,
@@ -23,6 +22,7 @@ from higgs_nb.samples import (
     undelay,
     whisper_extractor,
 )
+from higgs_nb.original.convert import native_batch
 
 folder = os.environ.get("HIGGS_ORACLE") or COMPACT
 oracle = Recordings(folder)

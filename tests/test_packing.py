@@ -2,14 +2,15 @@
 goes on where it stopped.
 """
 
-import soundfile, torch
+import soundfile
+import torch
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
-from higgs_nb.chatml import embedded_corpus, load_corpus, split_corpus
-from higgs_nb.collator import PackedBatchSampler, PackedCollator
-from higgs_nb.model import tiny_config
-from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.data.chatml import embedded_corpus, load_corpus, split_corpus
+from higgs_nb.data.collator import PackedBatchSampler, PackedCollator
+from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.model.model import tiny_config
 
 
 class Silence:

@@ -2,15 +2,21 @@
 Gloo, on the CPU.
 """
 
-import os, signal, socket, subprocess, sys, time
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from resume_job import log, make_trainer, run, said, whole_state
 from safetensors.torch import load_file
 
-from higgs_nb.collator import PackedBatchSampler
-from higgs_nb.manifest import list_checkpoints, main as higgs_validate
+from higgs_nb.checkpoint.manifest import list_checkpoints
+from higgs_nb.checkpoint.manifest import main as higgs_validate
+from higgs_nb.data.collator import PackedBatchSampler
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
@@ -220,7 +226,7 @@ def test_two_hosts_of_which_one_is_asked_to_stop(tmp_path):
         command = [
             sys.executable,
             "-c",
-            "import sys; from higgs_nb.launch import main; sys.exit(main())",
+            "import sys; from higgs_nb.cli.launch import main; sys.exit(main())",
             "--nnodes",
             "2",
             "--nproc-per-node",

@@ -3,20 +3,26 @@ adapted, trained, killed, taken up again, and speak. Takes some seven minutes of
 machine with 24 GB of memory, and 14 GB of disk: `make test-released`.
 """
 
-import json, os, subprocess, sys, time
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 from resume_job import Melodies, log, sentence
 from safetensors.torch import save_file
 from transformers import HiggsAudioV2Config, TrainerCallback
 
-from higgs_nb.generate import generate_speech
-from higgs_nb.lora import apply_lora, create_lora_config
-from higgs_nb.manifest import list_checkpoints, main as higgs_validate
-from higgs_nb.model import HiggsAudioForTraining, load_model, tiny_config
-from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
-from higgs_nb.trainer import HiggsTrainer, HiggsTrainingArguments
+from higgs_nb.checkpoint.manifest import list_checkpoints
+from higgs_nb.checkpoint.manifest import main as higgs_validate
+from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.model.lora import apply_lora, create_lora_config
+from higgs_nb.model.model import HiggsAudioForTraining, load_model, tiny_config
+from higgs_nb.speech.generate import generate_speech
+from higgs_nb.training.trainer import HiggsTrainer, HiggsTrainingArguments
 
 pytestmark = [pytest.mark.released, pytest.mark.timeout(7200)]
 SHARD = 2 * 10**9  # bytes

@@ -2,14 +2,21 @@
 site.
 """
 
-import importlib, importlib.util, inspect, json, re, shutil, sys, zipfile
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import shutil
+import sys
+import zipfile
 from configparser import ConfigParser
 from functools import cached_property
 from html.parser import HTMLParser
-from pathlib import Path
 from types import FunctionType
 
-import nbformat, pytest
+import nbformat
+import pytest
 from conftest import BIN, ROOT, committed, run
 from fastcore.docments import docments
 
@@ -28,10 +35,10 @@ def differing(a, b, pattern):
 
 def test_package_is_what_the_notebooks_export(pristine, make_copy):
     copy = make_copy()
-    for module in copy.glob("higgs_nb/*.py"):
+    for module in copy.glob("higgs_nb/**/*.py"):
         module.unlink()
     run(BIN / "nbdev_export", cwd=copy)
-    assert not differing(pristine, copy, "higgs_nb/*.py"), (
+    assert not differing(pristine, copy, "higgs_nb/**/*.py"), (
         "nbs/ and higgs_nb/ are out of step: `make prepare`"
     )
 
@@ -73,7 +80,10 @@ def test_no_private_paths():
     assert not found, "\n".join(found)
 
 
-MODULES = sorted(f.stem for f in (ROOT / "higgs_nb").glob("[!_]*.py"))
+MODULES = sorted(
+    ".".join(f.relative_to(ROOT / "higgs_nb").with_suffix("").parts)
+    for f in (ROOT / "higgs_nb").rglob("[!_]*.py")
+)
 
 
 def undocumented(module):
@@ -224,7 +234,7 @@ def test_wheel_trains_outside_the_repository(wheel, tmp_path):
         cwd=tmp_path,
     )
     train = (
-        "from higgs_nb import run; print(run.__file__); raise "
+        "from higgs_nb.cli import run; print(run.__file__); raise "
         "SystemExit(run.main(['train', '--out', 'out', '-p', 'steps', '2', '-p', "
         "'max_clips', '4', '-p', 'speak', '0', '-p', 'table', '0']))"
     )

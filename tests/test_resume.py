@@ -2,11 +2,18 @@
 cannot save says so. One process; test_ranks.py has several.
 """
 
-import json, re, shutil, signal, subprocess, sys, time
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from resume_job import log, make_trainer, run, said, table, train, whole_state
 from safetensors.torch import load_file
@@ -18,19 +25,16 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from higgs_nb.callbacks import Preempted
-from higgs_nb.chatml import embedded_corpus
-from higgs_nb.checkpoint import (
-    CheckpointError,
-    adapter_tensors,
-    load_lora_adapters,
-    save_lora_adapters,
-)
-from higgs_nb.lora import merge_lora
-from higgs_nb.manifest import list_checkpoints, main as higgs_validate
-from higgs_nb.model import load_model
-from higgs_nb.resume import describe_data, differences
-from higgs_nb.trainer import HiggsTrainer
+from higgs_nb.checkpoint.adapter import adapter_tensors, load_lora_adapters, save_lora_adapters
+from higgs_nb.checkpoint.manifest import list_checkpoints
+from higgs_nb.checkpoint.manifest import main as higgs_validate
+from higgs_nb.checkpoint.saving import CheckpointError
+from higgs_nb.data.chatml import embedded_corpus
+from higgs_nb.model.lora import merge_lora
+from higgs_nb.model.model import load_model
+from higgs_nb.training.callbacks import Preempted
+from higgs_nb.training.resume import describe_data, differences
+from higgs_nb.training.trainer import HiggsTrainer
 
 KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
 
@@ -377,7 +381,7 @@ import importlib.util, sys
 true = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *args: None if name in ("bitsandbytes", "tensorboard", "tensorboardX") else true(name, *args)
 from resume_job import make_trainer, train
-from higgs_nb.model import load_model
+from higgs_nb.model.model import load_model
 from transformers import BitsAndBytesConfig
 folder = sys.argv[1]
 make_trainer(folder + "/any", adapter=None).model.save_pretrained(folder + "/base")

@@ -2,16 +2,25 @@
 and loses nothing.
 """
 
-import ast, json, os, signal, subprocess, sys, time
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import nbformat, pytest, yaml
-from hypothesis import given, settings, strategies as st
+import nbformat
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
 from papermill.translators import PythonTranslator
 
-from higgs_nb import run as runs
-from higgs_nb.run import (
+from higgs_nb.cli import run as runs
+from higgs_nb.cli.run import (
     HELD,
     RANGES,
     check_parameters,
@@ -20,7 +29,6 @@ from higgs_nb.run import (
     in_range,
     is_done,
     load_yaml,
-    main as higgs_run,
     occupied,
     parameters_of,
     range_of,
@@ -29,7 +37,11 @@ from higgs_nb.run import (
     run_notebooks,
     surroundings,
 )
-from higgs_nb.sweep import main as higgs_sweep, read_sweep
+from higgs_nb.cli.run import (
+    main as higgs_run,
+)
+from higgs_nb.cli.sweep import main as higgs_sweep
+from higgs_nb.cli.sweep import read_sweep
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 HOSTILE = '"]; open("TRACE", "w") #'
@@ -57,7 +69,7 @@ def command(*words):
     return [
         sys.executable,
         "-c",
-        "import sys; from higgs_nb.run import main; sys.exit(main())",
+        "import sys; from higgs_nb.cli.run import main; sys.exit(main())",
         *map(str, words),
     ]
 
@@ -234,7 +246,7 @@ def test_octal_empty_and_home(tmp_path):
 
 HOLDER = """import sys, time
 from pathlib import Path
-from higgs_nb.run import claim, occupied
+from higgs_nb.cli.run import claim, occupied
 go = Path(sys.argv[1])
 print("ready", flush=True)
 for k in range(4):
@@ -273,7 +285,7 @@ def test_the_kernel_of_a_killed_run_keeps_its_directory(tmp_path, notebook, caps
     cell.
     """
     work = notebook(
-        "import os, time\nfrom pathlib import Path\nfrom higgs_nb.run import HELD, "
+        "import os, time\nfrom pathlib import Path\nfrom higgs_nb.cli.run import HELD, "
         "occupy\noccupy(Path(out))\nassert len(HELD) == 1\n"
         "Path(out, 'pid').write_text(str(os.getpid()))\ntime.sleep(60)"
     )
@@ -488,7 +500,7 @@ def test_python_dash_m(module):
 
 def test_windows_is_named():
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import higgs_nb.run"],
+        [sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import higgs_nb.cli.run"],
         capture_output=True,
         text=True,
     )

@@ -1,24 +1,40 @@
 "Every notebook of nbs/runs is executed by papermill, with small parameters."
 
-import json, multiprocessing, os, random, shutil, subprocess, sys, time
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import nbformat, numpy as np, papermill, pytest, soundfile, torch
+import nbformat
+import numpy as np
+import papermill
+import pytest
+import soundfile
+import torch
 from conftest import ROOT, committed
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
-from higgs_nb.chatml import embedded_corpus, load_audio, load_corpus
-from higgs_nb.codec import load_codec
-from higgs_nb.checkpoint import CheckpointError, load_lora_adapters, main as higgs_validate
-from higgs_nb.evaluate import missing_judges
-from higgs_nb.export import answers, compare, export_model
-from higgs_nb.lora import merge_lora
-from higgs_nb.model import load_model
-from higgs_nb.run import is_done, main as higgs_run, occupy
-from higgs_nb.sweep import main as higgs_sweep
+from higgs_nb.checkpoint.adapter import load_lora_adapters
+from higgs_nb.checkpoint.manifest import main as higgs_validate
+from higgs_nb.checkpoint.saving import CheckpointError
+from higgs_nb.cli.export import answers, compare, export_model
+from higgs_nb.cli.run import is_done, occupy
+from higgs_nb.cli.run import main as higgs_run
+from higgs_nb.cli.sweep import main as higgs_sweep
+from higgs_nb.data.audio import load_audio
+from higgs_nb.data.chatml import embedded_corpus, load_corpus
+from higgs_nb.data.codec import load_codec
+from higgs_nb.model.lora import merge_lora
+from higgs_nb.model.model import load_model
+from higgs_nb.speech.evaluate import missing_judges
 
 RUNS = {
     file.name: ROOT / file

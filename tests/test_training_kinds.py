@@ -2,8 +2,8 @@
 bits, a trainer that is used twice.
 """
 
-import dataclasses
 import copy
+import dataclasses
 import hashlib
 import json
 import re
@@ -15,26 +15,27 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, get_peft_model
+from resume_job import SMALL, make_trainer
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from higgs_nb.checkpoint import (
-    CheckpointError,
+from higgs_nb.checkpoint.adapter import (
     adapter_state,
     load_lora_adapters,
     restore,
     save_lora_adapters,
     take_snapshot,
 )
-from higgs_nb.fused import HALF
-from higgs_nb.generate import generate_speech
-from higgs_nb.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora
-from higgs_nb.manifest import Manifest, list_checkpoints, validate_checkpoint
-from higgs_nb.probe import OFFSETS, OffsetProbe
-from higgs_nb.chatml import Conversation
-from higgs_nb.model import tiny_config, tiny_model
-from higgs_nb.resume import describe_data, differences
-from higgs_nb.samples import AudioTokens, SampleDataset, byte_tokenizer
-from higgs_nb.trainer import (
+from higgs_nb.checkpoint.manifest import Manifest, list_checkpoints, validate_checkpoint
+from higgs_nb.checkpoint.saving import CheckpointError
+from higgs_nb.data.chatml import Conversation
+from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.model.fused import HALF
+from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora
+from higgs_nb.model.model import tiny_config, tiny_model
+from higgs_nb.speech.generate import generate_speech
+from higgs_nb.training.probe import OFFSETS, OffsetProbe
+from higgs_nb.training.resume import describe_data, differences
+from higgs_nb.training.trainer import (
     AT_LEAST,
     BELOW_ONE,
     IGNORED,
@@ -43,7 +44,6 @@ from higgs_nb.trainer import (
     HiggsTrainingArguments,
     NotFinite,
 )
-from resume_job import SMALL, make_trainer
 
 IN_FULL = HEADS + EMBEDDINGS
 

@@ -5,26 +5,33 @@ Cells of a run notebook are executed here in this process, with small parameters
 second or two; test_runs.py executes the notebooks by papermill.
 """
 
-import contextlib, io, json, warnings
+import contextlib
+import io
+import json
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
-import nbformat, numpy as np, pytest, soundfile
+import nbformat
+import numpy as np
+import pytest
+import soundfile
 from conftest import ROOT
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from higgs_nb.chatml import embedded_corpus, load_corpus
-from higgs_nb.generate import Speech, save_clips
-from higgs_nb.monitor import read_log_lines, run_monitor, samples_of
-from higgs_nb.plots import plain_text
-from higgs_nb.widgets import CorpusExplorer, measure_clips
+from higgs_nb.data.chatml import embedded_corpus, load_corpus
+from higgs_nb.speech.generate import Speech, save_clips
+from higgs_nb.view.explorers import CorpusExplorer, measure_clips
+from higgs_nb.view.monitor import read_log_lines, run_monitor, samples_of
+from higgs_nb.view.plots import plain_text
 
 
 @pytest.fixture(autouse=True)
 def without_judges(monkeypatch):
     "As where the extra `eval` is not installed: its models take half a minute to load."
-    monkeypatch.setattr("higgs_nb.evaluate.missing_judges", lambda: ["everything"])
+    monkeypatch.setattr("higgs_nb.speech.evaluate.missing_judges", lambda: ["everything"])
 
 
 SMALL = dict(

@@ -93,33 +93,10 @@ test-browser: $(SETUP)
 lab: $(SETUP)
 	$(TOOLS)/jupyter-lab nbs $(ARGS)
 
-# nbdev writes into _proc what a page shows: API entries, no exported code, and links to where it expects the site to be published.
-# The links become links to notebooks, pictures get a description, and Quarto or smalldocs makes HTML of it all.
-define PAGES
-import json, os, re
-from pathlib import Path
-os.chdir("_proc")
-site = re.search(r'site-url: "(.*)"', Path("nbdev.yml").read_text())[1]
-chapters = {nb.stem.split("_", 1)[1]: nb.name for nb in Path().glob("[0-9]*.ipynb")}
-for path in Path().rglob("*.ipynb"):
-    text = re.sub(re.escape(site) + r"/(\w+)\.html#", lambda link: f"/{chapters[link[1]]}#" if link[1] in chapters else link[0], path.read_text(encoding="utf-8"))
-    text = re.sub(r"(\.ipynb#\w+)\.\w+", r"\1", text)  # a method is described with its class
-    notebook, prose = json.loads(text), path.stem
-    for cell in notebook["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown" and source.strip(): prose = re.sub(r"\s+", " ", re.sub(r"\]\([^)]*\)|[#*`>|\[\]]", "", source)).strip().split(". ")[0]
-        for out in cell.get("outputs", ()):  # in a signature a link is only its text
-            shown = out.get("data", {}).get("text/markdown")
-            if shown: out["data"]["text/markdown"] = re.sub(r"```python.*?```", lambda code: re.sub(r"\[(`[^`]*`)\]\([^)\s]*\)", r"\1", code[0]), "".join(shown), flags=re.DOTALL)
-        if any(mime.startswith("image/") for out in cell.get("outputs", ()) for mime in out.get("data", ())) and "fig-alt" not in source:
-            cell["source"] = f"#| fig-alt: {json.dumps('A figure: ' + prose[:200])}\n{source}"  # what is said before a figure is what it shows
-    path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
-endef
-export PAGES
-
+# nbdev writes into _proc what a page shows, tools/pages.py adds what it lacks, and Quarto or smalldocs makes HTML of it.
 docs: $(SETUP)
 	PYTHONWARNINGS=ignore::UserWarning $(TOOLS)/python -c "from nbdev.quarto import refresh_quarto_yml as yml; from nbdev.serve import proc_nbs; yml(); proc_nbs(force=True)"
-	@$(TOOLS)/python -c "$$PAGES"
+	$(TOOLS)/python tools/pages.py
 	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else $(TOOLS)/smalldocs render _proc; fi
 	rm -rf _docs && mv _proc/_docs _docs
 	@echo "the site is in _docs: $(PYTHON) -m http.server -d _docs"
@@ -135,37 +112,12 @@ scores: $(SETUP)
 prepare: $(SETUP)
 	$(TOOLS)/nbdev_export
 	$(TOOLS)/nbdev_clean
-	@$(TOOLS)/python -c "$$VIEWS"
+	$(TOOLS)/python tools/views.py
 	@$(MAKE) --no-print-directory readme
 
-# A widget in a saved notebook is a view without a kernel behind it, which JupyterLab shows as an error: its still picture stays.
-define VIEWS
-import nbformat
-from pathlib import Path
-for path in Path("nbs").rglob("*.ipynb"):
-    notebook = nbformat.read(path, 4)
-    found = bool(notebook.metadata.pop("widgets", None))  # their state, which no view shows then
-    for out in (out for cell in notebook.cells for out in cell.get("outputs", ())): found = bool(out.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)) or found
-    if found: nbformat.write(notebook, path)
-endef
-export VIEWS
-
-# README.md is nbs/index.ipynb as Markdown; links there are relative to nbs/, and the README lies one folder up; cells tagged `site` are for the site alone.
-define README
-import re, nbformat
-from nbconvert import MarkdownExporter
-index = nbformat.read("nbs/index.ipynb", 4)
-index.metadata.language_info = {"name": "python"}
-index.cells = [cell for cell in index.cells if not {"remove-cell", "site"} & set(cell.metadata.get("tags", []))]
-text, _ = MarkdownExporter().from_notebook_node(index)
-text = re.sub(r"\]\(([\w./-]+\.(?:ipynb|svg|png))\)", r"](nbs/\1)", text)
-open("README.md", "w", encoding="utf-8").write(re.sub(r"\n{3,}", "\n\n", text))
-endef
-export README
-
 readme: $(SETUP)
-	$(TOOLS)/python -c "$$README"
+	$(TOOLS)/python tools/readme.py
 
 clean:
 	rm -rf build dist _proc _docs nbs/nbdev.yml *.egg-info .pytest_cache .hypothesis
-	find higgs_nb nbs tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find higgs_nb nbs tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -9,7 +9,7 @@ import {SHOTS, launch, serious, serve, watch} from "./common.mjs"
 const SITE = process.env.SITE ?? "_docs"
 const walk = folder => readdirSync(folder).flatMap(name => statSync(join(folder, name)).isDirectory() ? walk(join(folder, name)) : [join(folder, name)])
 const PAGES = walk(SITE).filter(f => f.endsWith(".html")).map(f => relative(SITE, f)).filter(f => !process.env.ONLY_PAGES || process.env.ONLY_PAGES.split(",").includes(f)).sort()
-const SHOT = ["index.html", "11b_widgets.html", "04b_audit.html", "explanations/labels.html", "tutorials/read_a_run.html"]
+const SHOT = ["index.html", "view/02_explorers.html", "data/07_audit.html", "explanations/labels.html", "tutorials/read_a_run.html"]
 let browser, context, site
 assert.ok(PAGES.length > (process.env.ONLY_PAGES ? 0 : 30), `only ${PAGES.length} pages in ${SITE}: is this the site?`)
 
@@ -84,12 +84,12 @@ test("the search finds offset_probe, by keyboard, and its page opens", async () 
   const box = page.getByRole("searchbox").or(page.getByRole("combobox")).or(page.locator("input[type=search],input[placeholder*=earch]")).first()
   await box.focus()
   await box.pressSequentially("offset_probe", {delay: 20})
-  const hit = page.locator("a[href*='05b_probe']", {hasText: /probe/i}).filter({visible: true}).first()
+  const hit = page.locator("a[href*='01_probe']", {hasText: /probe/i}).filter({visible: true}).first()
   await hit.waitFor({timeout: 10_000})
   await page.screenshot({path: join(SHOTS, "search.png")})
   await hit.focus()
   await page.keyboard.press("Enter")
-  await page.waitForURL(/05b_probe/)
+  await page.waitForURL(/01_probe/)
   assert.match(await page.locator("main, body").first().innerText(), /offset_probe/)
   assert.deepEqual(wrong, [])
 })
@@ -118,8 +118,8 @@ test("a copy on disk can be read: pages, pictures and links without a server", a
   const page = await context.newPage()
   const wrong = watch(page, "file:")
   await page.goto(pathToFileURL(join(SITE, "index.html")).href)
-  await page.locator("main a[href*='00_audio']").first().click()
-  await page.waitForURL(/00_audio\.html/)
+  await page.locator("main a[href*='02_audio']").first().click()
+  await page.waitForURL(/02_audio\.html/)
   assert.equal(await page.evaluate(() => [...document.images].every(i => i.naturalWidth > 0)), true)
   assert.ok(await page.evaluate(() => document.styleSheets.length > 0 && getComputedStyle(document.body).fontFamily != "Times New Roman"))
   assert.deepEqual(wrong.filter(w => w.startsWith("request")), [])

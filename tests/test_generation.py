@@ -5,6 +5,7 @@ break this are refused by name.
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import soundfile as sf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import HiggsAudioV2ForConditionalGeneration
+from transformers import GenerationConfig, HiggsAudioV2ForConditionalGeneration
 from transformers.integrations.neftune import activate_neftune
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Attention
 
@@ -34,6 +35,11 @@ from higgs_nb.model.layers import CACHE
 from higgs_nb.model.model import check_directory, load_model, tiny_model, tokenizer_fingerprint
 from higgs_nb.speech.evaluate import speech_of
 from higgs_nb.speech.generate import (
+    HONOURED,
+    OF_REPEATS,
+    OF_SAMPLING,
+    REFUSED,
+    SET_HERE,
     Encoder,
     Speech,
     generate_codes,
@@ -137,6 +143,95 @@ def test_the_generation_config_is_looked_at_too(model):
             generate_speech(model, TOKENIZER, ["One."])
     finally:
         model.generation_config.num_return_sequences = None
+
+
+FIELDS = sorted(
+    name
+    for name in vars(GenerationConfig())
+    if not name.startswith("_") and name not in ("transformers_version", "do_sample")
+)
+TAKEN = dict(  # option -> values that are honoured, then values out of range
+    temperature=((0.5, 2), (0, -1.0, math.nan, math.inf, "1", True)),
+    top_k=((0, 5), (-1, 2.5, True, "5")),
+    top_p=((0.5, 1, 1.0), (0, 0.0, -0.1, 1.5, math.nan)),
+    ras_win_len=((3,), (0, -1, 2.5)),
+    ras_win_max_num_repeat=((1,), (0, -1, 2.5)),
+    max_time=((60, 60.0), (0, -1, math.nan)),
+    use_cache=((True, False), (1, "yes")),
+    cache_implementation=(("dynamic", "static"), ("quantized", 3)),
+    disable_compile=((True, False), (0, "no")),
+    logits_processor=(([],), (print,)),
+)
+OUTSIDE = {"ras_win_len", "ras_win_max_num_repeat", "logits_processor"}
+
+
+def together(name, value):
+    "An option with those that it needs."
+    more = dict(do_sample=True) if name in OF_SAMPLING else {}
+    pair = dict.fromkeys(OF_REPEATS, 1) if name in OF_REPEATS else {}
+    return {**pair, **more, name: value}
+
+
+def test_the_options_are_honoured_or_refused_each_in_one_way():
+    tables = [set(HONOURED), set(REFUSED), set(SET_HERE)]
+    assert sum(map(len, tables)) == len(set.union(*tables))
+    assert set(TAKEN) == set(HONOURED)
+    assert set(HONOURED) - OUTSIDE <= set(FIELDS)
+
+
+@pytest.mark.parametrize("name", [*FIELDS, "seed", "streamer", "generation_config", "temprature"])
+def test_every_field_of_a_generation_config_is_honoured_or_refused_by_name(name):
+    model = small()
+    good, bad = TAKEN.get(name, ((), ("anything", 3)))
+    for value in good:
+        (clip,) = generate_speech(model, TOKENIZER, "La.", max_frames=2, **together(name, value))
+        assert clip.codes.shape[0] == 8
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"(with|;) {name}={re.escape(repr(value))}: \w+"):
+            generate_speech(model, TOKENIZER, "La.", max_frames=2, **together(name, value))
+
+
+@pytest.mark.parametrize("name", sorted(OUTSIDE))
+def test_the_other_options_are_honoured_or_refused_by_name(name):
+    test_every_field_of_a_generation_config_is_honoured_or_refused_by_name(name)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [(together(name, 1) | dict(do_sample=False), "do_sample=True") for name in OF_SAMPLING]
+    + [({name: 1}, "too") for name in OF_REPEATS]
+    + [(dict(do_sample="yes"), "True or False")],
+    ids=str,
+)
+def test_an_option_that_would_change_nothing_is_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        generate_speech(small(), TOKENIZER, "La.", max_frames=2, **options)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_refused_is_refused_in_a_generation_config_too(name):
+    model = small()
+    for harmless in REFUSED[name][0]:
+        setattr(model.generation_config, name, harmless)
+        generate_speech(model, TOKENIZER, "La.", max_frames=1)
+    setattr(model.generation_config, name, 3)
+    with pytest.raises(ValueError, match=f"{name}=3 in the generation config: "):
+        generate_speech(model, TOKENIZER, "La.", max_frames=1)
+
+
+def test_repeats_are_drawn_anew_whether_or_not_the_generation_config_says_so():
+    options = dict(ras_win_len=4, ras_win_max_num_repeat=1)
+    spoken = []
+    for by_config in (True, False):
+        model = small()
+        if by_config:
+            model.generation_config.update(**options, allow_custom_entries=True)
+        torch.manual_seed(0)
+        given = {} if by_config else options
+        spoken.append(generate_speech(model, TOKENIZER, "La.", max_frames=20, **given)[0].codes)
+    assert torch.equal(*spoken)
+    plain = generate_speech(small(), TOKENIZER, "La.", max_frames=20)[0].codes
+    assert not torch.equal(plain, spoken[0])
 
 
 @given(st.integers(1, 24), st.integers(0, 40), st.integers(0, 10_000))

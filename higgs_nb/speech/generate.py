@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import base64
+import copy
 import dataclasses
 import html
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +30,9 @@ from ..data.samples import AudioTokens, Sample, encode_with, expand, sample_opti
 from ..model.shard import is_sharded
 
 # %% auto #0
-__all__ = ['REFUSED', 'SET_HERE', 'prompt_of', 'as_mp3', 'Speech', 'check_options', 'generate_speech', 'generate_codes',
-           'FiniteLogits', 'Encoder', 'save_clips', 'SpeechCallback']
+__all__ = ['CACHES', 'OF_SAMPLING', 'OF_REPEATS', 'HONOURED', 'NO_BEAMS', 'NO_DICT', 'REFUSED', 'OF_MODEL', 'SET_HERE',
+           'prompt_of', 'as_mp3', 'Speech', 'is_whole', 'is_positive', 'refusals', 'without_effect', 'check_options',
+           'generate_speech', 'generate_codes', 'FiniteLogits', 'Encoder', 'save_clips', 'SpeechCallback']
 
 # %% ../../nbs/speech/01_generate.ipynb #46036377
 def prompt_of(
@@ -127,42 +130,114 @@ class Speech:
         )
 
 # %% ../../nbs/speech/01_generate.ipynb #b8e658ad
+def is_whole(value, least: int = 1) -> bool:
+    "Whether `value` is an int from `least` on; True is not."
+    return type(value) is int and value >= least
+
+
+def is_positive(value, most: float = math.inf) -> bool:
+    "Whether `value` is a finite number above 0, and at most `most`."
+    return type(value) in (int, float) and 0 < value <= most and math.isfinite(value)
+
+
+CACHES = ("dynamic", "static", "offloaded", "offloaded_static")
+OF_SAMPLING = ("temperature", "top_k", "top_p")
+OF_REPEATS = ("ras_win_len", "ras_win_max_num_repeat")
+HONOURED = {  # option of generate -> (which values it takes, a predicate of one)
+    "temperature": ("a number above 0", is_positive),
+    "top_k": ("a whole number from 0, where 0 keeps all codes", lambda v: is_whole(v, 0)),
+    "top_p": ("a number above 0 and up to 1", lambda v: is_positive(v, 1)),
+    "ras_win_len": ("a whole number of frames from 1", is_whole),
+    "ras_win_max_num_repeat": ("a whole number from 1", is_whole),
+    "max_time": ("seconds above 0 for each batch", is_positive),
+    "use_cache": ("True or False", lambda v: type(v) is bool),
+    "cache_implementation": (f"one of {', '.join(CACHES)}", lambda v: v in CACHES),
+    "disable_compile": ("True or False", lambda v: type(v) is bool),
+    "logits_processor": (
+        "a list of processors",
+        lambda v: isinstance(v, (list, tuple)),
+    ),
+}
+NO_BEAMS = "leave it out: speech is sampled, or greedy"
+NO_DICT = "call `generate_codes` or the model itself"
 REFUSED = dict(  # option of generate -> (values that change nothing, what to do)
     num_return_sequences=((None, 1), "give the prompt several times, with do_sample=True"),
-    num_beams=((None, 1), "leave it out: speech is sampled, or greedy"),
-    return_dict_in_generate=((None, False), "call `generate_codes` or the model itself"),
+    num_beams=((None, 1), NO_BEAMS),
+    num_beam_groups=((None, 1), NO_BEAMS),
+    return_dict_in_generate=((None, False), NO_DICT),
     min_length=((None, 0), "leave it out"),
-    min_new_tokens=((None, 0), "leave it out"),
+    min_new_tokens=((None,), "leave it out"),
     repetition_penalty=((None, 1, 1.0), "use ras_win_len and ras_win_max_num_repeat"),
+    no_repeat_ngram_size=((None, 0), "use ras_win_len and ras_win_max_num_repeat"),
+    remove_invalid_values=((None, False), "logits that are not finite are always an error"),
+    is_assistant=((None, False), "leave it out: no other model drafts codes"),
+    prefill_chunk_size=((None,), "leave it out: a prompt is read at once"),
 )
-SET_HERE = dict(
+OF_MODEL = "leave it out: the special ids are those of the model's config"
+SET_HERE = dict(  # argument of generate -> what to do
     max_new_tokens="use max_frames",
     max_length="use max_frames",
     streamer="there is no streaming: text ids are not speech",
+    stopping_criteria="use max_frames or max_time",
+    stop_strings="use max_frames: codes are not words",
     synced_gpus="it follows from the model",
+    seed="call torch.manual_seed before",
+    generation_config="give its options by name, or set model.generation_config",
+    eos_token_id=OF_MODEL,
+    bos_token_id=OF_MODEL,
+    pad_token_id=OF_MODEL,
+    output_scores=NO_DICT,
+    output_logits=NO_DICT,
+    output_attentions=NO_DICT,
+    output_hidden_states=NO_DICT,
 )
+
+# %% ../../nbs/speech/01_generate.ipynb #6eb7b38f
+def refusals(options: dict, config) -> list[str]:  # arguments of `generate`, generation config
+    "A phrase for each option that is not honoured: its name, its value and what to do."
+    wrong = []
+    for name, value in options.items():
+        if name in SET_HERE:
+            wrong.append(f"{name}={value!r}: {SET_HERE[name]}")
+        elif name not in HONOURED and name not in REFUSED:
+            known = ", ".join(HONOURED)
+            wrong.append(f"{name}={value!r}: it is not an option here; there are {known}")
+        elif name in HONOURED and value is not None and not HONOURED[name][1](value):
+            wrong.append(f"{name}={value!r}: {HONOURED[name][0]}")
+    for name, (harmless, remedy) in REFUSED.items():
+        value = options.get(name, getattr(config, name, None))
+        if value not in harmless:
+            origin = "" if name in options else " in the generation config"
+            wrong.append(f"{name}={value!r}{origin}: {remedy}")
+    return wrong
+
+
+def without_effect(options: dict, config, do_sample: bool) -> list[str]:  # see `refusals`
+    "A phrase for each option of `HONOURED` that would change nothing beside the others."
+    given = {name: value for name, value in options.items() if value is not None}
+    wrong = []
+    if not do_sample:
+        wrong += [f"{n}={given[n]!r}: it needs do_sample=True" for n in OF_SAMPLING if n in given]
+    for name, other in (OF_REPEATS, OF_REPEATS[::-1]):
+        if name in given and given.get(other, getattr(config, other, None)) is None:
+            wrong.append(f"{name}={given[name]!r}: it needs {other}, too")
+    return wrong
 
 
 def check_options(
     options: dict,  # arguments of `generate`
     config,  # the model's generation config
     max_frames: int,  # longest clip
-    batch_size: int,
-) -> None:  # clips generated at the same time
+    batch_size: int,  # clips generated at the same time
+    do_sample: bool = False,
+) -> None:
     "`ValueError` names each option that `generate_speech` cannot honour, and what to do."
-    wrong = [
-        f"{name}={options[name]!r}: {remedy}"
-        for name, remedy in SET_HERE.items()
-        if name in options
-    ]
-    for name, (harmless, remedy) in REFUSED.items():
-        value = options.get(name, getattr(config, name, None))
-        if value not in harmless:
-            origin = "" if name in options else " in the generation config"
-            wrong.append(f"{name}={value!r}{origin}: {remedy}")
+    wrong = refusals(options, config) + without_effect(options, config, do_sample)
     for name, value in dict(max_frames=max_frames, batch_size=batch_size).items():
-        if type(value) is not int or value < 1:
+        if not is_whole(value):
             wrong.append(f"{name}={value!r}: a whole number from 1")
+    if type(do_sample) is not bool:
+        wrong.append(f"do_sample={do_sample!r}: True or False")
     if wrong:
         raise ValueError("speech cannot be generated with " + "; ".join(wrong))
 
@@ -179,11 +254,13 @@ def generate_speech(
     batch_size: int = 8,  # prompts spoken at the same time
     do_sample: bool = False,  # False: greedy
     progress: bool = False,  # a progress bar over batches
-    **generation,  # temperature, top_k, top_p, ras_win_len, ...: see transformers' generate
+    **generation,  # options of `HONOURED`: temperature, top_k, top_p, ras_win_len, ...
 ) -> list[Speech]:
-    "Speak each prompt; the model's mode is restored."
+    """Speak each prompt; the model's mode is restored. What `generation` leaves out is as the
+    model's generation config has it; `ValueError` names an option that cannot be honoured.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    check_options(generation, base.generation_config, max_frames, batch_size)
+    check_options(generation, base.generation_config, max_frames, batch_size, do_sample)
     if isinstance(prompts, (str, Conversation)):
         prompts = [prompts]
     for i, prompt in enumerate(prompts):
@@ -256,12 +333,17 @@ def generate_codes(
     )
     inputs = {k: batch[k].to(model.device) for k in keys}
     processors = [FiniteLogits(), *(generation.pop("logits_processor", None) or ())]
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens = max_frames + model.config.num_codebooks + 1
+    for name, value in generation.items():  # `generate` takes ras_win_len from a config alone
+        setattr(config, name, value)
+    if config.temperature is not None:
+        config.temperature = float(config.temperature)  # it refuses whole numbers
     out = model.generate(
         **inputs,
-        max_new_tokens=max_frames + model.config.num_codebooks + 1,
+        generation_config=config,
         synced_gpus=is_sharded(model),
         logits_processor=processors,
-        **generation,
     )
     return out[:, batch["audio_input_ids"].shape[1] :]
 

@@ -72,16 +72,18 @@ def make_trainer(
     own_optimizer=False,
     base=None,
     quantization=None,
+    tokenizer=None,
     **args,
 ):
     """A trainer of 40 steps of two micro-batches, 6 steps an epoch; `frames`: lengths of the
     training clips; `adapter`: more for its configuration, None: the model itself is trained,
     but for one embedding; `own_optimizer`: one made by hand, with two groups of parameters;
-    `base`: directory of a model, to be loaded with `quantization`, instead of a made one.
+    `base`: directory of a model, to be loaded with `quantization`, instead of a made one;
+    `tokenizer`: another one than the byte tokenizer.
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     config = tiny_config(tokenizer, **{**SMALL, **dict(model)})
     config.use_audio_out_self_attention = audio_attention
     torch.manual_seed(0)

@@ -7,12 +7,13 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import time
 
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, get_peft_model
 from resume_job import SMALL, make_trainer
@@ -28,10 +29,10 @@ from higgs_nb.checkpoint.adapter import (
 from higgs_nb.checkpoint.manifest import Manifest, list_checkpoints, validate_checkpoint
 from higgs_nb.checkpoint.saving import CheckpointError
 from higgs_nb.data.chatml import Conversation
-from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer, fit_tokenizer
 from higgs_nb.model.fused import HALF
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora
-from higgs_nb.model.model import tiny_config, tiny_model
+from higgs_nb.model.model import load_model, tiny_config, tiny_model
 from higgs_nb.speech.generate import generate_speech
 from higgs_nb.training.probe import OFFSETS, OffsetProbe
 from higgs_nb.training.resume import describe_data, differences
@@ -644,3 +645,111 @@ def test_the_remedy_among_foreign_checkpoints_is_not_what_was_done(tmp_path):
     with pytest.raises(CheckpointError) as error:
         make_trainer(tmp_path).train(resume="auto")
     assert "cannot go on" in str(error.value) and "choose another output_dir" in str(error.value)
+
+
+# --- the tokenizer is part of what an adapter was trained on
+
+WORDS = st.text("abcdefghijk", min_size=3, max_size=6)
+
+
+def like(words):
+    "A tokenizer with the special ids and the size of its siblings, and merges of its own."
+    return fit_tokenizer([f"{word} " * 20 for word in words], 280)
+
+
+def without_tokenizer(source, target):
+    "A copy of a checkpoint as older versions wrote it, which say nothing of the tokenizer."
+    shutil.copytree(source, target)
+    file = target / "manifest.json"
+    manifest = Manifest.loads(file.read_text())
+    assert manifest.meta["base"].pop("tokenizer_fingerprint")
+    file.write_text(manifest.dumps())
+    return target
+
+
+@given(st.lists(WORDS, min_size=4, max_size=6, unique=True))
+@settings(max_examples=3, deadline=None, phases=[Phase.generate])
+def test_an_adapter_is_loaded_spoken_and_trained_with_its_tokenizer_alone(tmp_path_factory, words):
+    folder = tmp_path_factory.mktemp("run")
+    mine, other = like(["zz", "yyyy", *words]), like(["xxxx", "vv", *words])
+    assert len(mine) == len(other) and mine.get_vocab() != other.get_vocab()
+    kwargs = dict(max_steps=2, save_steps=1, eval_strategy="no")
+    trainer = make_trainer(folder / "run", tokenizer=mine, **kwargs)
+    trainer.train()
+    checkpoint = folder / "run" / "checkpoint-1"
+    base = lambda: make_trainer(folder / "base", tokenizer=mine).model.unload()
+
+    def fresh():
+        model = base()
+        model.trained_tokenizer = None
+        return model
+
+    with pytest.raises(
+        CheckpointError, match="(?s)another tokenizer.*remedy: load the tokenizer of"
+    ):
+        load_lora_adapters(fresh(), checkpoint, tokenizer=other)
+    loaded = load_lora_adapters(fresh(), checkpoint, tokenizer=mine)
+    merge_lora(loaded).save_pretrained(folder / "plain")
+    take_snapshot(
+        merge_lora(loaded), base=validate_checkpoint(checkpoint).manifest.meta["base"]
+    ).save(folder / "merged")
+    models = (trainer.model, loaded, merge_lora(loaded), load_model(str(folder / "merged")))
+    for model in models:
+        assert generate_speech(model, mine, "La.", max_frames=1)
+        with pytest.raises(
+            ValueError, match="another tokenizer.*load the tokenizer that was saved"
+        ):
+            generate_speech(model, other, "La.", max_frames=1)
+    assert generate_speech(load_model(str(folder / "plain")), other, "La.", max_frames=1)
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        HiggsTrainer(
+            load_lora_adapters(fresh(), checkpoint, trainable=True),
+            HiggsTrainingArguments(output_dir=str(folder / "on"), use_cpu=True),
+            make_trainer(folder / "other", tokenizer=other).train_dataset,
+        )
+    with pytest.raises(
+        CheckpointError, match="(?s)model.tokenizer_fingerprint.*with its tokenizer"
+    ):
+        make_trainer(folder / "again", tokenizer=other, **kwargs).train(checkpoint)
+
+
+def test_a_checkpoint_that_names_no_tokenizer_is_loaded_and_resumed(tmp_path, caplog):
+    kwargs = dict(max_steps=2, save_steps=1, eval_strategy="no")
+    whole = make_trainer(tmp_path / "run", **kwargs)
+    whole.train()
+    older = without_tokenizer(tmp_path / "run" / "checkpoint-1", tmp_path / "checkpoint-1")
+    base = make_trainer(tmp_path / "base").model.unload()
+    base.trained_tokenizer = None
+    with pytest.warns(UserWarning, match="does not say which tokenizer .* is unknown"):
+        model = load_lora_adapters(base, older, tokenizer=byte_tokenizer())
+    assert generate_speech(model, byte_tokenizer(), "La.", max_frames=1)
+    resumed = make_trainer(tmp_path / "on", **kwargs)
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_propagation()
+    resumed.train(older)
+    assert "does not say which tokenizer" in caplog.text
+    for name, tensor in adapter_state(whole.model).items():
+        assert torch.equal(adapter_state(resumed.model)[name], tensor), name
+
+
+def test_a_model_without_an_adapter_is_resumed_with_its_tokenizer_alone(tmp_path):
+    kwargs = dict(adapter=None, max_steps=2, save_steps=1, eval_strategy="no")
+    words = (["one", "two", "six"], ["four", "five", "ten"])
+    mine, other = map(like, words)
+    make_trainer(tmp_path / "run", tokenizer=mine, **kwargs).train()
+    with pytest.raises(CheckpointError, match="model.tokenizer_fingerprint"):
+        make_trainer(tmp_path / "on", tokenizer=other, **kwargs).train(
+            tmp_path / "run" / "checkpoint-1"
+        )
+    with pytest.raises(ValueError, match="another tokenizer"):
+        generate_speech(
+            load_model(str(tmp_path / "run" / "checkpoint-2")), other, "La.", max_frames=1
+        )
+
+
+def test_a_vocabulary_that_is_resized_asks_for_no_tokenizer_of_before():
+    model, more = tiny_model(byte_tokenizer(), **SMALL), byte_tokenizer()
+    model.trained_tokenizer = "0" * 64
+    more.add_tokens(["<laugh>"])
+    model.resize_token_embeddings(len(more))
+    assert generate_speech(model, more, "La.", max_frames=1)

@@ -58,6 +58,7 @@ from higgs_nb.checkpoint.saving import (
     verified,
 )
 from ..model.lora import keep_float32
+from ..model.model import tokenizer_fingerprint
 
 # %% auto #0
 __all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'NAME', 'TOWER_PATTERN', 'MAX_RANK', 'MAX_ALPHA', 'FORMS', 'DROPPED',
@@ -66,8 +67,8 @@ __all__ = ['BASE_KEYS', 'VOLATILE', 'MOVES_BASE', 'NAME', 'TOWER_PATTERN', 'MAX_
            'adapter_tensors', 'is_name', 'is_names', 'is_number', 'is_rank', 'is_alpha', 'is_patterns', 'is_indices',
            'is_text', 'is_mapping_of_base', 'is_flat', 'read_adapter_config', 'remedy_of_key', 'adapter_config',
            'adapter_files', 'is_stock', 'check_vocabulary', 'model_config', 'model_files', 'take_snapshot',
-           'save_lora_adapters', 'check_base', 'load_lora_adapters', 'check_names', 'load_adapter', 'load_weights',
-           'restore', 'empty_base', 'try_on_fresh_base', 'try_to_load', 'preflight']
+           'save_lora_adapters', 'check_base', 'check_trained_tokenizer', 'load_lora_adapters', 'check_names',
+           'load_adapter', 'load_weights', 'restore', 'empty_base', 'try_on_fresh_base', 'try_to_load', 'preflight']
 
 # %% ../../nbs/checkpoint/04_adapter.ipynb #ba57356a
 BASE_KEYS = {
@@ -168,6 +169,7 @@ def describe_base(
     revision: str | None = None,  # commit of the hub repository, for whoever looks for it
     # tensors left out of the fingerprint; None: what the adapter replaces, if there is one
     without: list[str] | None = None,
+    tokenizer=None,  # that it is trained with; None: the manifest does not say
 ) -> dict:
     """What a manifest says of a base model: where it comes from, configuration, fingerprints,
     number of tensors and parameters.
@@ -179,6 +181,7 @@ def describe_base(
         config=stable_config(model),
         config_fingerprint=config_fingerprint(model),
         weights_fingerprint=weights_fingerprint(model, without),
+        tokenizer_fingerprint=tokenizer and tokenizer_fingerprint(tokenizer),
         without=without,
         tensors=len(tensors),
         parameters=sum(t.numel() for t in tensors.values()),
@@ -627,15 +630,38 @@ def check_base(model: nn.Module, base: dict, path: Path, known: dict | None = No
         )
 
 
+def check_trained_tokenizer(base: dict, tokenizer, path: Path) -> None:
+    """`CheckpointError` if the manifest of an adapter names another tokenizer; a warning if it is
+    older and names none.
+    """
+    noted = base.get("tokenizer_fingerprint")
+    if noted is None:
+        warnings.warn(
+            f"{path} does not say which tokenizer it was trained with: whether this is the same "
+            "one is unknown"
+        )
+    elif noted != tokenizer_fingerprint(tokenizer):
+        raise CheckpointError(
+            "adapter not loaded: it was trained with another tokenizer, which has other ids for "
+            "the same words",
+            path,
+            remedy=(
+                f"load the tokenizer of the base {base.get('id')!r}, revision "
+                f"{base.get('revision')!r}, as it was for training"
+            ),
+        )
+
+
 def load_lora_adapters(
     base_model: nn.Module,  # the base, without adapter; PEFT puts its layers into it
     path: Path | str | CheckpointReport,  # directory of the adapter
     *,
-    trainable: bool = False,
-) -> PeftModel:  # go on training it
+    trainable: bool = False,  # go on training it
+    tokenizer=None,  # that it will be used with, to be compared; None: compared when it speaks
+) -> PeftModel:
     """Load an adapter that `save_lora_adapters` saved onto the base that it was trained on, in the
     precision of that base; says so if that rounds a tensor. `CheckpointError` if the checkpoint
-    is not whole, the base is another, or a tensor did not arrive.
+    is not whole, the base or the tokenizer is another, or a tensor did not arrive.
     """
     if isinstance(base_model, PeftModel):
         raise CheckpointError(
@@ -645,6 +671,9 @@ def load_lora_adapters(
     if report.status == "unverified":
         check_names(base_model, report.path)
     report, saved = load_adapter(base_model, report)
+    base = report.manifest.meta["base"]
+    if tokenizer is not None:
+        check_trained_tokenizer(base, tokenizer, report.path)
     config = read_adapter_config(
         load_files(report, ADAPTER_FILES[0])[ADAPTER_FILES[0]], report.path
     )
@@ -675,8 +704,9 @@ def load_lora_adapters(
             error,
             "load the base anew before another adapter is tried: it may hold layers of this one",
         ) from error
-    base = report.manifest.meta["base"]
     config.base_model_name_or_path, config.revision = base.get("id"), base.get("revision")
+    if noted := base.get("tokenizer_fingerprint"):
+        base_model.trained_tokenizer = noted
     _check_arrival(adapter_state(model), saved, report.path)
     return model if trainable else model.eval()
 

@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 __all__ = ['logger', 'PACKED_FIELDS', 'RELEASED', 'WHISPER_FIELDS', 'PRECISE', 'PANGRAMS', 'codebook_loss_sums', 'target_counts',
            'LossWeights', 'HiggsOutput', 'cast_input', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model',
            'base_path', 'whisper_settings', 'extend_config', 'start_new_modules', 'keep_precise', 'check_directory',
-           'check_source', 'load_model', 'tokenizer_fingerprint']
+           'check_source', 'load_model', 'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer']
 
 # %% ../../nbs/model/03_model.ipynb #2bbe41b1
 def codebook_loss_sums(
@@ -161,6 +161,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
             )
         self.post_init()
         self.loss_weights, self.new_modules = LossWeights(), ()
+        self.trained_tokenizer = None  # see `check_tokenizer`
 
     def forward(
         self,
@@ -333,6 +334,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if self.text_lm_head is not None and self.text_lm_head.out_features != table.num_embeddings:
             self.text_lm_head = self.resized_head(table.num_embeddings, mean_resizing)
+            self.trained_tokenizer = None  # another one from now on
         return table
 
     @torch.no_grad()
@@ -694,6 +696,7 @@ def load_model(
             f"for the stream code {model.config.audio_stream_eos_id}"
         )
     start_new_modules(model, new, whisper)
+    model.trained_tokenizer = noted_tokenizer(name_or_path)
     # bitsandbytes would repack 4-bit matrices at the first evaluation on such a CPU, with
     # rounded scales, and train on with those
     for module in model.modules():
@@ -714,3 +717,29 @@ def tokenizer_fingerprint(tokenizer) -> str:  # of a model
     made = [tokenizer.encode(text, add_special_tokens=False) for text in PANGRAMS]
     value = [sorted(tokenizer.get_vocab().items()), made]
     return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
+
+# %% ../../nbs/model/03_model.ipynb #6944c571
+def noted_tokenizer(name_or_path: str | Path) -> str | None:
+    "The fingerprint that the manifest beside a saved model notes; None if there is none."
+    file = Path(name_or_path) / "manifest.json"
+    noted = load_json(file) if file.is_file() else None
+    for key in ("meta", "base", "tokenizer_fingerprint"):
+        noted = noted.get(key) if isinstance(noted, dict) else None
+    return noted if isinstance(noted, str) else None
+
+
+def check_tokenizer(
+    model: nn.Module,  # without PEFT around it
+    tokenizer,  # that it is to be used with
+) -> None:
+    "`ValueError` if `model` was trained with another tokenizer, as far as that is known."
+    noted = getattr(model, "trained_tokenizer", None)
+    if noted is None:
+        return
+    given = tokenizer_fingerprint(tokenizer)
+    if given != noted:
+        raise ValueError(
+            f"this model was trained with another tokenizer ({noted[:12]}, and this is "
+            f"{given[:12]}), which has other ids for the same words: load the tokenizer that "
+            "was saved with its base, or set model.trained_tokenizer = None to use this one"
+        )

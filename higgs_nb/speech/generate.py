@@ -27,6 +27,7 @@ from ..data.chatml import Conversation, Text, tts_conversation
 from ..data.codec import Codec
 from ..data.collator import PaddedCollator
 from ..data.samples import AudioTokens, Sample, encode_with, expand, sample_options, undelay
+from ..model.model import check_tokenizer
 from ..model.shard import is_sharded
 
 # %% auto #0
@@ -257,10 +258,12 @@ def generate_speech(
     **generation,  # options of `HONOURED`: temperature, top_k, top_p, ras_win_len, ...
 ) -> list[Speech]:
     """Speak each prompt; the model's mode is restored. What `generation` leaves out is as the
-    model's generation config has it; `ValueError` names an option that cannot be honoured.
+    model's generation config has it; `ValueError` names an option that cannot be honoured, or
+    says that the model was trained with another tokenizer.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_options(generation, base.generation_config, max_frames, batch_size, do_sample)
+    check_tokenizer(base, tokenizer)
     if isinstance(prompts, (str, Conversation)):
         prompts = [prompts]
     for i, prompt in enumerate(prompts):

@@ -55,7 +55,12 @@ from ..data.audit import audit
 from ..data.collator import PackedBatchSampler, PackedCollator
 from ..data.samples import IGNORE
 from ..model.lora import freeze_silent, only_lora
-from ..model.model import LossWeights, target_counts
+from higgs_nb.model.model import (
+    LossWeights,
+    check_tokenizer,
+    target_counts,
+    tokenizer_fingerprint,
+)
 from ..model.shard import is_sharded, shard_base
 from higgs_nb.training.callbacks import (
     SPOKEN,
@@ -477,6 +482,8 @@ class HiggsTrainer(Trainer):
         **kwargs,
     ):
         check_model(model, args)
+        check_tokenizer(base_of(model), train_dataset.tokenizer)
+        base_of(model).trained_tokenizer = tokenizer_fingerprint(train_dataset.tokenizer)
         if isinstance(eval_dataset, (dict, list, tuple)):
             raise ValueError(
                 f"eval_dataset is a {type(eval_dataset).__name__}: one SampleDataset is "
@@ -507,7 +514,7 @@ class HiggsTrainer(Trainer):
                 "see the tutorial on several processes"
             )
         if args.shard_base:
-            self.divide(model, args)
+            self.divide(model, args, train_dataset.tokenizer)
         self.speed, self.stop = (
             SpeedCallback(
                 model.config,
@@ -545,7 +552,7 @@ class HiggsTrainer(Trainer):
         )
         self.has_trained = False
 
-    def divide(self, model, args):
+    def divide(self, model, args, tokenizer):
         "Describe the base while it is whole, then divide it among the processes."
         if args.world_size == 1:
             return logger.warning(
@@ -553,7 +560,9 @@ class HiggsTrainer(Trainer):
             )
         if isinstance(model, PeftModel):
             self.base, self.fresh = (
-                describe_base(model, self.base.get("id"), self.base.get("revision")),
+                describe_base(
+                    model, self.base.get("id"), self.base.get("revision"), tokenizer=tokenizer
+                ),
                 empty_base(model),
             )
         shard_base(model, args.device)
@@ -871,6 +880,10 @@ def read_checkpoint(self: HiggsTrainer, report: CheckpointReport, force: bool) -
     another run, unless `force`.
     """
     meta, base = report.manifest.meta, ("config", "weights_fingerprint")
+    if meta["base"].get("tokenizer_fingerprint"):
+        base += ("tokenizer_fingerprint",)
+    else:
+        logger.warning(f"{report.path} does not say which tokenizer it was trained with")
     then, here = (
         {**run, "model": {k: of.get(k) for k in base}}
         for run, of in ((meta.get("run", {}), meta["base"]), (self.run, self.base))
@@ -882,8 +895,8 @@ def read_checkpoint(self: HiggsTrainer, report: CheckpointReport, force: bool) -
                 f"training not resumed: the checkpoint belongs to {said}",
                 report.path,
                 remedy=(
-                    "start as that run was started, pass resume_force=True, or begin anew "
-                    "in another output directory"
+                    "start as that run was started, with its tokenizer and its settings, pass "
+                    "resume_force=True, or begin anew in another output directory"
                 ),
             )
         logger.warning(f"resuming from {report.path}, although it belongs to {said}")
@@ -1261,10 +1274,15 @@ def before_training(self: HiggsTrainer):
     measure the device if asked to.
     """
     origin = {k: self.base.get(k) for k in ("id", "revision")}
+    tokenizer = self.train_dataset.tokenizer
     if not isinstance(self.model, PeftModel):
-        self.base = dict(origin, config=stable_config(self.model))
+        self.base = dict(
+            origin,
+            config=stable_config(self.model),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )
     elif not is_sharded(self.model):
-        self.base = describe_base(self.model, **origin)
+        self.base = describe_base(self.model, **origin, tokenizer=tokenizer)
     size = sum(t.nbytes for t in trained_state(self.model).values()) + 2 * sum(
         p.nbytes for p in self.model.parameters() if p.requires_grad
     )  # Adam's two moments

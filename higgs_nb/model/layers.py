@@ -419,9 +419,7 @@ class HiggsDecoder(HiggsAudioV2Model):
                 "which packed rows do not apply: "
                 "set model.config.attention_dropout = 0 before training"
             )
-        texts = self.embed_tokens(input_ids.index_select(1, packed["text_positions"]))[
-            0
-        ]  # 2-D, as NEFTune's hook on the table wants it
+        texts = self.embed_tokens(input_ids[0].index_select(0, packed["text_positions"]))
         frames = self.embed_audio_tokens(audio_input_ids[0])
         hidden = torch.cat(
             [texts, frames.to(texts.dtype)]

@@ -153,7 +153,9 @@ REFUSED = {
     "auto_find_batch_size": (
         "after an error it would go on from weights that have moved; set a smaller token_budget"
     ),
-    "neftune_noise_alpha": "not supported, embeddings of packed rows have no batch; see code_noise",
+    "neftune_noise_alpha": (
+        "its noise depends on the length of a sample, and a packed row holds many; see code_noise"
+    ),
     "ignore_data_skip": "a resumed run would begin its epoch anew and see samples twice; leave it out",
     "push_to_hub": "checkpoints are not pushed while training; upload the exported model afterwards",
     "enable_jit_checkpoint": "it would save checkpoints that are not verified; SIGTERM saves one already",

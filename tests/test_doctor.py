@@ -1,10 +1,12 @@
 "higgs_doctor, with what it looks for really broken where that can be made here."
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 from higgs_nb.cli.doctor import check_hub, check_place, check_python
@@ -171,10 +173,112 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
         and "cannot be reached" in found
         and "hf download somebody/some-base" in todo
     )
-    assert (
-        check_hub(str(tmp_path)).state == "ok"
-        and check_hub(str(tmp_path / "nowhere")).state == "problem"
-    )
+    assert check_hub(str(tmp_path / "nowhere")).state == "problem"
+
+
+def directory(folder, files):
+    "A directory with files of these names; a value that is no text is written as JSON."
+    folder.mkdir()
+    for name, value in files.items():
+        (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
+    return folder
+
+
+BASE = {"model_type": "higgs_audio_v2"}
+PARTS = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+NOT_A_BASE = {  # files and what is said of them
+    "original": (
+        {"config.json": {"model_type": "higgs_audio"}, "model.safetensors": ""},
+        "original format: load it with higgs_nb.original.convert.load_original",
+    ),
+    "codec": ({"config.json": {"model_type": "higgs_audio_v2_tokenizer"}}, "it is a codec"),
+    "adapter": ({"adapter_config.json": {}, "adapter_model.safetensors": ""}, "is an adapter"),
+    "empty": ({}, "is empty"),
+    "corpus": ({"metadata.json": []}, "no config.json"),
+    "other": ({"config.json": {"model_type": "llama"}, "model.safetensors": ""}, "'llama'"),
+    "weights alone": ({"model.safetensors": ""}, "no config.json"),
+    "settings alone": ({"config.json": BASE}, "no model.safetensors"),
+    "index alone": (
+        {"config.json": BASE, "model.safetensors.index.json": PARTS},
+        "lacks 2 files of weights",
+    ),
+    "a part": (
+        {
+            "config.json": BASE,
+            "model.safetensors.index.json": PARTS,
+            "model-1-of-2.safetensors": "",
+        },
+        "lacks 1 files of weights",
+    ),
+    "damaged index": ({"config.json": BASE, "model.safetensors.index.json": "{"}, "is damaged"),
+    "odd index": (
+        {"config.json": BASE, "model.safetensors.index.json": {"weight_map": [1]}},
+        "names no weights",
+    ),
+    "damaged": ({"config.json": "{", "model.safetensors": ""}, "is damaged"),
+    "pickle": ({"config.json": BASE, "pytorch_model.bin": ""}, "no model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_A_BASE)
+def test_a_directory_that_is_not_a_base(tmp_path, name):
+    "It is named for what it is, with what to give instead."
+    files, words = NOT_A_BASE[name]
+    found = check_hub(str(directory(tmp_path / "a directory", files)))
+    assert (found.check, found.state) == ("base", "problem")
+    assert words in found.found and "a base in transformers' format" in found.todo
+
+
+def test_a_directory_that_is_a_base(tmp_path):
+    whole = {"config.json": BASE, "model.safetensors": ""}
+    parts = {"config.json": BASE, "model.safetensors.index.json": PARTS}
+    parts |= dict.fromkeys(PARTS["weight_map"].values(), "")
+    for name, files in (("whole", whole), ("parts", parts)):
+        assert check_hub(str(directory(tmp_path / name, files))).state == "ok"
+    assert "is a file" in check_hub(str(tmp_path / "whole/config.json")).found
+
+
+WINDOWS = """
+import os, runpy, signal, sys
+import nbclient, papermill, psutil, safetensors.torch, soundfile, torch.distributed.run, tqdm.auto
+import transformers
+
+sys.argv = ["higgs", "--out", os.devnull]
+for missing in ("fcntl", "resource", "SIGUSR1"):
+    for name in ("run", "manifest", "sweep", "launch", "doctor")[: 5 if missing == "fcntl" else 4]:
+        print(f"== {missing} {name}", file=sys.stderr, flush=True)
+        if os.fork() == 0:
+            os.dup2(2, 1)
+            if missing == "SIGUSR1":
+                del signal.SIGUSR1
+            else:
+                sys.modules[missing] = None
+            try:
+                runpy.run_module(f"higgs_nb.{name}", run_name="__main__", alter_sys=True)
+            except SystemExit as ended:
+                print(f"exit {ended.code}", file=sys.stderr)
+            sys.stderr.flush()
+            sys.stdout.flush()
+            os._exit(0)
+        os.wait()
+"""
+
+
+def test_a_system_that_is_not_supported():
+    """Without what Windows lacks each command ends with a sentence, and higgs_doctor with a
+    finding. Other packages are imported before it is hidden: on Windows they look elsewhere.
+    """
+    done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True)
+    assert done.stderr.count("== ") == 13 and "Traceback" not in done.stderr, done.stderr
+    for part in done.stderr.split("== ")[1:]:
+        title, *said = part.strip().splitlines()
+        missing, command = title.split()
+        if command == "doctor":
+            assert f"problem  system               {sys.platform} is not supported" in said[1]
+            assert "WSL2" in said[2] and said[-1] == "exit 1"
+        else:
+            assert "on Windows use WSL2" in said[0] and missing in said[0]
+            assert said[1:] == ["exit 2"]
 
 
 def test_exit_codes(capsys):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import hashlib
 import html
 import json
@@ -23,12 +22,14 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from ..core.files import shown
+from ..core.files import shown, unix_module
+
+fcntl = unix_module("fcntl")
 
 # %% auto #0
-__all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILE', 'MAX_FILES', 'MAX_HEADER', 'MAX_JSON', 'MACHINE', 'HIDDEN',
-           'NO_LOCKS', 'PICKLE', 'BYSTANDERS', 'WRONG_PLACE', 'DEPTH', 'EXPORT_CARD', 'RUN_FILES', 'Manifest', 'inside',
-           'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle', 'tensor_table', 'hidden_name', 'writer_of',
+__all__ = ['fcntl', 'MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILE', 'MAX_FILES', 'MAX_HEADER', 'MAX_JSON', 'MACHINE',
+           'HIDDEN', 'NO_LOCKS', 'PICKLE', 'BYSTANDERS', 'WRONG_PLACE', 'DEPTH', 'EXPORT_CARD', 'RUN_FILES', 'Manifest',
+           'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle', 'tensor_table', 'hidden_name', 'writer_of',
            'CheckpointReport', 'Reports', 'read_json', 'check_file', 'check_unknown', 'check_steps', 'check_adapter',
            'validate_checkpoint', 'reading_fault', 'members', 'list_checkpoints', 'latest_checkpoint',
            'find_checkpoints', 'holds_export', 'move_aside', 'holds_our_manifest', 'is_ours', 'repair', 'main']

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -40,13 +39,15 @@ from higgs_nb.checkpoint.manifest import (
     validate_checkpoint,
     writer_of,
 )
-from ..core.files import fsync
+from ..core.files import fsync, unix_module
+
+fcntl = unix_module("fcntl")
 
 # %% auto #0
-__all__ = ['REMEDIES', 'Content', 'CHUNK', 'CheckpointError', 'free_bytes', 'explained', 'make_dirs', 'staging_directory', 'bits',
-           'same_bits', 'dtype_name', 'safetensors_parts', 'pieces', 'let_go', 'difference', 'write_file',
-           'save_checkpoint', 'write_files', 'Snapshot', 'on_cpu', 'verified', 'remedy_for', 'check_finite',
-           'is_finite', 'load_files', 'remove_directory', 'prune_checkpoints']
+__all__ = ['fcntl', 'REMEDIES', 'Content', 'CHUNK', 'CheckpointError', 'free_bytes', 'explained', 'make_dirs',
+           'staging_directory', 'bits', 'same_bits', 'dtype_name', 'safetensors_parts', 'pieces', 'let_go',
+           'difference', 'write_file', 'save_checkpoint', 'write_files', 'Snapshot', 'on_cpu', 'verified', 'remedy_for',
+           'check_finite', 'is_finite', 'load_files', 'remove_directory', 'prune_checkpoints']
 
 # %% ../../nbs/checkpoint/02_saving.ipynb #e0e7a586
 REMEDIES = {

@@ -22,10 +22,13 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from ..core.files import UNIX_ONLY, load_json, missing_parts, shown
+
 # %% auto #0
-__all__ = ['BROKEN', 'ROOM_GB', 'Finding', 'version_of', 'check_python', 'check_packages', 'check_torch', 'check_place',
-           'check_cache', 'check_audio', 'check_data', 'check_torchaudio', 'check_hub', 'check_notebooks',
-           'memory_advice', 'main']
+__all__ = ['BROKEN', 'ROOM_GB', 'BASE_FORMS', 'WEIGHTS', 'INDEX', 'Finding', 'version_of', 'check_python', 'check_system',
+           'check_packages', 'check_torch', 'check_place', 'check_cache', 'check_audio', 'check_data',
+           'check_torchaudio', 'missing_files', 'check_base_directory', 'check_hub', 'check_notebooks', 'memory_advice',
+           'one_line', 'main']
 
 # %% ../../nbs/cli/05_doctor.ipynb #bfd18e7d
 @dataclass(frozen=True)
@@ -65,6 +68,18 @@ def check_python(version=None) -> Finding:  # (major, minor, ...); None: of this
         "install Python 3.11 or newer, and make the environment with it: make "
         "PYTHON=python3.11 train",
     )
+
+# %% ../../nbs/cli/05_doctor.ipynb #7253add9
+def check_system() -> Finding:
+    "This is Linux or macOS, with the parts of Python that Windows lacks."
+    if missing := missing_parts():
+        return Finding(
+            "system",
+            "problem",
+            f"{sys.platform} is not supported: this Python lacks {', '.join(missing)}",
+            f"{UNIX_ONLY}: install it with `wsl --install`, and higgs_nb in its Linux",
+        )
+    return Finding("system", "ok", sys.platform)
 
 # %% ../../nbs/cli/05_doctor.ipynb #bfc21f70
 def check_packages() -> Finding:
@@ -344,13 +359,58 @@ def check_torchaudio() -> Finding:
         )
     return Finding("torchaudio", "ok", f"{getattr(found, '__version__', 'loads')}")
 
+# %% ../../nbs/cli/05_doctor.ipynb #a871cc22
+BASE_FORMS = (
+    "give the directory of a base in transformers' format, with config.json and "
+    "model.safetensors; or small; or OWNER/NAME of the hub"
+)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def missing_files(path: Path) -> str | None:  # directory of a base
+    "What a directory lacks of a base's files, as a sentence; None if all are there."
+    names = sorted(p.name for p in path.iterdir())
+    if not names:
+        return f"{path} is empty"
+    if "config.json" not in names:
+        return f"{path} holds no config.json, so it is not a base: {', '.join(names[:5])}"
+    if INDEX not in names:
+        return None if WEIGHTS in names else f"{path} holds no {WEIGHTS}: {', '.join(names[:5])}"
+    index = load_json(path / INDEX)
+    parts = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(parts, dict) or not parts:
+        return f"{path / INDEX} names no weights"
+    lacking = sorted({str(part) for part in parts.values()} - set(names))
+    if lacking:
+        return f"{path} lacks {len(lacking)} files of weights that {INDEX} names: {lacking[0]}"
+    return None
+
+
+def check_base_directory(path: Path) -> Finding:
+    "A directory holds a base in transformers' format with all its files."
+    if not path.is_dir():
+        return Finding("base", "problem", f"{path} is a file", BASE_FORMS)
+    try:
+        from higgs_nb.model.model import check_source
+
+        check_source(path)
+        missing = missing_files(path)
+    except ImportError as error:
+        return Finding("base", "problem", f"{error}", "repair the packages first, see above")
+    except (OSError, ValueError) as error:
+        return Finding("base", "problem", f"{error}", BASE_FORMS)
+    if missing:
+        todo = f"{BASE_FORMS}; `hf download OWNER/NAME` completes a download that was cut off"
+        return Finding("base", "problem", missing, todo)
+    return Finding("base", "ok", f"{path} is a base here")
+
 # %% ../../nbs/cli/05_doctor.ipynb #f5353774
 def check_hub(base: str) -> Finding:  # hub id of a model
     "A base on the hub can be fetched, or was fetched before."
-    if base in ("small", "tiny") or Path(base).exists():
-        return Finding(
-            "base", "ok", base if base in ("small", "tiny") else f"{base} is a directory here"
-        )
+    if base in ("small", "tiny"):
+        return Finding("base", "ok", base)
+    if Path(base).exists():
+        return check_base_directory(Path(base))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         return Finding(
             "base",
@@ -469,6 +529,11 @@ def memory_advice(
         ) from error
 
 # %% ../../nbs/cli/05_doctor.ipynb #d9a21c89
+def one_line(text: str) -> str:
+    "`text` as a line of a report: no line break, no control character."
+    return shown(" ".join(text.split()))
+
+
 def main(argv=None) -> int:  # words of the command line; None: those of this process
     "`higgs_doctor`; 0 if a run can start, 1 if something has to be repaired first."
     parser = argparse.ArgumentParser(
@@ -485,6 +550,7 @@ def main(argv=None) -> int:  # words of the command line; None: those of this pr
     args = parser.parse_args(argv)
     checks = [
         check_python,
+        check_system,
         check_packages,
         check_torch,
         lambda: check_place(args.out),
@@ -497,10 +563,9 @@ def main(argv=None) -> int:  # words of the command line; None: those of this pr
     ]
     found = [check() for check in checks]
     for f in found:
-        print(
-            f"{f.state:<9}{f.check:<21}{f.found}"
-            + (f"\n{'':<9}{'->':>20} {f.todo}" if f.todo else "")
-        )
+        print(f"{f.state:<9}{f.check:<21}{one_line(f.found)}")
+        if f.todo:
+            print(f"{'':<9}{'->':>20} {one_line(f.todo)}")
     problems = sum(f.state == "problem" for f in found)
     print(
         f"\n{problems} problem{'s' * (problems != 1)}"

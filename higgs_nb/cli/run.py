@@ -34,24 +34,20 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from ..core.files import check_plain, load_json, shown, write_json
-
-try:
-    import fcntl
-except ImportError as error:
-    raise ImportError("higgs_nb runs on Linux and macOS; on Windows use WSL2") from error
-
 from ..checkpoint.manifest import NO_LOCKS, latest_checkpoint
+from ..core.files import check_plain, load_json, shown, unix_module, write_json
+
+fcntl = unix_module("fcntl")
 
 # %% auto #0
-__all__ = ['RUNS', 'TYPES', 'PATHS', 'COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'RANGES', 'RESULTS', 'HELD', 'CLAIM', 'STOP_FILE',
-           'TRY_AGAIN', 'MAX_PARTS', 'run_notebooks', 'notebook_of', 'parameters_of', 'leaves', 'check_leaves', 'typed',
-           'check_value', 'path_text', 'check_parameters', 'range_of', 'in_range', 'check_range', 'parameters',
-           'describe', 'summary', 'set_aside', 'lock', 'occupied', 'is_same', 'claim', 'inherited', 'occupy', 'reading',
-           'read_noted', 'interrupted', 'goes_on', 'said_by', 'git', 'git_state', 'git_states', 'surroundings',
-           'append_line', 'defaults_of', 'place', 'kernel_environment', 'kernel_manager', 'execute', 'run', 'is_done',
-           'StopSignals', 'split_assignments', 'PlainLoader', 'plain_number', 'plain_mapping', 'check_size',
-           'load_yaml', 'read_yaml', 'read_pair', 'read_parameters', 'tell', 'main']
+__all__ = ['fcntl', 'RUNS', 'TYPES', 'PATHS', 'COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'RANGES', 'RESULTS', 'HELD', 'CLAIM',
+           'STOP_FILE', 'TRY_AGAIN', 'MAX_PARTS', 'run_notebooks', 'notebook_of', 'parameters_of', 'leaves',
+           'check_leaves', 'typed', 'check_value', 'path_text', 'check_parameters', 'range_of', 'in_range',
+           'check_range', 'parameters', 'describe', 'summary', 'set_aside', 'lock', 'occupied', 'is_same', 'claim',
+           'inherited', 'occupy', 'reading', 'read_noted', 'interrupted', 'goes_on', 'said_by', 'git', 'git_state',
+           'git_states', 'surroundings', 'append_line', 'defaults_of', 'place', 'kernel_environment', 'kernel_manager',
+           'execute', 'run', 'is_done', 'StopSignals', 'split_assignments', 'PlainLoader', 'plain_number',
+           'plain_mapping', 'check_size', 'load_yaml', 'read_yaml', 'read_pair', 'read_parameters', 'tell', 'main']
 
 # %% ../../nbs/cli/01_run.ipynb #fc5666b6
 RUNS = Path(__file__).parents[1] / "runs" if "__file__" in globals() else Path("../runs")

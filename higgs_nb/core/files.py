@@ -5,17 +5,22 @@
 # %% ../../nbs/core/01_files.ipynb #ec8c6fba
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import re
+import signal
+import sys
 import unicodedata
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 # %% auto #0
-__all__ = ['MAX_JSON', 'safe_name', 'within', 'shown', 'fsync', 'write_whole', 'write_json', 'load_json', 'check_plain',
-           'cut_list']
+__all__ = ['MAX_JSON', 'UNIX_ONLY', 'safe_name', 'within', 'shown', 'fsync', 'write_whole', 'write_json', 'load_json',
+           'check_plain', 'cut_list', 'missing_parts', 'is_command', 'unix_module']
 
 # %% ../../nbs/core/01_files.ipynb #ed5cefc1
 def safe_name(
@@ -147,3 +152,31 @@ def cut_list(
     lines = list(lines)
     rest = len(lines) - limit
     return lines if rest <= 0 else [*lines[:limit], f"... and {rest:,} more"]
+
+# %% ../../nbs/core/01_files.ipynb #6576587c
+UNIX_ONLY = "higgs_nb runs on Linux and macOS; on Windows use WSL2"
+
+
+def missing_parts() -> list[str]:
+    "The parts of a Unix system's Python that this Python lacks; none on Linux and macOS."
+    modules = [name for name in ("fcntl", "resource") if importlib.util.find_spec(name) is None]
+    return modules + [name for name in ("SIGUSR1",) if not hasattr(signal, name)]
+
+
+def is_command() -> bool:
+    "Whether this process was started as one of our commands, or by `python -m higgs_nb.NAME`."
+    program = Path(sys.argv[0] if sys.argv else "")
+    return program.name.startswith("higgs_") or program.parent.name == "higgs_nb"
+
+
+def unix_module(name: str) -> ModuleType:
+    """The module `fcntl` or `resource`. On a system without all of `missing_parts` an
+    `ImportError`, or, in one of our commands, the same sentence and exit code 2.
+    """
+    if not (missing := missing_parts()):
+        return importlib.import_module(name)
+    sentence = f"{UNIX_ONLY} (this Python lacks {', '.join(missing)})"
+    if is_command():
+        print(sentence, file=sys.stderr)
+        raise SystemExit(2)
+    raise ImportError(sentence)

@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import threading
@@ -21,14 +20,16 @@ import torch
 from transformers import HiggsAudioV2Config, TrainerCallback
 from transformers.utils import logging
 
+from ..core.files import unix_module
 from .probe import OFFSETS
 from .resume import any_process, device_module
 
+resource = unix_module("resource")
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'STOP_FILE', 'TRY_AGAIN', 'SPOKEN', 'Preempted', 'StopCallback', 'log_columns', 'LogFileCallback',
-           'EndCallback', 'useful_flops', 'matmul_rate', 'SpeedCallback']
+__all__ = ['resource', 'logger', 'STOP_FILE', 'TRY_AGAIN', 'SPOKEN', 'Preempted', 'StopCallback', 'log_columns',
+           'LogFileCallback', 'EndCallback', 'useful_flops', 'matmul_rate', 'SpeedCallback']
 
 # %% ../../nbs/training/02_callbacks.ipynb #de8847e8
 STOP_FILE = "STOP"

@@ -50,7 +50,8 @@ from higgs_nb.checkpoint.saving import (
     prune_checkpoints,
     save_checkpoint,
 )
-from higgs_nb.cli.export import in_markdown, source_of, still_to_export
+from higgs_nb.cli.export import source_of, still_to_export
+from higgs_nb.core.files import in_markdown
 from higgs_nb.training.resume import checkpoint_to_resume, read_state, state_files
 
 SAYS_SOMETHING = {

@@ -8,23 +8,38 @@ second or two; test_runs.py executes the notebooks by papermill.
 import contextlib
 import io
 import json
+import re
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import markdown_it
 import nbformat
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import ROOT
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from higgs_nb.checkpoint.manifest import CheckpointReport, Fault, Reports
+from higgs_nb.cli.doctor import Finding
+from higgs_nb.cli.doctor import main as higgs_doctor
+from higgs_nb.cli.sweep import SweepRun
+from higgs_nb.data.audio import CorpusReport
+from higgs_nb.data.audit import audit
 from higgs_nb.data.chatml import embedded_corpus, load_corpus
+from higgs_nb.data.collator import PackedCollator
+from higgs_nb.data.samples import AudioTokens, byte_tokenizer, encode_conversation, expand
+from higgs_nb.model.model import tiny_config
+from higgs_nb.speech.evaluate import Evaluation, Score
 from higgs_nb.speech.generate import Speech, save_clips
-from higgs_nb.view.explorers import CorpusExplorer, measure_clips
-from higgs_nb.view.monitor import read_log_lines, run_monitor, samples_of
+from higgs_nb.view.explorers import CodesExplorer, CorpusExplorer, LabelExplorer, measure_clips
+from higgs_nb.view.monitor import ABListener, read_log_lines, run_monitor, samples_of
 from higgs_nb.view.plots import plain_text
 
 
@@ -472,3 +487,198 @@ def test_what_is_listed_is_what_is_shown(steps):
             set(s) >= {"index", "_options_labels"} for s in sent.states if "_options_labels" in s
         ] in ([], [True])
         assert len([s for s in sent.states if "index" in s]) <= 1
+
+
+ODD = st.sampled_from(
+    [
+        HOSTILE,
+        "javascript:alert(1)",
+        "</audio></td></script><b>",
+        "&lt;script&gt;&#60;b&#62;",
+        "\x1b]0;title\x07\x1b[31m",
+        "a\u2028b\u2029c",
+        "\u202egnp.exe\u2066",
+        "\ud800",
+        "price $5^^$6",
+        "a$$b",
+        "\\frac{",
+        "_^",
+    ]
+)
+OUTSIDE = ODD | st.text(
+    st.sampled_from("<>'\"&/=`ab \n\u202e\u2028\x00$\\_^{}%|"), min_size=1, max_size=12
+).filter(str.strip)
+QUICK = dict(
+    deadline=None,
+    suppress_health_check=[*HealthCheck],
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)
+PLAIN = "a name"
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    "The audit of a small batch."
+    tokenizer = byte_tokenizer()
+    tokens = AudioTokens.from_config(tiny_config(tokenizer), tokenizer)
+    talk = CLIPS[0].conversation
+    codes = [torch.randint(0, 32, (tokens.num_codebooks, 5)) for _ in talk.audio]
+    sample = expand(encode_conversation(talk, tokenizer, codes), tokens, talk.id)
+    return audit(PackedCollator(tokens)([sample]), tokenizer, tokens)
+
+
+def structure(page):
+    "The elements of a page with their attributes' names; nothing is loaded from elsewhere."
+    elements = Elements(page).found
+    for tag, attributes in elements:
+        assert not {"href", "onerror", "onclick", "srcset"} & set(attributes)
+        assert attributes.get("src", "data:").startswith("data:")
+    page.encode("utf-8")
+    hidden = [c for c in page if c in "\x00\x07\x1b\u2028\u2029\u202e\u2066"]
+    assert not hidden, hidden
+    return [(tag, sorted(attributes)) for tag, attributes in elements]
+
+
+def reports(text):
+    "Reports about a corpus, a checkpoint and an evaluation."
+    row = replace(CLIPS[0].row, id=text, path=text, split=text, offset=1.0, peak=2.0)
+    yield CorpusReport(1, [row], 24000, (text, "b"))
+    fault = Fault("corrupt", text, text, text, text)
+    yield Reports([CheckpointReport(Path("a" + text.replace("\0", "")), (fault,))])
+    scores = [Score(text, text, 1.0, True, text, 2, 1)]
+    yield Evaluation({text: scores}, {text: [(np.zeros(2400, np.float32), 24000)]})
+
+
+def explorers(text, labelled):
+    "Explorers of recordings, labels and codes, and a listening test with its result."
+    clip = CLIPS[0]
+    talk = replace(clip.conversation, id=text, speaker=text or None)
+    yield CorpusExplorer(
+        [replace(clip, row=replace(clip.row, id=text), text=text, conversation=talk)], 3.5
+    )
+    yield LabelExplorer(replace(labelled, names=[text] * len(labelled.names)))
+    yield CodesExplorer([talk], Silence(), None)
+    sound = np.zeros(240, dtype=np.float32)
+    said = [Speech(text, text, np.zeros((1, 1)), True, 24000, sound)]
+    for votes in (0, 1):
+        listener = ABListener(said, said, (text, text + "b"), 0)
+        listener.vote(0) if votes else None
+        yield listener
+
+
+class Silence:
+    "A codec that makes nothing of everything."
+
+    num_codebooks, sampling_rate, frame_rate = 2, 24000, 25
+
+    def encode(self, wave):
+        return np.zeros((2, 4), dtype=int)
+
+    def decode(self, codes):
+        return np.zeros(4000, dtype=np.float32)
+
+
+def pages(text, labelled):
+    "The structure of each view of a text, and a look at the labels of its controls."
+    views = [v._repr_html_() for v in reports(text)]
+    for view in explorers(text, labelled):
+        views.append(view.view.value if isinstance(view, ABListener) else "")
+        views.append(view.still())
+        for control in view.children[0].children:
+            "".join(map(str, getattr(control, "_options_labels", ()))).encode("utf-8")
+    return list(map(structure, views))
+
+
+@pytest.fixture(scope="module")
+def plain(labelled):
+    "The structure of the views of a harmless text."
+    return pages(PLAIN, labelled)
+
+
+@settings(max_examples=2, **QUICK)
+@given(OUTSIDE)
+@example(HOSTILE)
+@example("\ud800\u202e\x1b$^^$")
+def test_no_element_comes_from_a_text(labelled, plain, text):
+    """In reports and explorers, a text from outside makes no element and no attribute, and shows
+    what cannot be seen as escapes; no label of a widget holds such a character either.
+    """
+    assert pages(text, labelled) == plain
+    for report in reports(text):
+        assert all(c.isprintable() or c == "\n" for c in repr(report))
+
+
+@settings(max_examples=4, **QUICK)
+@given(OUTSIDE)
+@example("price $5^^$6")
+@example("a$$b")
+@example(r"\frac{")
+@example("_^")
+def test_any_name_can_be_plotted(labelled, text):
+    "Every `plot` of a report and every explorer's figure, with names that look like mathematics."
+    corpus, _, evaluation = reports(text)
+    figures = [corpus.plot().figure, evaluation.plot()]
+    named = replace(labelled, names=[text] * len(labelled.names))
+    figures += [named.plot(), LabelExplorer(named).figure()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that the font has not
+        for figure in figures:
+            figure.savefig(io.BytesIO(), format="svg")
+            plt.close(figure)
+
+
+@settings(max_examples=4, **QUICK)
+@given(OUTSIDE)
+@example("price $5^^$6")
+@example(HOSTILE + "|a\n| b |")
+def test_a_comparison_of_hostile_runs(tmp_path_factory, text):
+    """compare.ipynb draws and lists runs whose directories, metrics and parameters have such
+    names; its table is one table of plain text.
+    """
+    folder = tmp_path_factory.mktemp("sweep")
+    name = re.sub("[/\0\ud800]", "-", text).strip(".") or "x"
+    runs = [SweepRun("train", folder / f"{i}{name}", {text: i, "rank": i}) for i in (1, 2)]
+    for run in runs:
+        run.out.mkdir()
+        (run.out / "run.json").write_text(json.dumps({"m": {text: 1.5}, "verdict": text}))
+        (run.out / "log.jsonl").write_text(json.dumps({"step": 1, text: 2.0}) + "\n")
+    shown = []
+    space = {"__name__": "__main__", "display": shown.append}
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr("higgs_nb.cli.sweep.read_sweep", lambda path: runs)
+        patch.setattr(SweepRun, "state", "done")
+        patch.setattr("higgs_nb.cli.run.parameters", lambda *given: None)
+        patch.setattr("IPython.display.display", shown.append)
+        for cell in nbformat.read(ROOT / "nbs/runs/compare.ipynb", 4).cells:
+            if cell.cell_type == "code":
+                with contextlib.redirect_stdout(io.StringIO()):
+                    exec(compile(cell.source, "compare.ipynb", "exec"), space)
+                if "parameters" in cell.metadata.get("tags", []):
+                    space.update(
+                        out=str(folder), curve=text, metrics=[f"m.{text}".lstrip("."), "verdict"]
+                    )
+        space["fig"].savefig(io.BytesIO(), format="svg")
+        plt.close(space["fig"])
+    tokens = markdown_it.MarkdownIt("commonmark").enable("table").parse(shown[0].data)
+    inline = [child.type for token in tokens for child in token.children or ()]
+    assert [t.type for t in tokens].count("tr_open") == 3 and tokens[0].type == "table_open"
+    assert set(inline) <= {"text", "text_special"}
+
+
+@settings(max_examples=6, **QUICK)
+@given(OUTSIDE)
+@example("a\x1b[31m\u202e/b")
+def test_the_doctor_of_a_hostile_name(text):
+    "Each finding is one line, without control characters."
+    said = io.StringIO()
+    ok = [
+        f"check_{n}"
+        for n in ("packages", "torch", "cache", "audio", "data", "torchaudio", "notebooks")
+    ]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        for name in ok:
+            patch.setattr(f"higgs_nb.cli.doctor.{name}", lambda: Finding("it", "ok", text, text))
+        higgs_doctor(["--base", f"./{text}".replace("\0", "")])
+    assert said.getvalue().count("->") >= len(ok)
+    assert all(c.isprintable() or c == "\n" for c in said.getvalue())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
-import html
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from ..core.files import shown, unix_module
+from ..core.files import in_html, shown, unix_module
 
 fcntl = unix_module("fcntl")
 
@@ -314,7 +313,7 @@ class Reports(list):
     def _repr_html_(self):
         line = lambda cells, tag: (
             "<tr>"
-            + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells)
+            + "".join(f"<{tag} style='text-align:left'>{in_html(c)}</{tag}>" for c in cells)
             + "</tr>"
         )
         head = line(("status", "checkpoint", "size", "what was found"), "th")

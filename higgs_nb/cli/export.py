@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 from ..checkpoint.adapter import base_of, is_stock, take_snapshot
 from ..checkpoint.manifest import ADAPTER_FILES, CheckpointReport, validate_checkpoint
 from ..checkpoint.saving import CheckpointError, Snapshot, explained, staging_directory
-from ..core.files import fsync, shown
+from ..core.files import fsync, in_markdown
 from ..data.audio import Audio
 from ..data.chatml import tts_conversation
 from ..data.collator import PaddedCollator
@@ -34,7 +34,7 @@ from ..speech.generate import generate_speech, prompt_of
 
 # %% auto #0
 __all__ = ['answers', 'compare', 'load_export', 'reply', 'ask', 'contents_of', 'source_of', 'still_to_export', 'export_model',
-           'data_summary', 'corpus_summary', 'in_markdown', 'loss_row', 'model_card']
+           'data_summary', 'corpus_summary', 'loss_row', 'model_card']
 
 # %% ../../nbs/cli/04_export.ipynb #0985e271
 @torch.no_grad()
@@ -354,19 +354,6 @@ def corpus_summary(
             f"{name}_speakers": len({c.speaker for c in data.conversations} - {None}),
         }
     return found
-
-
-def in_markdown(value) -> str:  # text or number from outside
-    """`value` on one line of Markdown, where it is read as plain text: no link, image, HTML, code
-    or table.
-    """
-    text = shown(" ".join(str(value).split()))
-    return (
-        re.sub(r"([\\`*\[\]<>|~$!&]|(?<!\w)_|_(?!\w))", r"\\\1", text)
-        .replace("\\<", "&lt;")
-        .replace("\\>", "&gt;")
-        .replace("\\&", "&amp;")
-    )
 
 
 def loss_row(

@@ -5,6 +5,7 @@
 # %% ../../nbs/core/01_files.ipynb #ec8c6fba
 from __future__ import annotations
 
+import html
 import importlib
 import importlib.util
 import json
@@ -19,8 +20,9 @@ from pathlib import Path
 from types import ModuleType
 
 # %% auto #0
-__all__ = ['MAX_JSON', 'UNIX_ONLY', 'safe_name', 'within', 'shown', 'fsync', 'write_whole', 'write_json', 'load_json',
-           'check_plain', 'cut_list', 'missing_parts', 'is_command', 'unix_module']
+__all__ = ['MAX_JSON', 'REORDERING', 'UNIX_ONLY', 'safe_name', 'within', 'shown', 'fsync', 'write_whole', 'write_json',
+           'load_json', 'check_plain', 'cut_list', 'visible', 'in_html', 'in_markdown', 'missing_parts', 'is_command',
+           'unix_module']
 
 # %% ../../nbs/core/01_files.ipynb #ed5cefc1
 def safe_name(
@@ -152,6 +154,40 @@ def cut_list(
     lines = list(lines)
     rest = len(lines) - limit
     return lines if rest <= 0 else [*lines[:limit], f"... and {rest:,} more"]
+
+# %% ../../nbs/core/01_files.ipynb #478c775c
+# marks that change the order in which the text after them is shown
+REORDERING = re.compile("[\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """`text` with what cannot be seen as escapes: control characters other than tab and line
+    break, half surrogates, line and paragraph separators, marks that reorder letters.
+    """
+
+    def part(c: str) -> str:
+        hidden = c not in "\t\n" and unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
+        return c.encode("unicode_escape").decode() if hidden or REORDERING.match(c) else c
+
+    return "".join(map(part, text))
+
+
+def in_html(value) -> str:  # text or number from outside
+    "`value` as HTML that shows it as it is, in an element or in a quoted attribute."
+    return html.escape(visible(str(value)))
+
+# %% ../../nbs/core/01_files.ipynb #50d98120
+def in_markdown(value) -> str:  # text or number from outside
+    """`value` on one line of Markdown, where it is read as plain text: no link, image, HTML, code
+    or table.
+    """
+    text = shown(" ".join(str(value).split()))
+    return (
+        re.sub(r"([\\`*\[\]<>|~$!&]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+        .replace("\\<", "&lt;")
+        .replace("\\>", "&gt;")
+        .replace("\\&", "&amp;")
+    )
 
 # %% ../../nbs/core/01_files.ipynb #6576587c
 UNIX_ONLY = "higgs_nb runs on Linux and macOS; on Windows use WSL2"

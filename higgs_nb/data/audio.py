@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
-import html
 import io
 import math
 import re
@@ -23,7 +22,7 @@ import numpy as np
 import soundfile as sf
 import soxr
 
-from ..core.files import cut_list, shown
+from ..core.files import cut_list, in_html, shown
 from .containers import FORMATS, DamagedError, read_container
 
 # %% auto #0
@@ -515,18 +514,26 @@ class CorpusReport:
         )
 
     def _repr_html_(self):
-        return f"<pre>{html.escape(str(self))}</pre>"
+        return f"<pre>{in_html(str(self))}</pre>"
 
     def plot(self, ax=None):
         "The histogram of durations, by split."
-        import matplotlib.pyplot as plt  # here, because a machine that only trains draws nothing
+        # here, because a machine that only trains draws nothing
+        import matplotlib.pyplot as plt
+
+        from higgs_nb.view.plots import plain_text
 
         if ax is None:
             _, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
         seconds = defaultdict(list)
         for r in self.recordings:
             seconds[r.split or "no split"].append(r.duration_s)
-        ax.hist(list(seconds.values()), bins=20, stacked=True, label=list(seconds))
+        ax.hist(
+            list(seconds.values()),
+            bins=20,
+            stacked=True,
+            label=[plain_text(split) for split in seconds],
+        )
         ax.set(xlabel="duration (s)", ylabel="recordings")
         ax.legend()
         return ax

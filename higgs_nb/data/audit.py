@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .collator import is_frame
 from .samples import IGNORE, AudioTokens
+from ..view.plots import plain_text
 
 # %% auto #0
 __all__ = ['REASONS', 'KINDS', 'LabelError', 'FlatBatch', 'Clips', 'check_cells', 'check_text', 'check_clips', 'check_index',
@@ -430,7 +431,7 @@ def plot_audit(
     bottom.set(xlabel="position in the sample", ylabel="codebook")
     for first in audit.clips.first[audit.clips.sample == sample].tolist():
         top.annotate(
-            audit.names[first - 1],
+            plain_text(audit.names[first - 1]),
             (int(audit.flat.position[first]) - 1, -0.5),
             (0, 3),
             textcoords="offset points",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import html
 import importlib.metadata
 import importlib.util
 import json
@@ -33,12 +32,13 @@ from transformers.models.whisper.english_normalizer import (
 )
 
 from ..checkpoint.adapter import base_of
-from ..core.files import write_json, write_whole
+from ..core.files import in_html, shown, write_json, write_whole
 from ..data.audio import load_audio
 from ..data.chatml import Conversation, sentence_key
 from ..data.codec import Codec
 from ..data.samples import AudioTokens, delay_pattern
 from .generate import Encoder, Speech, SpeechCallback, as_mp3, generate_speech
+from ..view.plots import plain_text
 
 # %% auto #0
 __all__ = ['RATE', 'WHISPER_SHA256', 'WHISPER_FILES', 'VOICE_SHA256', 'METRICS', 'Judges', 'missing_judges', 'default_judges',
@@ -431,24 +431,25 @@ class Evaluation:
         ]
 
     def __repr__(self):
-        widths = [max(map(len, column)) for column in zip(*self.rows())]
+        rows = [[shown(cell) for cell in row] for row in self.rows()]
+        widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in self.rows()
+            "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows
         )
 
     def _repr_html_(self):
         head, *body = self.rows()
         table = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in body
+            f"<tr>{''.join(f'<td>{in_html(c)}</td>' for c in row)}</tr>" for row in body
         )
         players = "".join(
-            f"<figure><figcaption>{html.escape(arm)}: {html.escape(s.text)}"
-            + (f" <i>heard: {html.escape(s.heard)}</i>" if s.heard else "")
+            f"<figure><figcaption>{in_html(arm)}: {in_html(s.text)}"
+            + (f" <i>heard: {in_html(s.heard)}</i>" if s.heard else "")
             + f"</figcaption><audio controls src='{as_mp3(*clip)}'></audio></figure>"
             for arm, clips in self.clips.items()
             for s, clip in zip(self.scores[arm], clips)
         )
-        return f"<table><tr>{''.join(f'<th>{html.escape(c)}</th>' for c in head)}</tr>{table}</table>{players}"
+        return f"<table><tr>{''.join(f'<th>{in_html(c)}</th>' for c in head)}</tr>{table}</table>{players}"
 
     def to_dict(self) -> dict:
         "The summary and every score, for JSON."
@@ -483,7 +484,7 @@ class Evaluation:
                         capsize=2,
                         color="C0",
                     )
-            ax.set(title=metric, yticks=range(len(arms)), yticklabels=arms)
+            ax.set(title=metric, yticks=range(len(arms)), yticklabels=map(plain_text, arms))
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(axis="x", alpha=0.3)
         axes[0, 0].invert_yaxis()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import ipywidgets as W
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..core.files import in_html, visible
 from ..data.audio import AudioRow, load_audio
 from ..data.audit import REASONS, LabelAudit, plot_audit
 from ..data.chatml import Conversation, check_corpus, load_corpus
@@ -37,7 +37,7 @@ def picture(
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     return (
-        f'<img alt="{html.escape(alt)}" '
+        f'<img alt="{in_html(alt)}" '
         "style='max-width:100%;height:auto;background:#fff' "
         f"src='data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}'>"
     )
@@ -52,7 +52,7 @@ def player(
     if not len(waveform):
         return "<em>silence: there is nothing to play</em>"
     return (
-        f"<audio controls preload='metadata' aria-label=\"{html.escape(label)}\" "
+        f"<audio controls preload='metadata' aria-label=\"{in_html(label)}\" "
         "style='max-width:24rem;width:100%' "
         f"src='{as_mp3(waveform, sampling_rate)}'></audio>"
     )
@@ -224,7 +224,9 @@ class CorpusExplorer(Panel):
             tooltip="show recordings whose text or id holds this",
         )
         self.speaker = W.Dropdown(
-            description="speaker", options=["all", *speakers], tooltip="show one speaker"
+            description="speaker",
+            options=[("all", "all"), *((visible(s), s) for s in speakers)],
+            tooltip="show one speaker",
         )
         self.sort = W.Dropdown(
             description="sort by",
@@ -269,6 +271,10 @@ class CorpusExplorer(Panel):
         )
         return sorted(kept, key=value)
 
+    def label_of(self, i: int) -> str:  # index of a clip
+        "What the list says of a clip: its id and the first of its words."
+        return visible(f"{self.clips[i].row.id}: {self.clips[i].text[:50]}")
+
     def go(self, by: int):
         "Pick the recording `by` places further down the list, if there is one."
         shown = self.shown()
@@ -278,10 +284,7 @@ class CorpusExplorer(Panel):
     def fill(self):
         "Fill the list; the recording that was picked stays so if it is still there."
         shown = self.shown()
-        options = [
-            (f"{'! ' if self.why[i] else ''}{self.clips[i].row.id}: {self.clips[i].text[:50]}", i)
-            for i in shown
-        ]
+        options = [(f"{'! ' if self.why[i] else ''}{self.label_of(i)}", i) for i in shown]
         before = self.pick.value
         refill(self.pick, options, before if before in shown else next(iter(shown), None))
 
@@ -307,7 +310,7 @@ class CorpusExplorer(Panel):
         }
         table = "".join(
             f"<tr><th scope='row' style='text-align:left'>{k}</th><td "
-            f"style='text-align:left'>{html.escape(v)}</td></tr>"
+            f"style='text-align:left'>{in_html(v)}</td></tr>"
             for k, v in facts.items()
         )
         audio = next(a for a in reversed(clip.conversation.audio) if a.name == clip.row.path)
@@ -403,7 +406,7 @@ class LabelExplorer(Panel):
         "What stands at the chosen position, in words."
         row = self.rows()[self.position.value]
         text = (
-            f"position {row['position']}: <code>{html.escape(row['token'])}</code> "
+            f"position {row['position']}: <code>{in_html(row['token'])}</code> "
             f"({row['kind']}), text: {row['reason']}, {REASONS[row['reason']][1]}"
         )
         if row["codes"] is None:
@@ -425,7 +428,7 @@ class LabelExplorer(Panel):
         def box(x, y, why, says):
             return (
                 f"<rect x='{x * w}' y='{y * h}' width='{w - 1}' height='{h - 1}' "
-                f"fill='{REASONS[why][0]}'><title>{html.escape(says)}</title></rect>"
+                f"fill='{REASONS[why][0]}'><title>{in_html(says)}</title></rect>"
             )
 
         boxes = [
@@ -512,7 +515,7 @@ class CodesExplorer(Panel):
         ]
         self.pick = W.Dropdown(
             description="recording",
-            options=[(c.id, i) for i, c in enumerate(self.conversations)],
+            options=[(visible(c.id), i) for i, c in enumerate(self.conversations)],
             tooltip="which recording",
         )
         self.count = W.ToggleButtons(
@@ -548,7 +551,7 @@ class CodesExplorer(Panel):
             f"{spectral_distance(wave, made):.1f} dB from the recording)"
         )
         return (
-            f"<p>{html.escape(said)}</p><p>the "
+            f"<p>{in_html(said)}</p><p>the "
             f"recording<br>{player(wave, self.codec.sampling_rate, 'the recording')}</p><p>the "
             f"first {len(codes)} codebooks<br>"
             f"{player(made, self.codec.sampling_rate, f'{len(codes)} codebooks')}</p>{picture(fig, f'{talk.id}: waveform, codes, and the waveform that {len(codes)} codebooks give')}"

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import html
 import json
 import math
 import random
@@ -22,7 +21,7 @@ import soundfile
 from matplotlib.figure import Figure
 
 from ..checkpoint.manifest import members, validate_checkpoint
-from ..core.files import load_json, shown, within
+from ..core.files import in_html, load_json, shown, within
 from ..data.audio import load_audio
 from ..speech.generate import Speech
 from .explorers import Panel, picture, player, refill
@@ -262,7 +261,7 @@ class RunMonitor(Panel):
         """
         lost = f"<p>{unreadable} lines of log.jsonl could not be read</p>" if unreadable else ""
         if not history:
-            return f"<p>{html.escape(shown(str(self.run_dir)))}: there is no log yet</p>{lost}"
+            return f"<p>{in_html(str(self.run_dir))}: there is no log yet</p>{lost}"
         step, steps = history[-1]["step"], self.steps()
         newest = {k: v for e in history for k, v in e.items() if is_number(v)}
         facts = [
@@ -286,8 +285,8 @@ class RunMonitor(Panel):
         )
         return (
             "<p "
-            f"role='status'><strong>{html.escape(', '.join(facts))}</strong></p><p>checkpoints: "
-            f"{html.escape(shown(saved))}</p>{lost}"
+            f"role='status'><strong>{in_html(', '.join(facts))}</strong></p><p>checkpoints: "
+            f"{in_html(saved)}</p>{lost}"
         )
 
     def chart(self, history: list[dict]) -> str:
@@ -312,8 +311,8 @@ class RunMonitor(Panel):
             )  # a model may say nothing
             sound = player(wave, 24000, self.sample.value)
         except (OSError, RuntimeError, ValueError) as error:
-            sound = html.escape(shown(f"cannot be played: {error}"))
-        return f"<p>{html.escape(self.sample.value)}<br>{sound}</p>"
+            sound = in_html(shown(f"cannot be played: {error}"))
+        return f"<p>{in_html(self.sample.value)}<br>{sound}</p>"
 
     def looked(self) -> tuple[str, str, str]:
         "Status, picture and player as HTML; what cannot be read is named, and ends nothing."
@@ -322,8 +321,7 @@ class RunMonitor(Panel):
             return self.said(history, unreadable), self.chart(history), self.heard()
         except OSError as error:
             return (
-                "<p "
-                f"role='status'>{html.escape(shown(f'{self.run_dir} cannot be read: {error}'))}</p>",
+                f"<p role='status'>{in_html(f'{self.run_dir} cannot be read: {error}')}</p>",
                 "",
                 "",
             )
@@ -463,7 +461,7 @@ class ABListener(Panel):
 
     def question(self, turn: int) -> str:
         "One pair, unnamed."
-        text = html.escape(self.pairs[turn][0][1].text)
+        text = in_html(self.pairs[turn][0][1].text)
         sounds = "".join(
             f"<p>{place}<br>{player(equally_loud(s.waveform), s.sampling_rate, f'{place} of pair {turn + 1}')}</p>"
             for place, (_, s) in zip(("first", "second"), self.pairs[turn])
@@ -475,7 +473,7 @@ class ABListener(Panel):
         s, (a, b) = self.score(), self.names
         decided = s[a] + s[b]
         verdict = (
-            f"{html.escape(b)} was preferred in {s[b]} of {decided} decided pairs, {s['ties']} ties"
+            f"{in_html(b)} was preferred in {s[b]} of {decided} decided pairs, {s['ties']} ties"
             + (
                 f" ({s['share']:.0%}, 95% interval {s['low']:.0%} to {s['high']:.0%}, "
                 f"sign test p = {s['p']:.2g})"
@@ -484,7 +482,7 @@ class ABListener(Panel):
             )
         )
         rows = "".join(
-            f"<tr><td>{html.escape(pair[0][1].text)}</td><td>{html.escape(pair[0][0])}</td><td>{html.escape(self.votes[i] or 'no difference')}</td></tr>"
+            f"<tr><td>{in_html(pair[0][1].text)}</td><td>{in_html(pair[0][0])}</td><td>{in_html(self.votes[i] or 'no difference')}</td></tr>"
             for i, pair in zip(self.order, self.pairs)
         )
         return (
@@ -496,7 +494,7 @@ class ABListener(Panel):
     def still(self) -> str:
         "All pairs, and the key to them under a fold: a listening test on paper."
         key = "".join(
-            f"<li>pair {n + 1}: first {html.escape(p[0][0])}, second {html.escape(p[1][0])}</li>"
+            f"<li>pair {n + 1}: first {in_html(p[0][0])}, second {in_html(p[1][0])}</li>"
             for n, p in enumerate(self.pairs)
         )
         return (

@@ -35,6 +35,7 @@ from higgs_nb.checkpoint.manifest import (
     HIDDEN,
     MANIFEST,
     Manifest,
+    find_checkpoints,
     hidden_name,
     latest_checkpoint,
     list_checkpoints,
@@ -42,6 +43,7 @@ from higgs_nb.checkpoint.manifest import (
     members,
     move_aside,
     sha256,
+    unsearched,
     validate_checkpoint,
 )
 from higgs_nb.checkpoint.saving import (
@@ -595,3 +597,51 @@ def test_python_m(adapter):
         text=True,
     )
     assert done.returncode == 0 and done.stdout.startswith("whole"), done.stderr
+
+
+TREE = st.recursive(
+    st.sampled_from(["empty", "link", "file", "checkpoint"]),
+    lambda part: st.dictionaries(st.sampled_from("abc"), part, min_size=1, max_size=2),
+    max_leaves=8,
+)
+
+
+def grow(path, tree):
+    "Make a tree of folders, links, files and checkpoints."
+    if tree == "file":
+        return path.write_text("")
+    if tree == "link":
+        return path.symlink_to(path.parent, target_is_directory=True)
+    path.mkdir()
+    if tree == "checkpoint":
+        return (path / "manifest.json").write_text("{}")
+    for name, part in tree.items() if isinstance(tree, dict) else ():
+        grow(path / name, part)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[*HealthCheck])
+@given(tree=TREE.filter(lambda t: isinstance(t, dict)))
+@example(tree={"a": {"b": {"c": {"a": {"b": {"c": "checkpoint"}}}}}})
+@example(tree={"a": "link", "b": "checkpoint"})
+def test_what_a_search_leaves_out_is_said(tmp_path_factory, tree):
+    "Each checkpoint is found, or lies behind a link or a depth that is named."
+    root = tmp_path_factory.mktemp("tree") / "root"
+    grow(root, tree)
+    found, said = set(find_checkpoints(root)), unsearched(root)
+    named = [Path(line.split(": ", 1)[1]) for line in said]
+    for path in root.rglob("manifest.json"):
+        hidden = [p for p in named if path.is_relative_to(p)]
+        assert (path.parent in found) != bool(hidden)
+    for path, line in zip(named, said):
+        assert path.is_dir() and path.is_symlink() == line.startswith("not followed, a link")
+    links = [p for p in root.rglob("*") if p.is_symlink()]
+    assert all(any(link.is_relative_to(p) for p in named) for link in links)
+
+
+def test_the_search_says_what_it_left_out(adapter, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run / "adapter")
+    (run / "else\x1bwhere").symlink_to(tmp_path, target_is_directory=True)
+    assert main([str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "not followed, a link:" in said and "else\\x1bwhere" in said

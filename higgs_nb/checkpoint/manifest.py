@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from ..core.files import in_html, shown, unix_module
+from ..core.files import cut_list, in_html, shown, unix_module
 
 fcntl = unix_module("fcntl")
 
@@ -31,7 +31,8 @@ __all__ = ['fcntl', 'MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILE', 'MAX_FI
            'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle', 'tensor_table', 'hidden_name', 'writer_of',
            'CheckpointReport', 'Reports', 'read_json', 'check_file', 'check_unknown', 'check_steps', 'check_adapter',
            'validate_checkpoint', 'reading_fault', 'members', 'list_checkpoints', 'latest_checkpoint',
-           'find_checkpoints', 'holds_export', 'move_aside', 'holds_our_manifest', 'is_ours', 'repair', 'main']
+           'find_checkpoints', 'holds_export', 'is_checkpoint', 'further_in', 'move_aside', 'holds_our_manifest',
+           'is_ours', 'repair', 'main', 'unsearched']
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #746b8d5a
 MANIFEST, FORMAT = "manifest.json", "higgs_nb-checkpoint-1"
@@ -589,21 +590,30 @@ def _find_checkpoints(path: Path, depth: int) -> list[Path]:
     "See `find_checkpoints`; `OSError` if `path` cannot be read."
     if path.is_symlink() or not path.is_dir():
         return []
-    itself = any((path / name).exists() for name in (MANIFEST, *ADAPTER_FILES)) or holds_export(
-        path
-    )
+    itself = is_checkpoint(path)
     within = [r.path for r in members(path)]
     within += sorted(p for p in path.iterdir() if HIDDEN.fullmatch(p.name) and p not in within)
     if itself or depth == 0:
         return [path] * itself + within
-    further = sorted(
+    return within + [c for p in further_in(path) for c in find_checkpoints(p, depth - 1)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    "Whether a directory has files of a checkpoint or of an export; nothing below it is searched."
+    known = any((path / name).exists() for name in (MANIFEST, *ADAPTER_FILES))
+    return known or holds_export(path)
+
+
+def further_in(path: Path) -> list[Path]:
+    "What a search goes on to: entries that are no checkpoint, not hidden, and not moved aside."
+    checkpoints = {r.path for r in members(path)}
+    return sorted(
         p
         for p in path.iterdir()
-        if p not in within
+        if p not in checkpoints
         and not p.name.startswith(".")
         and not re.fullmatch(r"broken-\d+", p.name)
     )
-    return within + [c for p in further for c in find_checkpoints(p, depth - 1)]
 
 
 def move_aside(report: CheckpointReport) -> Path | None:  # of `validate_checkpoint`
@@ -716,6 +726,9 @@ def main(
         )
     )
     print(reports)
+    left_out = [line for path in paths for line in unsearched(path)]
+    for line in cut_list(left_out):
+        print(shown(line))
     for report in (
         reports[: len(found)] if args.repair else ()
     ):  # a directory without any checkpoint is not ours to move
@@ -725,6 +738,24 @@ def main(
         except OSError as error:
             print(shown(f"could not be repaired: {report.path}: {error}"))
     return 0 if all(r.whole for r in reports) else 1
+
+# %% ../../nbs/checkpoint/01_manifest.ipynb #05efa571
+def unsearched(
+    path: Path,  # that `find_checkpoints` has searched
+    depth: int = DEPTH,
+) -> list[str]:  # how many folders deep
+    "A line for each link to a folder, and each folder too deep, that the search left out."
+    try:
+        if path.is_symlink() or not path.is_dir() or is_checkpoint(path):
+            return []
+        folders = [p for p in further_in(path) if p.is_dir()]
+    except OSError:
+        return []  # `find_checkpoints` names it
+    lines = [f"not followed, a link: {p}" for p in folders if p.is_symlink()]
+    folders = [p for p in folders if not p.is_symlink()]
+    if depth == 0:
+        return lines + [f"not looked at, more than {DEPTH} folders down: {p}" for p in folders]
+    return lines + [line for p in folders for line in unsearched(p, depth - 1)]
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #a8b23b71
 #| eval: false

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -81,6 +82,24 @@ def test_a_cut_file_is_refused(kind, channels, share):
         AudioError, match=f"a recording of {int(len(data) * share)} bytes|either a path or bytes"
     ):
         read(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize(
+    "kind, mark",
+    [
+        (("OGG", "VORBIS"), b"OggS"),
+        (("OGG", "OPUS"), b"OggS"),
+        (("FLAC", "PCM_16"), b"\xff\xf8"),
+    ],
+)
+def test_a_file_that_is_cut_between_pages_or_frames_is_refused(kind, mark):
+    "For a decoder such a file ends there, without an error."
+    data = encoded(kind, sound(4))
+    places = [found.start() for found in re.finditer(re.escape(mark), data)][1:]
+    assert len(places) > 3
+    for place in (*places, *(place + 37 for place in places[:-1])):
+        with pytest.raises(AudioError, match=f"a recording of {place} bytes"):
+            read(data[:place])
 
 
 @given(
@@ -246,6 +265,21 @@ def test_level_is_that_of_the_mix():
     stereo = measured(encoded(("WAV", "FLOAT"), np.stack([left, -0.3 * left], 1)))
     mono = measured(encoded(("WAV", "FLOAT"), 0.35 * left))
     assert abs(stereo.rms_db - mono.rms_db) < 0.1 and stereo.mix_loss_db > 6
+
+
+def test_doubtful_sound_is_in_the_report(tmp_path):
+    left = sound()[:, 0]
+    waves = {
+        "much quieter when mixed": np.stack([left, -0.3 * left], 1),
+        "offset": left + 0.05,
+        "beyond full scale": left * 1.5 / np.abs(left).max(),
+    }
+    for number, wave in enumerate(waves.values()):
+        sf.write(tmp_path / f"{number}.wav", wave, 16000, subtype="FLOAT")
+        (tmp_path / f"{number}.txt").write_text(f"Sentence {number}.")
+    report = repr(check_corpus(load_corpus(tmp_path), progress=False))
+    for number, what in enumerate(waves):
+        assert re.search(rf"{what}.*: 1, e.g. .*{number}.wav", report), report
 
 
 CLIP = Audio(str(sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[0]))

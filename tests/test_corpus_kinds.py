@@ -160,6 +160,13 @@ def test_text_that_is_no_text(tmp_path, place, bad):
     assert all(p.isprintable() for p in problems)
 
 
+@pytest.mark.parametrize("place", ["id", "speaker"])
+@pytest.mark.parametrize("sign", "\n\r\t")
+def test_names_are_on_one_line(tmp_path, place, sign):
+    (problem,) = problems_of(table(tmp_path, PLACES[place](f"two{sign}lines")))
+    assert "holds a line break or a tab" in problem and problem.isprintable()
+
+
 @pytest.mark.parametrize(
     "text", ["<laugh> ha", "[laughter]", "<|", "a <| b |> c", "<| |>", "tab\tand\nline"]
 )
@@ -274,7 +281,7 @@ def test_a_lent_voice_is_not_held_out():
         assert "0" not in {c.id for c in split_corpus(talks, 0.7, seed)[1]}
 
 
-@pytest.mark.parametrize("share", [10, 1, -0.1, float("nan"), float("inf"), "0.1", True])
+@pytest.mark.parametrize("share", [10, 1, -0.1, float("nan"), float("inf"), "0.1", True, False])
 def test_held_out_is_a_share(share):
     with pytest.raises(ValueError, match="such as 0.1; 10 percent is 0.1"):
         split_corpus([], held_out=share)

@@ -32,7 +32,7 @@ from higgs_nb.data.samples import (
 )
 from higgs_nb.model.layers import CACHE
 from higgs_nb.model.model import check_directory, load_model, tiny_model, tokenizer_fingerprint
-from higgs_nb.speech.evaluate import speech_of
+from higgs_nb.speech.evaluate import speak_beside, speech_of
 from higgs_nb.speech.generate import (
     HONOURED,
     OF_REPEATS,
@@ -420,3 +420,5 @@ def test_recordings_may_be_as_long_as_the_run_allows(tmp_path):
             refused()
     assert Encoder(codec, 40).get(talk.audio[0]).shape[1] > 750
     assert speech_of([talk], max_duration_s=40)[0].duration_s == 31
+    with pytest.raises(AudioError, match="limit is 29 s"):
+        speak_beside(small(), TOKENIZER, [talk], codec, range(8), max_duration_s=29)

@@ -182,7 +182,8 @@ def test_yaml_is_plain_data_or_a_sentence(tag, form, nested):
         "seed: " + "9" * 5000,
     ],
 )
-def test_a_parameter_file_that_cannot_be_is_a_sentence(text, tmp_path, capsys):
+def test_a_parameter_file_that_cannot_be_is_a_sentence(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "execute", lambda *given: pytest.fail("a run was started"))
     file = tmp_path / "given.yaml"
     file.write_text(text)
     assert higgs_run(["train", "-f", str(file), "--out", str(tmp_path / "out")]) == 2
@@ -232,7 +233,31 @@ def test_numbers_outside_of_their_range_never_start_a_run(parameter, value):
             check_parameters(name, {key: value})
 
 
-def test_octal_empty_and_home(tmp_path):
+@pytest.mark.parametrize(
+    "key, inside, outside",
+    [
+        ("held_out", [0, 0.999], [-0.01, 1, 10]),
+        ("dropout", [0, 0.5], [1, 1.5, -0.1]),
+        ("code_noise", [0, 1], [1.01, -0.01]),
+        ("steps", [1, 10**9], [0, -3]),
+        ("warmup", [0], [-3]),
+        ("learning_rate", [1e-9, 1e30], [0, -1e-4, float("nan"), float("inf")]),
+        ("end_silence", [-1, 0, 2.5], [-0.5, -2]),
+        ("seed", [0, 2**32 - 1], [-1, 2**32]),
+        ("codebook_weights", [[0, 1.5]], [[1, -1], [1, float("nan")]]),
+        ("rank_pattern", [{"mlp.gate_proj": 1}], [{"mlp.gate_proj": 0}]),
+    ],
+)
+def test_the_ends_of_ranges(key, inside, outside):
+    for value in inside:
+        assert check_parameters("train", {key: value}) == {key: value}
+    for value in outside:
+        with pytest.raises(ValueError, match=key):
+            check_parameters("train", {key: value})
+
+
+def test_octal_empty_and_home(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "execute", lambda *given: pytest.fail("a run was started"))
     for pair in (["steps", "010"], ["steps", "1:30"], ["data", ""], ["data", " "], ["base", ""]):
         with pytest.raises(ValueError, match=pair[0] + "|" + pair[1]):
             check_parameters("train", read_parameters("train", None, [pair]))

@@ -391,6 +391,22 @@ def test_table_of_another_tool_is_named_once(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ["dataset_info.json", "state.json", "data-00000-of-00001.arrow"],
+        ["dataset_dict.json", "train/dataset_info.json"],
+        ["train-00000-of-00001.parquet", "README.md"],
+    ],
+)
+def test_hugging_face_data_sets_are_named(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (problem,) = problems_of(tmp_path)
+    assert "is a Hugging Face data set" in problem and "metadata.json" in problem
+
+
+@pytest.mark.parametrize(
     "there, asked",
     [
         ("wavs/clip.wav", "Wavs/clip.wav"),
@@ -420,6 +436,8 @@ def test_transcript_that_is_almost_there(tmp_path):
     (tmp_path / "a.TXT").rename(tmp_path / "a.txt")
     tone(tmp_path / "b.flac")
     assert "b.flac and b.wav share one name" in problems_of(tmp_path)[0]
+    path = table(tmp_path, row(text=None, transcript_file="A.txt "))
+    assert f"is 'a.txt' in {tmp_path} meant?" in problems_of(path)[0]
 
 
 def test_path_that_is_not_there(tmp_path, monkeypatch):
@@ -469,6 +487,10 @@ def test_speakers_that_share_a_prompt(tmp_path):
     both[1] |= dict(ref_audio_file="b.wav", ref_transcript="Hi.")
     assert not speakers_without_mark(load_corpus(table(tmp_path, *both)))
     assert not speakers_without_mark(corpus[:1])
+    tagged = [both[0] | dict(text="[calm] Good."), row(speaker_id="ben", text="Other.")]
+    assert not speakers_without_mark(load_corpus(table(tmp_path, *tagged)))
+    named = [both[0] | dict(text="Ann: good."), row(speaker_id="ben", text="Ben: other.")]
+    assert not speakers_without_mark(load_corpus(table(tmp_path, *named)))
 
 
 KEYS = st.sampled_from(

@@ -17,6 +17,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, get_peft_model
 from resume_job import SMALL, make_trainer
+from torch.overrides import TorchFunctionMode
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from higgs_nb.checkpoint.adapter import (
@@ -34,7 +35,8 @@ from higgs_nb.model.fused import HALF
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora
 from higgs_nb.model.model import load_model, tiny_config, tiny_model
 from higgs_nb.speech.generate import generate_speech
-from higgs_nb.training.probe import OFFSETS, OffsetProbe
+from higgs_nb.training.callbacks import SpeedCallback
+from higgs_nb.training.probe import OFFSETS, OffsetProbe, copy_floor
 from higgs_nb.training.resume import describe_data, differences
 from higgs_nb.training.trainer import (
     AT_LEAST,
@@ -43,6 +45,7 @@ from higgs_nb.training.trainer import (
     REFUSED,
     HiggsTrainer,
     HiggsTrainingArguments,
+    LossMeter,
     NotFinite,
 )
 
@@ -276,6 +279,41 @@ def test_the_best_checkpoint_by_what_judges_logged(tmp_path, metric, best):
         trainer.state.best_global_step == best
         and validate_checkpoint(tmp_path / f"checkpoint-{best}").whole
     )
+
+
+class LikeMps(TorchFunctionMode):
+    "Tensors say that they are on MPS until `cpu` is called, and have no float64 there."
+
+    def __init__(self):
+        super().__init__()
+        self.moved = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.device.__get__:
+            return torch.device("mps")
+        if function is torch.Tensor.double and not any(args[0] is t for t in self.moved):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        result = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.cpu:
+            self.moved.append(result)
+        return result
+
+
+def test_an_accelerator_without_float64():
+    meter = LossMeter()
+    meter.sums, meter.counts = torch.tensor([6.0, *[8.0] * 8]), torch.tensor([3, *[4] * 8])
+    repeats, targets = torch.tensor([[True], [False]]), torch.zeros(2, 1, dtype=torch.long)
+    expected = copy_floor(repeats, targets)
+    with LikeMps():
+        means = meter.means(lambda tensor: tensor)
+        assert copy_floor(repeats, targets) == expected
+    assert means["text_loss"] == means["audio_loss"] == 2
+
+
+def test_an_accelerator_that_does_not_count_its_memory(monkeypatch):
+    monkeypatch.setattr("higgs_nb.training.callbacks.device_module", lambda: object())
+    speed = SpeedCallback(tiny_config(byte_tokenizer(), **SMALL), token_budget=64)
+    assert speed.report()["memory_mb"] > 1
 
 
 # --- every argument has an answer

@@ -8,6 +8,7 @@ second or two; test_runs.py executes the notebooks by papermill.
 import contextlib
 import io
 import json
+import os
 import re
 import warnings
 from dataclasses import replace
@@ -29,6 +30,7 @@ from matplotlib.figure import Figure
 from higgs_nb.checkpoint.manifest import CheckpointReport, Fault, Reports
 from higgs_nb.cli.doctor import Finding
 from higgs_nb.cli.doctor import main as higgs_doctor
+from higgs_nb.cli.run import HELD, claim, lock
 from higgs_nb.cli.sweep import SweepRun
 from higgs_nb.data.audio import CorpusReport
 from higgs_nb.data.audit import audit
@@ -63,9 +65,9 @@ SMALL = dict(
 )
 
 
-def execute(out, until=None, **parameters):
-    """Everything that train.ipynb defines and prints, after all its cells or those before the one
-    with the text `until`.
+def execute(out, until=None, notebook="train.ipynb", **parameters):
+    """Everything that a run notebook defines and prints, after all its cells or those before the
+    one with the text `until`.
     """
     space, said = {"__name__": "__main__", "display": lambda *shown, **more: None}, io.StringIO()
     with (
@@ -74,15 +76,23 @@ def execute(out, until=None, **parameters):
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        for cell in nbformat.read(ROOT / "nbs/runs/train.ipynb", 4).cells:
+        for cell in nbformat.read(ROOT / "nbs/runs" / notebook, 4).cells:
             if cell.cell_type != "code":
                 continue
             if until and until in cell.source:
                 break
-            exec(compile(cell.source, "train.ipynb", "exec"), space)
+            exec(compile(cell.source, notebook, "exec"), space)
+            draw_figures()
             if "parameters" in cell.metadata.get("tags", []):
                 space.update(SMALL, out=str(out), **parameters)
     return space, said.getvalue()
+
+
+def draw_figures():
+    "Draw what a cell has plotted, as a notebook does at its end."
+    for number in plt.get_fignums():
+        plt.figure(number).savefig(io.BytesIO(), dpi=20)
+    plt.close("all")
 
 
 def tone(path, number, seconds=0.6):
@@ -196,6 +206,33 @@ def test_a_run_without_speech_to_learn(tmp_path, rows, words):
         execute(
             tmp_path / "out", until="load_codec(codec)", data=corpus_of(tmp_path / "data", rows)
         )
+
+
+def test_a_corpus_is_not_replaced_while_it_is_read(tmp_path, monkeypatch):
+    "Training holds it, and preparing refuses a directory that is held."
+    data = tmp_path / "data"
+    execute(tmp_path / "out", until="def recording", data=corpus_of(data, [row(0), row(1)]))
+    with pytest.raises(BlockingIOError, match="a run reads"):
+        claim(data, patience_s=0)
+    while HELD:
+        os.close(HELD.pop())
+    monkeypatch.setattr("higgs_nb.cli.run.claim", lambda out: claim(out, patience_s=0))
+    reader = lock(data, alone=False)
+    with pytest.raises(BlockingIOError, match="a run reads"):
+        execute(data, until="load_codec(codec)", notebook="prepare.ipynb", data="")
+    os.close(reader)
+
+
+def test_codes_of_a_read_only_corpus_go_into_the_run(tmp_path, monkeypatch):
+    corpus_of(tmp_path / "data", [row(0), row(1)])
+    (tmp_path / "data/codes").mkdir()
+    writable = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "data" not in Path(path).parts and writable(path, mode)
+    )
+    execute(tmp_path / "out", until='base == "tiny"', data=str(tmp_path / "data"))
+    assert not list((tmp_path / "data/codes").iterdir())
+    assert len(list((tmp_path / "out/codes").rglob("*.npy"))) == 2
 
 
 def test_a_negative_number_of_clips(tmp_path):

@@ -23,7 +23,7 @@ from higgs_nb.data.audio import (
     read_audio,
     trim_end,
 )
-from higgs_nb.data.chatml import check_corpus, embedded_corpus, load_corpus
+from higgs_nb.data.chatml import check_corpus, embedded_corpus, load_corpus, tts_conversation
 from higgs_nb.data.codec import CodeStore, load_codec
 
 KINDS = [
@@ -280,6 +280,18 @@ def test_doubtful_sound_is_in_the_report(tmp_path):
     report = repr(check_corpus(load_corpus(tmp_path), progress=False))
     for number, what in enumerate(waves):
         assert re.search(rf"{what}.*: 1, e.g. .*{number}.wav", report), report
+
+
+def test_recordings_of_one_name_are_told_apart():
+    "Bytes in a table have no path, and those of equal length have one name."
+    talks = [
+        tts_conversation(
+            f"Word {n}", Audio(raw=encoded(("WAV", "PCM_16"), sound(seed=n))), id=f"{n}"
+        )
+        for n in range(2)
+    ]
+    report = check_corpus(talks, progress=False)
+    assert len({row.path for row in report.rows}) == 1 and len(report.recordings) == 2
 
 
 CLIP = Audio(str(sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[0]))

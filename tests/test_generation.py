@@ -32,7 +32,7 @@ from higgs_nb.data.samples import (
 )
 from higgs_nb.model.layers import CACHE
 from higgs_nb.model.model import check_directory, load_model, tiny_model, tokenizer_fingerprint
-from higgs_nb.speech.evaluate import speak_beside, speech_of
+from higgs_nb.speech.evaluate import ForcedCodes, speak_beside, speech_of
 from higgs_nb.speech.generate import (
     HONOURED,
     OF_REPEATS,
@@ -127,6 +127,8 @@ def test_one_text_is_one_prompt(model):
         dict(batch_size=0),
         dict(max_frames=-1),
         dict(batch_size=2.0),
+        dict(min_length=4),
+        dict(synced_gpus=True),
     ],
     ids=str,
 )
@@ -244,6 +246,17 @@ def test_stopped_means_that_no_frame_is_missing(frames, rows, seed):
         assert torch.equal(clip, codes)
     if rows >= frames + 9:
         assert stopped  # BOS row, frames, seven rows of delay, EOS
+
+
+@pytest.mark.parametrize("max_frames", [1, 9, 18, 19, 20, 21, 30])
+def test_a_clip_that_was_cut_off_has_not_stopped(model, max_frames):
+    "The model says twenty frames and EOS, with rows to spare for the delay of the codebooks."
+    codes = torch.randint(0, 1024, (8, 20), generator=torch.Generator().manual_seed(0))
+    forced = ForcedCodes([codes], range(8), AudioTokens.from_config(model.config, TOKENIZER))
+    (clip,) = generate_speech(
+        model, TOKENIZER, "One.", max_frames=max_frames, logits_processor=[forced]
+    )
+    assert torch.equal(clip.codes, codes[:, :max_frames]) and clip.stopped == (max_frames >= 20)
 
 
 NASTY = st.text(st.sampled_from("./\\\0~$é ab"), max_size=300)

@@ -5,6 +5,7 @@ Cells of a run notebook are executed here in this process, with small parameters
 second or two; test_runs.py executes the notebooks by papermill.
 """
 
+import base64
 import contextlib
 import io
 import json
@@ -233,6 +234,22 @@ def test_codes_of_a_read_only_corpus_go_into_the_run(tmp_path, monkeypatch):
     execute(tmp_path / "out", until='base == "tiny"', data=str(tmp_path / "data"))
     assert not list((tmp_path / "data/codes").iterdir())
     assert len(list((tmp_path / "out/codes").rglob("*.npy"))) == 2
+
+
+def test_what_stands_out_is_told_of_its_own_recording(tmp_path):
+    "Two recordings that a table holds as bytes have one name where they are of equal length."
+    talks = []
+    for number, end_s in enumerate((0, 0.9)):
+        wave = np.sin(np.arange(24000) / (10 + number)) * (np.arange(24000) < (1 - end_s) * 24000)
+        file = io.BytesIO()
+        soundfile.write(file, 0.3 * wave, 24000, format="WAV")
+        raw = dict(type="audio", raw_audio=base64.b64encode(file.getvalue()).decode())
+        talks.append(talk(f"clip {number}", raw))
+    data = corpus_of(tmp_path / "data", talks)
+    space, said = execute(
+        tmp_path / "out", until="fig, axes", notebook="prepare.ipynb", data=data, held_out=0.0
+    )
+    assert space["found"]["silence at the end"] == ["clip 1"]
 
 
 def test_a_negative_number_of_clips(tmp_path):

@@ -14,7 +14,7 @@ import soundfile as sf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, HiggsAudioV2ForConditionalGeneration
+from transformers import DynamicCache, GenerationConfig, HiggsAudioV2ForConditionalGeneration
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Attention
 
 from higgs_nb.data.audio import Audio, AudioError
@@ -30,7 +30,7 @@ from higgs_nb.data.samples import (
     fit_tokenizer,
     undelay,
 )
-from higgs_nb.model.layers import CACHE
+from higgs_nb.model.layers import CACHE, cache_argument
 from higgs_nb.model.model import check_directory, load_model, tiny_model, tokenizer_fingerprint
 from higgs_nb.speech.evaluate import ForcedCodes, speak_beside, speech_of
 from higgs_nb.speech.generate import (
@@ -107,6 +107,18 @@ def test_the_cache_has_the_name_that_the_layers_take():
     assert CACHE in inspect.signature(HiggsAudioV2Attention.forward).parameters
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_under_either_name(model, name):
+    batch, cache = batch_of(model, "One."), DynamicCache(config=model.config)
+    length = batch["input_ids"].shape[1]
+    with torch.no_grad():
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], **cache_argument(cache))
+    inputs = model.prepare_inputs_for_generation(
+        batch["input_ids"], attention_mask=batch["attention_mask"], **{name: cache}
+    )
+    assert cache.get_seq_length() == length and inputs[CACHE] is cache
+
+
 def test_one_text_is_one_prompt(model):
     (clip,) = generate_speech(model, TOKENIZER, "Please hold.", max_frames=3)
     assert clip.text == "Please hold."
@@ -116,6 +128,7 @@ def test_one_text_is_one_prompt(model):
     "option",
     [
         dict(num_return_sequences=2),
+        dict(num_return_sequences=2, do_sample=True),
         dict(num_beams=2),
         dict(return_dict_in_generate=True),
         dict(max_new_tokens=5),
@@ -257,6 +270,19 @@ def test_a_clip_that_was_cut_off_has_not_stopped(model, max_frames):
         model, TOKENIZER, "One.", max_frames=max_frames, logits_processor=[forced]
     )
     assert torch.equal(clip.codes, codes[:, :max_frames]) and clip.stopped == (max_frames >= 20)
+
+
+@given(st.integers(1, 24), st.integers(1, 7), st.integers(0, 23), st.sampled_from([1024, 1025]))
+@settings(deadline=None)
+def test_a_stray_stream_code_ends_a_clip_that_has_not_stopped(frames, codebook, at, stray):
+    "Only EOS in the first codebook is the model's word for the end."
+    at = min(at, frames - 1)
+    codes = torch.randint(0, 1024, (8, frames), generator=torch.Generator().manual_seed(at))
+    changed = codes.clone()
+    changed[codebook, at] = stray
+    delayed = delay_pattern(changed, torch.tensor([frames]), 1024, 1025)[0]
+    clip, stopped = undelay(delayed, 1024, 1025)
+    assert torch.equal(clip, codes[:, :at]) and not stopped
 
 
 NASTY = st.text(st.sampled_from("./\\\0~$é ab"), max_size=300)

@@ -105,6 +105,20 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(tmp_path):
         trainer.train()
 
 
+def test_a_training_loss_that_is_not_finite_stops_the_run(tmp_path):
+    "Also where nothing is saved or evaluated."
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=6,
+        logging_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        callbacks=[Spoil(2, "lora_A")],
+    )
+    with pytest.raises(NotFinite, match="step 3: .*audio_loss.* on training data"):
+        trainer.train()
+
+
 def test_nothing_that_is_not_finite_is_saved_or_restored(tmp_path):
     model = make_trainer(tmp_path / "run").model
     save_lora_adapters(model, tmp_path / "good", base={})
@@ -215,11 +229,12 @@ def test_a_base_in_16_bits_stays_so_and_what_is_trained_is_in_float32(tmp_path, 
     assert merged.eval()(**batch).loss.item() == pytest.approx(packed, rel=0.02)
 
 
-def test_a_norm_that_is_trained_on_a_base_in_16_bits_speaks(tmp_path):
+@pytest.mark.parametrize("norm", ["model.norm", "model.layers.0.input_layernorm"])
+def test_a_norm_that_is_trained_on_a_base_in_16_bits_speaks(tmp_path, norm):
     trainer = make_trainer(
         tmp_path,
         dtype="bfloat16",
-        adapter=dict(train=("model.norm", "audio_lm_head"), dropout=0.0),
+        adapter=dict(train=(norm, "audio_lm_head"), dropout=0.0),
         max_steps=2,
         eval_strategy="no",
         save_strategy="no",
@@ -253,22 +268,29 @@ def test_evaluating_a_finished_run_leaves_its_log_alone(tmp_path):
     assert metrics["eval_loss"] > 0 and {f: (tmp_path / f).read_bytes() for f in logs} == logs
 
 
-@pytest.mark.parametrize("metric, best", [("eval_similarity", 4), ("wer", 2)])
+@pytest.mark.parametrize(
+    "metric, best", [("eval_similarity", 4), ("wer", 2), ("eval_stops", 2), ("stops", 2)]
+)
 def test_the_best_checkpoint_by_what_judges_logged(tmp_path, metric, best):
-    scores = {0: (90.0, 0.1), 2: (10.0, 0.2), 4: (50.0, 0.9), 6: (60.0, 0.3)}
+    "Steps that nobody judged are never the best."
+    names = ("eval_wer", "eval_similarity", "eval_stops")
+    scores = {
+        0: (90.0, 0.1, 30.0),
+        2: (10.0, 0.2, 90.0),
+        4: (50.0, 0.9, 50.0),
+        6: (60.0, 0.3, 40.0),
+    }
 
     class Judge(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step in scores:
-                self.trainer.log(
-                    dict(zip(("eval_wer", "eval_similarity"), scores[state.global_step]))
-                )
+                self.trainer.log(dict(zip(names, scores[state.global_step])))
 
     judge = Judge()
     trainer = judge.trainer = make_trainer(
         tmp_path,
         max_steps=6,
-        eval_steps=2,
+        eval_steps=1,
         save_steps=2,
         save_total_limit=1,
         metric_for_best_model=metric,

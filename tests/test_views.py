@@ -39,6 +39,7 @@ from higgs_nb.data.chatml import embedded_corpus, load_corpus
 from higgs_nb.data.collator import PackedCollator
 from higgs_nb.data.samples import AudioTokens, byte_tokenizer, encode_conversation, expand
 from higgs_nb.model.model import tiny_config
+from higgs_nb.speech import generate
 from higgs_nb.speech.evaluate import Evaluation, Score
 from higgs_nb.speech.generate import Speech, save_clips
 from higgs_nb.view.explorers import CodesExplorer, CorpusExplorer, LabelExplorer, measure_clips
@@ -50,6 +51,19 @@ from higgs_nb.view.plots import plain_text
 def without_judges(monkeypatch):
     "As where the extra `eval` is not installed: its models take half a minute to load."
     monkeypatch.setattr("higgs_nb.speech.evaluate.missing_judges", lambda: ["everything"])
+
+
+@pytest.fixture(autouse=True)
+def short_clips(monkeypatch):
+    "A model with random weights says nothing that is worth waiting for."
+    full = generate.generate_codes
+    monkeypatch.setattr(
+        generate,
+        "generate_codes",
+        lambda model, batch, max_frames, **options: full(
+            model, batch, min(max_frames, 8), **options
+        ),
+    )
 
 
 SMALL = dict(
@@ -431,7 +445,9 @@ def test_the_monitor_of_a_foreign_run(tmp_path_factory, log, parameters, state, 
     monitor.show.value = view
     for name in monitor.sample.options:
         monitor.sample.value = name
-        assert_harmless(monitor.still())
+        shown = (monitor.status, monitor.view, monitor.sound)
+        assert_harmless("".join(widget.value for widget in shown))
+    assert_harmless(monitor.still())
     assert (f"{unreadable} lines" in monitor.status.value) == bool(unreadable)
     assert not [
         f for f in samples_of(run).values() if not f.resolve().is_relative_to(run.resolve())
@@ -512,10 +528,12 @@ class Sent:
 )
 @example([("pick", "", 7), ("search", "d", 0), ("search", "do", 0)])
 @example([("search", "zz", 0), ("search", "", 0)])
-def test_what_is_listed_is_what_is_shown(steps):
+def test_what_is_listed_is_what_is_shown(monkeypatch, steps):
     """After any steps the panel shows the recording that the list has chosen, and each message to
-    the browser has options and choice together.
+    the browser has options and choice together. Its picture is not drawn here.
     """
+    monkeypatch.setattr("higgs_nb.view.explorers.picture", lambda figure, words: words)
+    monkeypatch.setattr(CorpusExplorer, "figure", lambda explorer, waveform: None)
     explorer = CorpusExplorer(CLIPS, 3.5)
     sent = Sent(explorer.pick)
     for control, text, number in steps:

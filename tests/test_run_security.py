@@ -5,6 +5,7 @@ and loses nothing.
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -379,6 +380,25 @@ def test_damaged_notes_stop_the_run_and_nothing_moves(name, content, tmp_path_fa
         os.close(HELD.pop())
 
 
+def test_notes_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        goes_on(tmp_path, dict(steps=3))
+    assert os.listdir(tmp_path) == []
+    while HELD:
+        os.close(HELD.pop())
+
+
+def test_run_notebooks_write_no_json_in_place():
+    "A file that is cut off while it is written would end each further start: see `write_json`."
+    for name in run_notebooks():
+        code = "".join(c.source for c in nbformat.read(runs.notebook_of(name), 4).cells)
+        assert not re.search(r"""\.json["']\)?\.write_text|json\.dump\(""", code), name
+
+
 def test_a_checkpoint_that_cannot_be_read_now_moves_nothing(tmp_path, monkeypatch):
     (tmp_path / "parameters.json").write_text('{"steps": 3}')
     (tmp_path / "checkpoint-3").mkdir()
@@ -458,6 +478,16 @@ def test_a_notebook_that_cannot_be_read_is_not_done(tmp_path_factory, content):
     out = tmp_path_factory.mktemp("out")
     (out / "train.ipynb").write_bytes(content)
     assert is_done("train", out, {}) is False
+
+
+@pytest.mark.parametrize("parameters", [{}, {"rank": 8}])
+def test_a_notebook_without_cells_is_not_done(tmp_path, parameters):
+    empty = new_notebook(metadata={"papermill": {"parameters": {"out": str(tmp_path)}}})
+    nbformat.write(empty, tmp_path / "train.ipynb")
+    assert is_done("train", tmp_path, parameters) is False
+    empty.cells = [new_code_cell("1", metadata={"papermill": {"status": "completed"}})]
+    nbformat.write(empty, tmp_path / "train.ipynb")
+    assert is_done("train", tmp_path, parameters) is (not parameters)
 
 
 def test_ctrl_c_saves_and_stops(tmp_path, notebook):

@@ -403,7 +403,7 @@ lines = st.one_of(
     st.sampled_from(["losses", "probe", "scores", "speed and memory"]),
 )
 @example(
-    [json.dumps(dict(step=HOSTILE, audio_loss=1.0)), '{"step": 1, "audio_loss": 1}'],
+    ['{"step": 1, "audio_loss": 1}', json.dumps(dict(step=HOSTILE, audio_loss=1.0))],
     json.dumps(dict(steps=HOSTILE)),
     dict(max_steps=HOSTILE),
     [dict(id=HOSTILE, file="a.wav")],

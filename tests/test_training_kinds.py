@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,14 @@ import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, get_peft_model
-from resume_job import SMALL, make_trainer
+from resume_job import SMALL, Melodies, finish, make_trainer, said, sentence, start
 from torch.overrides import TorchFunctionMode
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    HiggsAudioV2ForConditionalGeneration,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from higgs_nb.checkpoint.adapter import (
     adapter_state,
@@ -30,6 +36,7 @@ from higgs_nb.checkpoint.adapter import (
 from higgs_nb.checkpoint.manifest import Manifest, list_checkpoints, validate_checkpoint
 from higgs_nb.checkpoint.saving import CheckpointError
 from higgs_nb.data.chatml import Conversation
+from higgs_nb.data.collator import PackedCollator, PaddedCollator
 from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer, fit_tokenizer
 from higgs_nb.model.fused import HALF
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora
@@ -241,6 +248,89 @@ def test_a_norm_that_is_trained_on_a_base_in_16_bits_speaks(tmp_path, norm):
     )
     trainer.train()
     assert len(generate_speech(trainer.model, trainer.tokenizer, ["La la"], max_frames=2)) == 1
+
+
+def moved_base(train, dtype=torch.bfloat16):
+    "A 16-bit base with an adapter and modules in full, all of them moved."
+    model = tiny_model(byte_tokenizer(), **SMALL).to(dtype)
+    adapted = apply_lora(model, create_lora_config("attention", r=4, train=train)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return adapted
+
+
+def loss_and_codes(model):
+    "Losses of a packed and of a padded batch, and a few codes."
+    tokens = AudioTokens.from_config(model.config, byte_tokenizer())
+    data = SampleDataset([sentence(n) for n in (20, 27)], byte_tokenizer(), Melodies(), tokens)
+    samples = [data[0], data[1]]
+    with torch.no_grad():
+        losses = [
+            model(**collate(tokens)(samples)).loss.item()
+            for collate in (PackedCollator, PaddedCollator)
+        ]
+    (clip,) = generate_speech(model, byte_tokenizer(), "La la", max_frames=4)
+    return losses, clip.codes
+
+
+def load_and_answer(folder):
+    "For a process of its own."
+    base = tiny_model(byte_tokenizer(), **SMALL).to(torch.bfloat16)
+    torch.save(
+        [
+            loss_and_codes(load_lora_adapters(base, Path(folder) / "adapter")),
+            loss_and_codes(load_model(str(Path(folder) / "merged")).eval()),
+        ],
+        Path(folder) / "answers.pt",
+    )
+
+
+WAYS = dict(
+    heads=HEADS,
+    embeddings=EMBEDDINGS,
+    norms=("model.norm", "model.layers.0.input_layernorm", "model.layers.0.audio_input_layernorm"),
+    projections=("model.layers.0.mlp.up_proj", "model.layers.0.audio_mlp.down_proj"),
+    all=(*IN_FULL, "model.norm", "model.layers.0.mlp.up_proj"),
+)
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_modules_in_float32_on_a_16_bit_base_answer_the_same_in_every_way(tmp_path, kind):
+    model = moved_base(WAYS[kind])
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    losses, codes = loss_and_codes(model)
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    merged = merge_lora(model)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert [p.dtype for p in model.parameters() if p.requires_grad][0] == torch.float32
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = load_model(str(tmp_path / "merged")).eval()
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    of_merged = loss_and_codes(loaded)  # whose rotary angles are in float32
+    assert of_merged[0] == pytest.approx(losses, rel=0.02)
+    assert loss_and_codes(merged)[0] == pytest.approx(losses, rel=0.02)
+    wide, _ = loss_and_codes(copy.deepcopy(model).float())
+    assert wide[0] == pytest.approx(wide[1], rel=1e-5) and wide == pytest.approx(losses, rel=0.02)
+    save_lora_adapters(model, tmp_path / "adapter", base={})
+    assert finish(start(load_and_answer, tmp_path)) == [0], said(tmp_path)
+    for (then, spoken), now in zip(
+        ((losses, codes), of_merged), torch.load(tmp_path / "answers.pt")
+    ):
+        assert now[0] == then and torch.equal(now[1], spoken)
+
+
+def test_an_adapter_with_embeddings_speaks_on_the_stock_class_in_16_bits(tmp_path):
+    model = moved_base(IN_FULL)
+    save_lora_adapters(model, tmp_path / "adapter", base={})
+    stock = HiggsAudioV2ForConditionalGeneration(model.config, use_text_head=True)
+    stock.load_state_dict(tiny_model(byte_tokenizer(), **SMALL).state_dict())
+    with pytest.warns(UserWarning, match="were rounded to torch.bfloat16"):
+        again = load_lora_adapters(stock.to(torch.bfloat16), tmp_path / "adapter")
+    assert generate_speech(again, byte_tokenizer(), "La la", max_frames=2)
 
 
 def test_a_trainer_that_was_interrupted_does_not_begin_at_step_0_again(tmp_path):

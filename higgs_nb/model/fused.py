@@ -24,9 +24,9 @@ from ..data.samples import IGNORE
 
 # %% auto #0
 __all__ = ['IN_FLOAT32', 'HALF', 'GROUPED', 'SHORT', 'CHUNK', 'BLOCK', 'Permute', 'permute', 'RMSNormPair', 'rms_norm_pair',
-           'active', 'Float32Linear', 'Float32Embedding', 'Float32RMSNorm', 'to_float32', 'from_float32', 'Rotate',
-           'rotate', 'SwiGLU', 'swiglu', 'LoraProjections', 'dropout_mask', 'lora_matrices', 'project',
-           'ShortAttention', 'attend_to_itself', 'attend', 'ChunkedCrossEntropy', 'chunked_cross_entropy']
+           'active', 'InputPrecisionLinear', 'InputPrecisionRMSNorm', 'to_float32', 'Rotate', 'rotate', 'SwiGLU',
+           'swiglu', 'LoraProjections', 'dropout_mask', 'lora_matrices', 'project', 'ShortAttention',
+           'attend_to_itself', 'attend', 'ChunkedCrossEntropy', 'chunked_cross_entropy']
 
 # %% ../../nbs/model/01_fused.ipynb #23bd6294
 class Permute(Function):
@@ -105,8 +105,8 @@ def active(module: nn.Module) -> nn.Module:
     )
 
 # %% ../../nbs/model/01_fused.ipynb #2c98d3c4
-class Float32Linear(nn.Linear):
-    "A linear layer with weights in float32 that computes in the dtype of its input."
+class InputPrecisionLinear(nn.Linear):
+    "A linear layer that computes in the dtype of its input, whatever that of its weights."
 
     def forward(self, x):
         "(..., in) -> (..., out)"
@@ -114,18 +114,8 @@ class Float32Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class Float32Embedding(nn.Embedding):
-    """An embedding with weights in float32 and outputs in the precision of the base, which
-    `model.float()` changes, too.
-    """
-
-    def forward(self, ids):
-        "(...) -> (..., hidden)"
-        return super().forward(ids).to(self.base_precision.dtype)
-
-
-class Float32RMSNorm(HiggsAudioV2RMSNorm):
-    "A norm with its weight in float32 and outputs in the dtype of its input."
+class InputPrecisionRMSNorm(HiggsAudioV2RMSNorm):
+    "A norm with outputs in the dtype of its input, whatever that of its weight."
 
     def forward(self, x):
         "(..., hidden) -> (..., hidden)"
@@ -133,9 +123,9 @@ class Float32RMSNorm(HiggsAudioV2RMSNorm):
 
 
 IN_FLOAT32 = {
-    nn.Linear: Float32Linear,
-    nn.Embedding: Float32Embedding,
-    HiggsAudioV2RMSNorm: Float32RMSNorm,
+    nn.Linear: InputPrecisionLinear,
+    HiggsAudioV2RMSNorm: InputPrecisionRMSNorm,
+    nn.Embedding: nn.Embedding,
 }
 HALF = (torch.bfloat16, torch.float16)
 
@@ -145,31 +135,15 @@ def to_float32(module: nn.Module) -> None:  # changed in place
     that has no such form.
     """
     for layer in module.modules():
-        dtypes = {p.dtype for p in layer.parameters(recurse=False)} & {*HALF}
-        if not dtypes:
+        if not {p.dtype for p in layer.parameters(recurse=False)} & {*HALF}:
             continue
-        if type(layer) not in IN_FLOAT32:
+        if type(layer) not in {*IN_FLOAT32, *IN_FLOAT32.values()}:
             raise ValueError(
                 f"a {type(layer).__name__} cannot be trained in full on a base in 16 "
                 "bits: load the base in float32"
             )
-        layer.__class__ = IN_FLOAT32[type(layer)]
-        device = next(layer.parameters(recurse=False)).device
+        layer.__class__ = IN_FLOAT32.get(type(layer), type(layer))
         layer.float()
-        layer.register_buffer(
-            "base_precision", torch.empty(0, dtype=dtypes.pop(), device=device), persistent=False
-        )
-
-
-def from_float32(module: nn.Module) -> None:  # changed in place
-    "Undo `to_float32`: the weights are rounded to the precision that they came from."
-    plain = {wide: narrow for narrow, wide in IN_FLOAT32.items()}
-    for layer in module.modules():
-        if type(layer) not in plain:
-            continue
-        layer.to(layer.base_precision.dtype)
-        del layer.base_precision
-        layer.__class__ = plain[type(layer)]
 
 # %% ../../nbs/model/01_fused.ipynb #47c8b615
 class Rotate(Function):
@@ -534,7 +508,7 @@ def chunked_cross_entropy(
     part, (parts,), in float32.
     """
     head, type_ = active(head), hidden.device.type
-    if type(head) not in (nn.Linear, Float32Linear) or head.bias is not None:
+    if type(head) not in (nn.Linear, InputPrecisionLinear) or head.bias is not None:
         raise TypeError(
             f"a head must be a linear layer without bias, not {head}; train it in full, not by LoRA"
         )

@@ -374,21 +374,10 @@ class HiggsDecoder(HiggsAudioV2Model):
 
     @property
     def precision(self) -> torch.dtype:
-        """The dtype of the base's layers, also where the last norm is trained in float32 beside
-        the original.
+        """The dtype of the base's layers, which embeddings are cast to: those that are trained on
+        a 16-bit base are in float32. The last norm may be, too, beside the original.
         """
         return getattr(self.norm, "original_module", self.norm).weight.dtype
-
-    @property
-    def mixed(self) -> bool:
-        """Whether embeddings have another dtype than the layers, as float32 ones that are trained
-        on a 16-bit base.
-        """
-        tables = (
-            active(self.embed_tokens).weight,
-            active(self.embed_audio_tokens).embed_audio_tokens.weight,
-        )
-        return any(table.dtype != self.precision for table in tables)
 
     def get_placeholder_mask(self, input_ids, inputs_embeds, audio_input_ids_mask):
         """As stock; with embeddings in place of ids, `audio_input_ids_mask` (batch, positions)
@@ -421,9 +410,8 @@ class HiggsDecoder(HiggsAudioV2Model):
             )
         texts = self.embed_tokens(input_ids[0].index_select(0, packed["text_positions"]))
         frames = self.embed_audio_tokens(audio_input_ids[0])
-        hidden = torch.cat(
-            [texts, frames.to(texts.dtype)]
-        )  # under autocast, a GPU adds up the codebooks in float32
+        # under autocast, a GPU adds up the codebooks in float32
+        hidden = torch.cat([texts.to(self.precision), frames.to(self.precision)])
         row = PackedRow.make(self.config, self.rotary_emb, hidden, position_ids, **packed)
         if whisper is not None:
             hidden = hidden.index_copy(0, row.place[whisper_rows], whisper.to(hidden.dtype))
@@ -432,14 +420,15 @@ class HiggsDecoder(HiggsAudioV2Model):
         return permute(rms_norm_pair(hidden, self.norm, self.norm, row.texts), row.place, row.order)
 
     def embed(self, input_ids, audio_input_ids, audio_input_ids_mask, is_frame) -> Tensor:
-        "Text and frames: (batch, positions, hidden)"
-        frames = None if audio_input_ids is None else self.embed_audio_tokens(audio_input_ids)
+        "Text and frames in the precision of the layers: (batch, positions, hidden)"
+        frames = None
+        if audio_input_ids is not None:
+            frames = self.embed_audio_tokens(audio_input_ids).to(self.precision)
         if input_ids is None:
             return frames
-        embeds = self.embed_tokens(input_ids)
+        embeds = self.embed_tokens(input_ids).to(self.precision)
         if frames is None:
             return embeds
-        frames = frames.to(embeds.dtype)  # under autocast, a GPU adds up the codebooks in float32
         return embeds.masked_scatter(
             is_frame[..., None],
             frames if audio_input_ids_mask is None else frames[audio_input_ids_mask],
@@ -475,26 +464,21 @@ class HiggsDecoder(HiggsAudioV2Model):
         sequence = dict(
             attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
         )
-        if not (
-            self.audio_attention or whisper is not None or self.mixed and inputs_embeds is None
-        ):
+        if inputs_embeds is not None:
+            if self.audio_attention or whisper is not None:
+                raise ValueError(
+                    "audio self-attention and Whisper features need input_ids, not inputs_embeds"
+                )
             return super().forward(
-                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
                 audio_input_ids=audio_input_ids,
                 audio_input_ids_mask=audio_input_ids_mask,
-                inputs_embeds=inputs_embeds,
                 **cache_argument(cache),
                 **sequence,
                 **kwargs,
             )
-        if inputs_embeds is not None:
-            raise ValueError(
-                "audio self-attention and Whisper features need input_ids, not inputs_embeds"
-            )
         is_frame = self.get_placeholder_mask(input_ids, None, None)
-        embeds = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, is_frame).to(
-            self.precision
-        )
+        embeds = self.embed(input_ids, audio_input_ids, audio_input_ids_mask, is_frame)
         if is_frame is None:
             is_frame = torch.ones_like(embeds[..., 0], dtype=torch.bool)
         if whisper is not None:

@@ -17,7 +17,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.utils import logging
 
-from .fused import HALF, from_float32, to_float32
+from .fused import HALF, to_float32
+from .layers import HiggsDecoder
 
 logger = logging.get_logger(__name__)
 
@@ -320,12 +321,15 @@ def narrowed(config: LoraConfig) -> str:  # of `create_lora_config`, or one of P
 
 def keep_float32(model: PeftModel) -> None:  # changed in place
     """Keep what is trained beside LoRA in float32 where the base is in 16 bits, see `to_float32`;
-    the base stays as it is.
+    the base stays as it is. Embeddings of transformers' own class stay as it has them: its
+    decoder does not cast what they give.
     """
+    casts = isinstance(model.get_base_model().model, HiggsDecoder)
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             for trained in module.modules_to_save.values():
-                to_float32(trained)
+                if casts or not any(isinstance(m, nn.Embedding) for m in trained.modules()):
+                    to_float32(trained)
         elif isinstance(module, TrainableTokensLayer):
             for rows in module.trainable_tokens_delta.values():
                 if rows.dtype in HALF:
@@ -386,7 +390,10 @@ def merge_lora(model: PeftModel) -> nn.Module:  # of `apply_lora` or `load_lora_
             "PeftModel.from_pretrained, listen to what "
             "has changed, and merge that"
         )
-    merged = copy.deepcopy(model).merge_and_unload()
-    from_float32(merged)
+    merged = copy.deepcopy(model)
+    for module in merged.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(next(module.original_module.parameters()).dtype)
+    merged = merged.merge_and_unload()
     merged.new_modules = ()  # they are in its weights now
     return merged

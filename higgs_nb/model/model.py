@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.files import load_json, shown
 from ..data.samples import IGNORE, AudioTokens
-from .fused import chunked_cross_entropy
+from .fused import InputPrecisionLinear, chunked_cross_entropy
 from higgs_nb.model.layers import (
     AUDIO_ATTENTION_MODULES,
     AudioEncoderProjector,
@@ -42,9 +42,9 @@ logger = logging.get_logger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'PACKED_FIELDS', 'RELEASED', 'WHISPER_FIELDS', 'PRECISE', 'PANGRAMS', 'codebook_loss_sums', 'target_counts',
-           'LossWeights', 'HiggsOutput', 'cast_input', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model',
-           'base_path', 'whisper_settings', 'extend_config', 'start_new_modules', 'keep_precise', 'check_directory',
-           'check_source', 'load_model', 'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer']
+           'LossWeights', 'HiggsOutput', 'HiggsAudioForTraining', 'tiny_config', 'tiny_model', 'base_path',
+           'whisper_settings', 'extend_config', 'start_new_modules', 'keep_precise', 'check_directory', 'check_source',
+           'load_model', 'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer']
 
 # %% ../../nbs/model/03_model.ipynb #2bbe41b1
 def codebook_loss_sums(
@@ -118,16 +118,6 @@ PACKED_FIELDS = (
 )  # of `PackedCollator`, for the decoder
 
 
-def cast_input(
-    module: nn.Linear,  # a head
-    args: tuple[Tensor, ...],
-) -> tuple[Tensor, ...]:  # its inputs
-    """A forward pre-hook: the input in the dtype of the weight, for a float32 head that is trained
-    on a 16-bit base.
-    """
-    return args[0].to(module.weight.dtype), *args[1:]
-
-
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     """`HiggsAudioV2ForConditionalGeneration` with a text head and the two losses, with audio
     self-attention where `config.use_audio_out_self_attention` and a Whisper tower where
@@ -144,15 +134,14 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
             config
         )  # the stock class would build the stock decoder
         self.model = HiggsDecoder(config)
-        self.audio_lm_head = nn.Linear(
+        self.audio_lm_head = InputPrecisionLinear(
             config.hidden_size, config.num_codebooks * config.codebook_size, bias=False
         )
         self.text_lm_head = (
-            nn.Linear(config.hidden_size, config.vocab_size, bias=False) if use_text_head else None
+            InputPrecisionLinear(config.hidden_size, config.vocab_size, bias=False)
+            if use_text_head
+            else None
         )
-        for head in (self.audio_lm_head, self.text_lm_head):
-            if head is not None:
-                head.register_forward_pre_hook(cast_input)
         self.audio_tower = self.audio_encoder_proj = None
         if getattr(config, "encode_whisper_embed", False):
             self.audio_tower = WhisperTower(WhisperConfig(**config.whisper_config))
@@ -341,7 +330,9 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     def resized_head(self, rows: int, mean_resizing: bool = True) -> nn.Linear:
         "A text head with so many rows, the first ones those of the present head."
         old = self.text_lm_head.weight
-        head = nn.Linear(old.shape[1], rows, bias=False, device=old.device, dtype=old.dtype)
+        head = InputPrecisionLinear(
+            old.shape[1], rows, bias=False, device=old.device, dtype=old.dtype
+        )
         if mean_resizing:
             head.weight.copy_(old.float().mean(0).expand(rows, -1))
         else:
@@ -349,7 +340,6 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         kept = min(rows, len(old))
         head.weight[:kept] = old[:kept]
         head.weight.requires_grad_(old.requires_grad)
-        head.register_forward_pre_hook(cast_input)
         return head.train(self.training)
 
     def audio_logits(self, hidden: Tensor) -> Tensor:

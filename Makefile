@@ -12,7 +12,7 @@ quote = '$(subst ','\'',$(1))'
 TOOLS = $(call quote,$(BIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help train base test test-bits test-newest test-released test-browser lab docs bench scores prepare readme clean
+.PHONY: help train base test test-bits test-newest test-released test-browser lint lab docs bench scores prepare readme clean
 
 define HELP
 make train     train an adapter on the embedded corpus: runs/train holds it and the executed notebook
@@ -22,6 +22,7 @@ make test-bits  the tests of quantised bases and 8-bit optimizers, with bitsandb
 make test-newest  the tests with the newest transformers, peft and accelerate that settings.ini allows
 make test-released  train the released configuration with random weights: seven minutes, 24 GB of memory, 14 GB of disk
 make test-browser  the site and the widgets in a headless Chromium; needs chromium, node and npm
+make lint      formatter and linter over notebooks, tests and scripts; the counts of the pages
 make lab       open the notebooks in JupyterLab
 make docs      build the site into _docs, with Quarto if it is installed, else with smalldocs
 make bench     run every benchmark in benchmarks/
@@ -89,6 +90,13 @@ test-browser: $(SETUP)
 	npm ci --prefix tests/browser --no-audit --no-fund
 	$(TOOLS)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[browser]"
 	CHROMIUM="$(CHROMIUM)" $(TOOLS)/pytest -m browser tests/test_browser.py $(ARGS)
+
+# `make test` runs the first two as well; `ruff format .` mends the first.
+lint: $(SETUP)
+	$(TOOLS)/ruff format --check .
+	$(TOOLS)/ruff check .
+	$(TOOLS)/python tools/house.py
+	PATH=$(TOOLS):"$$PATH" $(TOOLS)/python tools/counts.py
 
 lab: $(SETUP)
 	$(TOOLS)/jupyter-lab nbs $(ARGS)

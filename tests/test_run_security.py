@@ -15,15 +15,20 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
 from papermill.translators import PythonTranslator
 
 from higgs_nb.cli import run as runs
 from higgs_nb.cli.run import (
+    CHOICES,
     HELD,
+    PATHS,
     RANGES,
+    SEVERAL_PATHS,
+    WORDS,
+    check_choice,
     check_parameters,
     claim,
     goes_on,
@@ -204,6 +209,79 @@ def test_every_number_of_every_notebook_has_a_range():
         for key in (*parameters_of(name), *(f"{name}.{k}" for k in parameters_of(name)))
     }
     assert set(RANGES) <= known
+
+
+FREE = {  # string parameters that take any text, and why
+    "compare.curve": "a name in log.jsonl",
+    "corpus.bitrate": "of ffmpeg",
+    "corpus_fr.bitrate": "of ffmpeg",
+    "export.text": "words to speak",
+    "train.revision": "a commit",
+    "train.rehearse_voices": "names of the base's own voices",
+}
+
+
+def test_every_text_of_every_notebook_has_its_words():
+    "A string parameter is a path, has words in CHOICES or WORDS, or takes any text."
+    seen = set()
+    for name in run_notebooks():
+        for key, p in parameters_of(name).items():
+            if p["inferred_type_name"] != "str":
+                continue
+            kinds = {f"{name}.{key}"} & (set(CHOICES) | set(FREE)) or {key} & {*WORDS, *PATHS}
+            assert kinds, f"{name}: {key} is in none of CHOICES, WORDS, PATHS and FREE"
+            seen |= {f"{name}.{key}", key}
+            check_choice(name, key, ast.literal_eval(p["default"]))
+    assert set(CHOICES) | set(WORDS) | set(FREE) | set(SEVERAL_PATHS) <= seen
+
+
+@st.composite
+def misspelt(draw):
+    "A parameter, one of its words, and that word with a letter left out, doubled or swapped."
+    takers = {**CHOICES, **{f"train.{key}": words for key, words in WORDS.items()}}
+    name, key = draw(st.sampled_from(sorted(takers))).split(".")
+    word = draw(st.sampled_from([w for w in takers[f"{name}.{key}"] if len(w) > 3]))
+    at = draw(st.integers(0, len(word) - 2))
+    rest = draw(
+        st.sampled_from([word[at + 1 :], 2 * word[at] + word[at + 1 :]])
+        | st.just(word[at + 1] + word[at] + word[at + 2 :])
+    )
+    return name, key, word, word[:at] + rest
+
+
+@settings(max_examples=60, deadline=None)
+@given(misspelt())
+@example(("evaluate", "precision", "float32", "flaot32"))
+@example(("train", "targets", "all", "al"))
+@example(("train", "codec", "world", "wrld"))
+def test_a_misspelt_word_never_starts_a_run(case):
+    name, key, word, typed = case
+    assert check_parameters(name, {key: word}) == {key: word}
+    if typed != word:
+        with pytest.raises(ValueError, match=f"did you mean '{word}'"):
+            check_parameters(name, {key: typed})
+
+
+def test_names_beside_the_words(tmp_path, monkeypatch):
+    "A path, a name on the hub and names of modules are no misspelt words."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrld").mkdir()
+    for given in (
+        dict(codec="wrld"),
+        dict(base="someone/small-base", codec="someone/world"),
+        dict(targets="self_attn.q_proj,mlp.up_proj", train_in_full="audio_lm_head"),
+        dict(targets="q_proj", train_in_full="audio_lm_head,text_lm_head"),
+    ):
+        assert check_parameters("train", given) == given
+    assert higgs_run(["train", "--out", str(tmp_path / "out"), "-p", "targets=al"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(["~/a", " ~", "b", "~/c d ", "/e", "f~"]), min_size=1, max_size=4))
+def test_each_of_several_paths_is_expanded(paths):
+    corpus = check_parameters("fit_codec", {"corpus": ",".join(paths)})["corpus"]
+    assert corpus.split(",") == [os.path.expanduser(p.strip()) for p in paths]
 
 
 @settings(max_examples=150, deadline=None)

@@ -245,7 +245,8 @@ import transformers
 
 sys.argv = ["higgs", "--out", os.devnull]
 for missing in ("fcntl", "resource", "SIGUSR1"):
-    for name in ("run", "manifest", "sweep", "launch", "doctor")[: 5 if missing == "fcntl" else 4]:
+    commands = ("cli.run", "checkpoint.manifest", "cli.sweep", "cli.launch", "cli.doctor")
+    for name in commands[: 5 if missing == "fcntl" else 4]:
         print(f"== {missing} {name}", file=sys.stderr, flush=True)
         if os.fork() == 0:
             os.dup2(2, 1)

@@ -2,6 +2,7 @@
 site.
 """
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -130,15 +131,23 @@ def test_every_public_name_has_a_docstring():
 
 
 WHOLE = (
-    "audio",
-    "chatml",
-    "export",
-    "generate",
-    "lora",
-    "monitor",
-    "plots",
-    "widgets",
+    "data.audio",
+    "data.chatml",
+    "cli.export",
+    "speech.generate",
+    "model.lora",
+    "view.monitor",
+    "view.plots",
+    "view.explorers",
 )  # all of these is for users
+
+
+def imported(code):
+    "(module, name) of what `code` imports from the package; lines of IPython are left out."
+    code = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("higgs_nb."):
+            yield from ((node.module, alias.name) for alias in node.names)
 
 
 def user_facing():
@@ -160,11 +169,7 @@ def user_facing():
         code = "\n".join(
             cell.source for cell in nbformat.read(ROOT / file, 4).cells if cell.cell_type == "code"
         )
-        names |= {
-            (module, name.split()[0])
-            for module, listed in re.findall(r"^from (higgs_nb\.\w+) import ([\w, ]+)", code, re.M)
-            for name in listed.split(",")
-        }
+        names |= set(imported(code))
     return {
         f
         for module, name in names

@@ -623,7 +623,7 @@ def test_exit_codes_and_the_cause(tmp_path, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("module", ["run", "sweep", "doctor", "launch"])
+@pytest.mark.parametrize("module", ["cli.run", "cli.sweep", "cli.doctor", "cli.launch"])
 def test_python_dash_m(module):
     done = subprocess.run(
         [sys.executable, "-m", f"higgs_nb.{module}", "--help"], capture_output=True, text=True

@@ -202,7 +202,7 @@ def missing_parts() -> list[str]:
 def is_command() -> bool:
     "Whether this process was started as one of our commands, or by `python -m higgs_nb.NAME`."
     program = Path(sys.argv[0] if sys.argv else "")
-    return program.name.startswith("higgs_") or program.parent.name == "higgs_nb"
+    return program.name.startswith("higgs_") or "higgs_nb" in program.parts
 
 
 def unix_module(name: str) -> ModuleType:

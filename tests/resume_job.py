@@ -32,6 +32,7 @@ TIMES = (
     "train_runtime",
     "train_samples_per_second",
     "train_steps_per_second",
+    "train_tokens_per_second",
     "eval_runtime",
     "eval_samples_per_second",
     "eval_steps_per_second",

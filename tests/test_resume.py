@@ -699,3 +699,61 @@ def test_a_merged_adapter_is_not_saved(tmp_path):
         save_lora_adapters(model, tmp_path / "adapter", base={})
     model.unmerge_adapter()
     save_lora_adapters(model, tmp_path / "adapter", base={})
+
+
+BRIEF = dict(
+    frames=range(20, 36, 2),
+    held_out=(21, 29),
+    token_budget=120,
+    max_steps=4,
+    save_steps=2,
+    eval_steps=2,
+    logging_steps=1,
+    warmup_steps=1,
+    probe="off",
+)
+WITH = [
+    dict(text_loss_weight=0.5, audio_loss_weight=2.0),
+    dict(text_loss_weight=0.0),
+    dict(codebook_weights=[2.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.0]),
+    dict(label_smoothing_factor=0.1),
+    dict(code_noise=0.2),
+    dict(lr_scheduler_type="cosine"),
+    dict(lr_scheduler_type="constant_with_warmup"),
+    dict(lr_scheduler_type="inverse_sqrt"),
+    dict(lr_scheduler_type="cosine_with_restarts", lr_scheduler_kwargs=dict(num_cycles=2)),
+    dict(lr_scheduler_type="reduce_lr_on_plateau"),
+    dict(weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6),
+    dict(max_grad_norm=0.0),
+    dict(max_grad_norm=0.05),
+    dict(gradient_accumulation_steps=1),
+    dict(gradient_accumulation_steps=3, logging_steps=3),
+    dict(dataloader_num_workers=1),
+    dict(dataloader_num_workers=2, code_noise=0.1),
+    dict(gradient_checkpointing=True),
+    dict(bf16=True),
+    dict(dtype="bfloat16", adapter=dict(train=("audio_lm_head", "model.embed_tokens"))),
+    dict(adapter=dict(dropout=0.5)),
+    dict(optim="adafactor"),
+    dict(max_steps=-1, num_train_epochs=2.0),
+    dict(include_num_input_tokens_seen="all"),
+]
+
+
+@pytest.mark.parametrize("more", WITH, ids=lambda more: " ".join(f"{k}={more[k]}" for k in more))
+def test_a_run_with_any_setting_goes_on_to_the_bit(tmp_path, more):
+    "Half of a run and the rest in a new trainer, whatever the generators did in between."
+    settings = {**BRIEF, **more}
+    train(tmp_path / "whole", **settings)
+    last = max(r.step for r in list_checkpoints(tmp_path / "whole"))
+    assert last >= 4
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for report in list_checkpoints(tmp_path / "cut"):
+        if report.step > 2:
+            shutil.rmtree(report.path)
+    torch.manual_seed(99)
+    train(tmp_path / "cut", resume="auto", **settings)
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    assert table(tmp_path / "cut") == table(tmp_path / "whole")
+    then, now = (whole_state(tmp_path / name / f"checkpoint-{last}") for name in ("whole", "cut"))
+    assert now == then

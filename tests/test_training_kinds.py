@@ -903,3 +903,47 @@ def test_a_vocabulary_that_is_resized_asks_for_no_tokenizer_of_before():
     more.add_tokens(["<laugh>"])
     model.resize_token_embeddings(len(more))
     assert generate_speech(model, more, "La.", max_frames=1)
+
+
+class OnMac(torch.Tensor):
+    "A tensor that says it is on a Mac's GPU, where there is no float64."
+
+    device = torch.device("mps")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("the MPS framework doesn't support float64")
+
+    def to(self, *args, **kwargs):
+        if torch.float64 in (*args, *kwargs.values()):
+            self.double()
+        return super().to(*args, **kwargs)
+
+
+def test_sums_on_a_device_without_float64():
+    "Means of losses, and the floor of copying, of tensors on MPS are those of tensors on a CPU."
+    sums, counts = torch.tensor([6.0, 4.0, 9.0]), torch.tensor([2.0, 1.0, 3.0])
+    meters = [LossMeter.__new__(LossMeter) for _ in range(2)]
+    for meter, kind in zip(meters, (torch.Tensor, OnMac)):
+        meter.sums, meter.counts = sums.as_subclass(kind), counts.as_subclass(kind)
+    assert meters[0].means(lambda x: x) == meters[1].means(lambda x: x)
+    repeats, targets = torch.tensor([[True, False]] * 5), torch.ones(5, 2, dtype=torch.long)
+    floors = [
+        copy_floor(repeats.as_subclass(k), targets.as_subclass(k)) for k in (torch.Tensor, OnMac)
+    ]
+    assert floors[0] == floors[1]
+    with pytest.raises(TypeError, match="float64"):
+        meters[1].sums.double()
+
+
+def test_a_device_that_counts_no_memory(tmp_path, monkeypatch):
+    "torch.mps has no max_memory_allocated: the memory of the process is logged."
+    monkeypatch.setattr("higgs_nb.training.callbacks.device_module", lambda: torch.mps)
+    trainer = make_trainer(
+        tmp_path, max_steps=2, logging_steps=1, eval_strategy="no", save_strategy="no"
+    )
+    trainer.train()
+    logged = [h["memory_mb"] for h in trainer.state.log_history if "memory_mb" in h]
+    assert len(logged) == 2 and min(logged) > 0

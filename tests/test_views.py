@@ -29,11 +29,13 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from higgs_nb.checkpoint.manifest import CheckpointReport, Fault, Reports
+from higgs_nb.checkpoint.saving import CheckpointError
 from higgs_nb.cli.doctor import Finding
 from higgs_nb.cli.doctor import main as higgs_doctor
 from higgs_nb.cli.run import HELD, claim, lock
+from higgs_nb.cli.run import HELD, claim
 from higgs_nb.cli.sweep import SweepRun
-from higgs_nb.data.audio import CorpusReport
+from higgs_nb.data.audio import CorpusError, CorpusReport
 from higgs_nb.data.audit import audit
 from higgs_nb.data.chatml import embedded_corpus, load_corpus
 from higgs_nb.data.collator import PackedCollator
@@ -81,6 +83,7 @@ SMALL = dict(
 
 
 def execute(out, until=None, notebook="train.ipynb", **parameters):
+def execute(out, until=None, notebook="train", given=SMALL, **parameters):
     """Everything that a run notebook defines and prints, after all its cells or those before the
     one with the text `until`.
     """
@@ -92,14 +95,16 @@ def execute(out, until=None, notebook="train.ipynb", **parameters):
     ):
         warnings.simplefilter("ignore")
         for cell in nbformat.read(ROOT / "nbs/runs" / notebook, 4).cells:
+        for cell in nbformat.read(ROOT / f"nbs/runs/{notebook}.ipynb", 4).cells:
             if cell.cell_type != "code":
                 continue
             if until and until in cell.source:
                 break
             exec(compile(cell.source, notebook, "exec"), space)
             draw_figures()
+            exec(compile(cell.source, f"{notebook}.ipynb", "exec"), space)
             if "parameters" in cell.metadata.get("tags", []):
-                space.update(SMALL, out=str(out), **parameters)
+                space.update(given, out=str(out), **parameters)
     return space, said.getvalue()
 
 
@@ -754,3 +759,80 @@ def test_the_doctor_of_a_hostile_name(text):
         higgs_doctor(["--base", f"./{text}".replace("\0", "")])
     assert said.getvalue().count("->") >= len(ok)
     assert all(c.isprintable() or c == "\n" for c in said.getvalue())
+
+
+def prepare(out, data):
+    return execute(out, notebook="prepare", given={}, data=data)
+
+
+def let_go():
+    "Give up what this process holds, as its end would."
+    while HELD:
+        os.close(HELD.pop())
+
+
+def test_prepare_keeps_what_is_beyond_full_scale_and_what_it_made_before(tmp_path):
+    """A float recording that is too loud is written as float, unclipped. A second prepare that
+    fails on a broken recording leaves the first one's results in their place.
+    """
+    data = corpus_of(tmp_path / "data", [row(i) for i in range(8)])
+    loud = 2.5 * np.sin(np.arange(24000) / 20)
+    soundfile.write(tmp_path / "data/clip3.wav", loud, 24000, subtype="FLOAT")
+    prepare(tmp_path / "out", data)
+    made = [f for f in (tmp_path / "out/audio").iterdir() if f.suffix == ".wav"]
+    assert len(made) == 1 and soundfile.info(made[0]).subtype == "FLOAT"
+    assert np.allclose(soundfile.read(made[0])[0], loud, atol=1e-6)
+    kept = ("metadata.json", "run.json", *(f"audio/{f.name}" for f in made))
+    before = [(tmp_path / "out" / name).read_bytes() for name in kept]
+    whole = (tmp_path / "data/clip5.wav").read_bytes()
+    (tmp_path / "data/clip5.wav").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorpusError, match="clip5"):
+        prepare(tmp_path / "out", data)
+    assert [(tmp_path / "out" / name).read_bytes() for name in kept] == before
+    assert not (tmp_path / "out/earlier-1").exists()
+    let_go()
+
+
+def test_what_a_run_reads_is_not_prepared_anew(tmp_path):
+    "Train holds what it reads until it ends; and it does not begin while prepare writes there."
+    folder = tmp_path / "prepared"
+    data = corpus_of(folder, [row(i) for i in range(8)])
+    execute(tmp_path / "out", until='base == "tiny"', data=data)
+    with pytest.raises(BlockingIOError, match="a run reads"):
+        claim(folder, patience_s=0)
+    let_go()
+    writer = claim(folder, patience_s=0)
+    with pytest.raises(BlockingIOError, match="a run writes"):
+        execute(tmp_path / "other", until='base == "tiny"', data=data)
+    os.close(writer)
+    let_go()
+
+
+def test_a_run_that_was_cut_off_is_moved_or_its_data_changes(tmp_path):
+    """A directory that was moved resumes under its new name. Changed data is refused, and the
+    error names `-p resume_force=True`, which goes on.
+    """
+    rows = [row(i) for i in range(8)]
+    data = corpus_of(tmp_path / "data", rows)
+    run = dict(data=data, steps=4, save_every=2, speak=0, table=0, max_clips=4)
+
+    def ask(args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            "higgs_nb.view.plots.LiveLosses.on_step_end", lambda self, *a, **k: ask(*a, **k)
+        )
+        execute(tmp_path / "first", **run)
+    let_go()
+    (tmp_path / "first").rename(tmp_path / "moved")
+    _, said = execute(tmp_path / "moved", until="chance = math.log", **run)
+    assert f"goes on from {tmp_path / 'moved' / 'checkpoint-2'}" in said
+    corpus_of(tmp_path / "data", [{**r, "text": r["text"] + " again"} for r in rows])
+    with pytest.raises(CheckpointError, match="-p resume_force=True"):
+        execute(tmp_path / "moved", **run)
+    space, _ = execute(tmp_path / "moved", **run, resume_force=True)
+    assert space["trainer"].state.global_step == 4
+    assert (tmp_path / "moved/run.json").is_file() and not (tmp_path / "moved/earlier-1").exists()
+    let_go()

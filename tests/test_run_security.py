@@ -738,3 +738,28 @@ def test_names_are_no_commands_of_the_job_script(tmp_path, monkeypatch, capsys):
     write("c\ntouch TRACE\n.yaml", "out")
     for name in ("b.yaml", "c\ntouch TRACE\n.yaml"):
         assert higgs_sweep([name, "--slurm", "other.sh"]) == 2 and not Path("other.sh").exists()
+
+
+def test_an_executed_notebook_is_never_half_written(notebook, tmp_path, monkeypatch):
+    """Each save of a run replaces its notebook: a reader of the earlier file keeps it whole, and
+    a disk that is full leaves the last whole one.
+    """
+    out = tmp_path / "out"
+    file = Path(notebook("print(6 * 7)"))
+    runs.run(str(file), out)
+    executed = out / file.name
+    before = executed.read_bytes()
+    assert b"42" in before and nbformat.reads(before.decode(), 4).metadata["papermill"]
+    os.link(executed, tmp_path / "earlier")
+    runs.run(str(file), out, {"n": 2})
+    assert (tmp_path / "earlier").read_bytes() == before != executed.read_bytes()
+    assert not [f for f in os.listdir(out) if f.endswith(".new")]
+    kept = executed.read_bytes()
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        runs.WholeNotebook(executed).write("{" * 100, str(executed))
+    assert executed.read_bytes() == kept

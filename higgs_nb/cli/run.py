@@ -33,9 +33,10 @@ import yaml
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import papermill_io
 
 from ..checkpoint.manifest import NO_LOCKS, latest_checkpoint
-from ..core.files import check_plain, load_json, shown, unix_module, write_json
+from ..core.files import check_plain, load_json, shown, unix_module, write_json, write_whole
 
 fcntl = unix_module("fcntl")
 
@@ -45,8 +46,8 @@ __all__ = ['fcntl', 'RUNS', 'TYPES', 'PATHS', 'SEVERAL_PATHS', 'COUNT', 'NUMBER'
            'parameters_of', 'leaves', 'check_leaves', 'typed', 'check_value', 'path_text', 'check_parameters',
            'range_of', 'in_range', 'check_range', 'check_choice', 'parameters', 'describe', 'summary', 'set_aside',
            'lock', 'occupied', 'is_same', 'claim', 'inherited', 'occupy', 'reading', 'read_noted', 'interrupted',
-           'goes_on', 'said_by', 'git', 'git_state', 'git_states', 'surroundings', 'append_line', 'defaults_of',
-           'place', 'kernel_environment', 'kernel_manager', 'execute', 'run', 'is_done', 'StopSignals',
+           'goes_on', 'said_by', 'git', 'git_state', 'git_states', 'surroundings', 'append_line', 'WholeNotebook',
+           'defaults_of', 'place', 'kernel_environment', 'kernel_manager', 'execute', 'run', 'is_done', 'StopSignals',
            'split_assignments', 'PlainLoader', 'plain_number', 'plain_mapping', 'check_size', 'load_yaml', 'read_yaml',
            'read_pair', 'read_parameters', 'tell', 'main']
 
@@ -689,6 +690,25 @@ def append_line(
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../../nbs/cli/01_run.ipynb #77c46ceb
+class WholeNotebook:
+    "How papermill writes the executed notebook of a run: all of a version, or the one before."
+
+    def __init__(self, file: Path):
+        self.file = file.absolute()  # papermill may change the working directory
+
+    def write(self, text: str, path: str) -> None:
+        "Replace the notebook."
+        write_whole(self.file, text)
+
+    def read(self, path: str) -> str:
+        "The notebook as it was last written."
+        return self.file.read_text(encoding="utf-8")
+
+    def pretty_path(self, path: str) -> str:
+        "The path as papermill prints it."
+        return path
+
 # %% ../../nbs/cli/01_run.ipynb #073ff163
 def defaults_of(name: str) -> dict:  # of a run notebook
     "Default values of a run notebook's parameters; one that is no plain value is left out."
@@ -753,6 +773,7 @@ def execute(notebook: Path, executed: Path, given: dict, fd: int) -> None:
     `fd`.
     """
     own = notebook.resolve().parent != RUNS.resolve()
+    papermill_io.register(str(executed), WholeNotebook(executed))
     extra = [] if own else ["--InteractiveShellApp.ignore_cwd=True"]
     papermill.execute_notebook(
         str(notebook),

@@ -274,7 +274,7 @@ def test_a_system_that_is_not_supported():
     for part in done.stderr.split("== ")[1:]:
         title, *said = part.strip().splitlines()
         missing, command = title.split()
-        if command == "doctor":
+        if command == "cli.doctor":
             assert f"problem  system               {sys.platform} is not supported" in said[1]
             assert "WSL2" in said[2] and said[-1] == "exit 1"
         else:

@@ -33,7 +33,6 @@ from higgs_nb.checkpoint.saving import CheckpointError
 from higgs_nb.cli.doctor import Finding
 from higgs_nb.cli.doctor import main as higgs_doctor
 from higgs_nb.cli.run import HELD, claim, lock
-from higgs_nb.cli.run import HELD, claim
 from higgs_nb.cli.sweep import SweepRun
 from higgs_nb.data.audio import CorpusError, CorpusReport
 from higgs_nb.data.audit import audit
@@ -82,7 +81,6 @@ SMALL = dict(
 )
 
 
-def execute(out, until=None, notebook="train.ipynb", **parameters):
 def execute(out, until=None, notebook="train", given=SMALL, **parameters):
     """Everything that a run notebook defines and prints, after all its cells or those before the
     one with the text `until`.
@@ -94,13 +92,11 @@ def execute(out, until=None, notebook="train", given=SMALL, **parameters):
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        for cell in nbformat.read(ROOT / "nbs/runs" / notebook, 4).cells:
         for cell in nbformat.read(ROOT / f"nbs/runs/{notebook}.ipynb", 4).cells:
             if cell.cell_type != "code":
                 continue
             if until and until in cell.source:
                 break
-            exec(compile(cell.source, notebook, "exec"), space)
             draw_figures()
             exec(compile(cell.source, f"{notebook}.ipynb", "exec"), space)
             if "parameters" in cell.metadata.get("tags", []):
@@ -239,7 +235,7 @@ def test_a_corpus_is_not_replaced_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("higgs_nb.cli.run.claim", lambda out: claim(out, patience_s=0))
     reader = lock(data, alone=False)
     with pytest.raises(BlockingIOError, match="a run reads"):
-        execute(data, until="load_codec(codec)", notebook="prepare.ipynb", data="")
+        execute(data, until="load_codec(codec)", notebook="prepare", data="")
     os.close(reader)
 
 

@@ -39,20 +39,10 @@ from higgs_nb.data.audio import (
     measure_audio,
 )
 
-_all_ = [
-    "Audio",
-    "AudioError",
-    "CorpusError",
-    "CorpusReport",
-    "Problem",
-    "load_audio",
-]  # needed wherever conversations are
-
 # %% auto #0
 __all__ = ['ROLES', 'SPLITS', 'ROW_KEYS', 'MAX_TRANSCRIPT', 'AUDIO_SUFFIXES', 'Text', 'Message', 'Conversation',
            'tts_conversation', 'read_chatml', 'read_metadata', 'read_folder', 'load_corpus', 'speakers_without_mark',
-           'check_corpus', 'sentence_key', 'split_corpus', 'embedded_corpus', 'Audio', 'AudioError', 'CorpusError',
-           'CorpusReport', 'Problem', 'load_audio']
+           'check_corpus', 'sentence_key', 'split_corpus', 'embedded_corpus']
 
 # %% ../../nbs/data/03_chatml.ipynb #37d366fd
 ROLES = ("system", "scene", "user", "assistant")

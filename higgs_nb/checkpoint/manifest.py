@@ -426,8 +426,8 @@ def check_adapter(directory: Path, names: set[str]) -> list[Fault]:
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #e9d058d5
 def validate_checkpoint(
-    path: Path | str,
-) -> CheckpointReport:  # the directory of a checkpoint, an adapter or an export
+    path: Path | str,  # the directory of a checkpoint, an adapter or an export
+) -> CheckpointReport:
     """Hold a directory against its manifest. Reads each file once, runs nothing, writes nothing,
     and raises nothing over what it finds.
     """
@@ -535,8 +535,8 @@ def list_checkpoints(run_dir: Path | str) -> Reports:  # output directory of a r
 
 
 def latest_checkpoint(
-    run_dir: Path | str,
-) -> tuple[CheckpointReport | None, Reports]:  # output directory of a run
+    run_dir: Path | str,  # output directory of a run
+) -> tuple[CheckpointReport | None, Reports]:
     """The newest whole checkpoint of a run, None if there is none, and the newer ones that were
     passed over. Reads no older one. `OSError` with errno and path if one cannot be read,
     because it may be the newest.
@@ -556,8 +556,8 @@ DEPTH = 4  # how many folders a parent of many runs is searched down
 
 def find_checkpoints(
     path: Path,  # a checkpoint, a run, or a folder of runs
-    depth: int = DEPTH,
-) -> list[Path]:  # how many folders deep
+    depth: int = DEPTH,  # how many folders deep
+) -> list[Path]:
     """The checkpoints in a folder and in the folders in it, with itself if it is one too or cannot
     be read, and what killed writers left. No link is followed, and what earlier repairs moved
     away is left out.
@@ -686,8 +686,8 @@ def repair(report: CheckpointReport) -> str | None:  # of `validate_checkpoint`
 
 
 def main(
-    argv: list[str] | None = None,
-) -> int:  # words of the command line; None: those of this process
+    argv: list[str] | None = None,  # words of the command line; None: those of this process
+) -> int:
     "Print a verdict on every checkpoint given, or found below the directories given."
     parser = argparse.ArgumentParser(
         "higgs_validate",
@@ -742,8 +742,8 @@ def main(
 # %% ../../nbs/checkpoint/01_manifest.ipynb #05efa571
 def unsearched(
     path: Path,  # that `find_checkpoints` has searched
-    depth: int = DEPTH,
-) -> list[str]:  # how many folders deep
+    depth: int = DEPTH,  # how many folders deep
+) -> list[str]:
     "A line for each link to a folder, and each folder too deep, that the search left out."
     try:
         if path.is_symlink() or not path.is_dir() or is_checkpoint(path):

@@ -181,8 +181,8 @@ def bits(tensor: Tensor) -> Tensor:
 
 def same_bits(
     a: Tensor,  # of any shape and dtype
-    b: Tensor,
-) -> bool:  # held against it
+    b: Tensor,  # held against it
+) -> bool:
     "Whether two tensors have one dtype, one shape and the same bits."
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
@@ -412,8 +412,8 @@ def remedy_for(report: CheckpointReport) -> str:  # on a checkpoint that is not 
 def check_finite(
     tensors: Mapping[str, Tensor],  # on any device; those that are not floating are passed over
     what: str,  # what is being done, for the error, such as "checkpoint not saved"
-    path: Path | None = None,
-) -> None:  # of the checkpoint
+    path: Path | None = None,  # of the checkpoint
+) -> None:
     "`CheckpointError` with their names if tensors hold what is not a number, or infinity."
     bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if not bad:
@@ -440,8 +440,8 @@ def is_finite(tensor: Tensor) -> bool:  # of any shape, dtype and device
 def load_files(
     # its directory, or what `validate_checkpoint` said of it
     checkpoint: Path | str | CheckpointReport,
-    *names: str,
-) -> dict[str, Content]:  # relative paths; none: all files
+    *names: str,  # relative paths; none: all files
+) -> dict[str, Content]:
     """What the files `names` of a whole checkpoint hold, or all that its manifest names: tensors
     of a safetensors file, else bytes. Each is hashed again as it is read, so a report of an
     hour ago will do. `CheckpointError` if a file is not what was saved, or was never there.

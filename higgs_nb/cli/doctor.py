@@ -213,8 +213,8 @@ ROOM_GB = 2.0
 
 def check_place(
     path: str | Path,  # where files are to be written
-    what: str = "output directory",
-) -> Finding:  # name of that place in the report
+    what: str = "output directory",  # name of that place in the report
+) -> Finding:
     """A file can be written in `path`, or in the nearest directory above it that exists, and there
     is room.
     """
@@ -490,8 +490,8 @@ def memory_advice(
     token_budget: int,  # tokens a batch, of the run
     accumulate: int = 1,  # batches a step
     rank: int = 16,  # of the adapter
-    gradient_checkpointing: bool = False,
-):  # whether the run trades time for memory already
+    gradient_checkpointing: bool = False,  # whether the run trades time for memory already
+):
     """Within `with`, an error that says that memory is used up becomes a `MemoryError` that says
     which parameters to lower, and to what.
     """

@@ -169,8 +169,8 @@ def ask(
     model: nn.Module,  # the one in memory: says on which device, and with which class
     base: dict | None,  # of an adapter: arguments of `load_model` that give its base
     text: str,  # what is spoken
-    max_frames: int,
-) -> dict[str, Tensor]:  # longest clip; 25 frames are a second
+    max_frames: int,  # longest clip; 25 frames are a second
+) -> dict[str, Tensor]:
     """The answers of what lies in `path`, from a fresh process on the device of `model`;
     `CheckpointError` with the end of what it said if it fails.
     """
@@ -208,8 +208,8 @@ def contents_of(
     tokenizer,  # that of the model
     card: str,  # text of its README.md
     base: dict | None,  # of `describe_base`, for the manifest
-    meta: dict | None = None,
-) -> Snapshot:  # more for the manifest
+    meta: dict | None = None,  # more for the manifest
+) -> Snapshot:
     "What an export of an adapter (a PeftModel) or of a model holds; see `export_model`."
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -232,8 +232,8 @@ def source_of(report: CheckpointReport) -> dict:  # on the adapter of a run
 def still_to_export(
     out: Path,  # directory for exports
     kinds: list[str],  # "adapter", "merged"
-    source: dict,
-) -> list[str]:  # of `source_of`
+    source: dict,  # of `source_of`
+) -> list[str]:
     """Which exports are not in `out` yet: a valid one of the same adapter, of a call that was
     interrupted, stays. `CheckpointError` if there is another one, or all are there.
     """
@@ -331,8 +331,8 @@ def data_summary(corpus: dict) -> str:  # of `corpus_summary`
 
 def corpus_summary(
     train: SampleDataset,  # what is learned
-    held_out: SampleDataset,
-) -> dict:  # what is not
+    held_out: SampleDataset,  # what is not
+) -> dict:
     """What `run.json` says of a corpus: conversations, and of both parts the clips that are
     learned, their hours, and how many speakers have names.
     """
@@ -358,8 +358,8 @@ def corpus_summary(
 
 def loss_row(
     kind: str,  # "audio" or "text"
-    losses: dict,
-) -> str:  # before and after; None without held-out data
+    losses: dict,  # before and after; None without held-out data
+) -> str:
     "A row of the table of held-out losses."
     shown = [
         "not measured" if losses[k] is None else f"{losses[k]:.4f}" for k in ("before", "after")

@@ -45,8 +45,8 @@ class Relay:
 
 
 def main(
-    argv: list[str] | None = None,
-) -> int:  # words of the command line; None: those of this process
+    argv: list[str] | None = None,  # words of the command line; None: those of this process
+) -> int:
     """`higgs_launch [options of torchrun] SCRIPT ...`; 0: done, 1: a process failed, 2: it could
     not start, 75: they were asked to stop, and the same command goes on. The first signal lets
     every process save and stop, however long that takes; a second one ends them at once.

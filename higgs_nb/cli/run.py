@@ -77,8 +77,8 @@ def notebook_of(name: str) -> Path:
 
 
 def parameters_of(
-    name: str,
-) -> dict[str, dict]:  # of a notebook in `nbs/runs`, such as "train", or the path of one
+    name: str,  # of a notebook in `nbs/runs`, such as "train", or the path of one
+) -> dict[str, dict]:
     "The parameters of a run notebook: name -> its type, default (as it stands there) and help."
     return papermill.inspect_notebook(str(notebook_of(name)))
 
@@ -292,8 +292,8 @@ def check_range(
     name: str,  # of a run notebook
     key: str,
     value,
-    help: str = "",
-) -> None:  # of the parameter
+    help: str = "",  # of the parameter
+) -> None:
     "`ValueError` if a number, or one in a list or mapping, is not in the range of its parameter."
     if (range := range_of(name, key)) is None:
         return
@@ -352,8 +352,8 @@ def check_choice(
 # %% ../../nbs/cli/01_run.ipynb #78b37dd7
 def parameters(
     name: str,  # of the run notebook
-    namespace: dict,
-) -> dict:  # its `globals()`
+    namespace: dict,  # its `globals()`
+) -> dict:
     """The values of a run notebook's parameters in its `globals()`, checked, with those that
     papermill put there: see `check_parameters`.
     """
@@ -463,8 +463,8 @@ def is_same(fd: int, out: Path) -> bool:
 
 def claim(
     out: Path,  # directory of a run; made if it is not there
-    patience_s: float = 5.0,
-) -> int:  # how long to wait for the process of a run that was just killed
+    patience_s: float = 5.0,  # how long to wait for the process of a run that was just killed
+) -> int:
     """Take a directory for a run: check and lock in one. A file number that holds the lock;
     `BlockingIOError` if it is in use.
     """
@@ -564,8 +564,8 @@ def interrupted(out: Path) -> dict | None:  # directory of a run
 
 def goes_on(
     out: str | Path,  # directory of a run; made if it is not there
-    parameters: dict,
-) -> bool:  # name -> value, of `parameters`
+    parameters: dict,  # name -> value, of `parameters`
+) -> bool:
     """Whether `out` holds a run of the same `parameters` that was cut off and can be resumed. If
     not, whatever results are there are set aside, and the parameters of the run that begins are
     noted. Prints what it finds. `ValueError` if notes of the earlier run are damaged, and
@@ -752,8 +752,9 @@ def kernel_environment(fd: int, own: bool) -> dict[str, str]:  # as for `kernel_
 
 def kernel_manager(
     fd: int,  # locked, for the kernel to keep
+    # whether the notebook is the user's and may import what lies in the working directory
     own: bool,
-) -> type:  # whether the notebook is the user's and may import what lies in the working directory
+) -> type:
     "A class of kernel managers whose kernel inherits the lock of a run."
 
     class RunKernelManager(AsyncKernelManager):
@@ -792,8 +793,8 @@ def run(
     name: str,  # of a notebook in `nbs/runs`, or the path of one
     out: str | Path,  # directory for everything the run makes, the executed notebook too
     parameters: dict | None = None,  # name -> value; the others keep their defaults
-    begun: Callable | None = None,
-) -> Path:  # called when `out` is this run's alone
+    begun: Callable | None = None,  # called when `out` is this run's alone
+) -> Path:
     """Execute a run notebook; returns the executed notebook, which is saved after each cell and
     twice a minute. `PapermillExecutionError` if a cell fails, `ValueError` for parameters that
     cannot be, `BlockingIOError` if a run goes on in `out`, or reads it.
@@ -820,8 +821,8 @@ def run(
 def is_done(
     name: str,  # of a run notebook
     out: str | Path,  # directory of a run
-    parameters: dict,
-) -> bool:  # name -> value, as for `run`
+    parameters: dict,  # name -> value, as for `run`
+) -> bool:
     """Whether `out` holds the executed notebook of a run with these parameters that came to its
     end; False for a notebook that cannot be read.
     """
@@ -1025,8 +1026,8 @@ def read_pair(
 def read_parameters(
     name: str,  # of a run notebook
     file: Path | None,  # of YAML
-    pairs: list[list[str]],
-) -> dict:  # [key, text], of `-p`
+    pairs: list[list[str]],  # [key, text], of `-p`
+) -> dict:
     """The values of a YAML file, and of pairs of key and text, which win over it: text is YAML,
     too, except where the notebook takes text.
     """
@@ -1047,8 +1048,8 @@ def tell(text: str) -> None:
 
 
 def main(
-    argv: list[str] | None = None,
-) -> int:  # words of the command line; None: those of this process
+    argv: list[str] | None = None,  # words of the command line; None: those of this process
+) -> int:
     """`higgs_run NAME -p KEY=VALUE ... -f FILE.yaml --out DIR`; 0: done, 1: the run failed, 2: it
     could not start, 75: it was asked to stop, and the same command goes on.
     """

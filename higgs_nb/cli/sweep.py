@@ -327,8 +327,8 @@ def slurm_pattern(folder: Path) -> str:
 
 def slurm_script(
     path: Path,  # of the YAML file
-    runs: list[SweepRun],
-) -> str:  # of `read_sweep`
+    runs: list[SweepRun],  # of `read_sweep`
+) -> str:
     """An sbatch script: one task of an array for each run of the sweep in the file `path`, started
     where this is called.
     """
@@ -347,8 +347,8 @@ def slurm_script(
 
 # %% ../../nbs/cli/02_sweep.ipynb #bb32fca4
 def main(
-    argv: list[str] | None = None,
-) -> int:  # words of the command line; None: those of this process
+    argv: list[str] | None = None,  # words of the command line; None: those of this process
+) -> int:
     """`higgs_sweep sweep.yaml`; 0: all runs are done, 1: some failed, 2: it could not start, 75:
     it was asked to stop, and the same command goes on.
     """

@@ -29,8 +29,8 @@ def safe_name(
     number: int,  # position in the list that is saved; makes the name unique
     label: str,  # any text, such as the id of a conversation
     suffix: str = "",  # such as ".wav"
-    max_bytes: int = 60,
-) -> str:  # of the part that comes from `label`
+    max_bytes: int = 60,  # of the part that comes from `label`
+) -> str:
     "A short file name of letters, digits, `-`, `_` and `.` that begins with `number`."
     words = unicodedata.normalize("NFC", label).encode("utf-8", "ignore").decode()
     words = re.sub(r"[^\w.-]+", "-", words).encode()[:max_bytes].decode("utf-8", "ignore")
@@ -40,8 +40,8 @@ def safe_name(
 # %% ../../nbs/core/01_files.ipynb #d29ab686
 def within(
     root: str | Path,  # a directory
-    name: str | Path,
-) -> Path:  # of something in it
+    name: str | Path,  # of something in it
+) -> Path:
     """The path `root/name`; `ValueError` if it leads out of `root`, through `..`, as an absolute
     path or by a link.
     """
@@ -70,8 +70,8 @@ def fsync(path: Path) -> None:
 def write_whole(
     path: str | Path,  # is replaced if it exists
     content: str | bytes,
-    root: str | Path | None = None,
-) -> Path:  # directory that `path` must stay in; None: no such check
+    root: str | Path | None = None,  # directory that `path` must stay in; None: no such check
+) -> Path:
     """Write a small file durably, all of it or nothing: new file, fsync, rename, fsync of the
     directory.
     """
@@ -95,8 +95,8 @@ def write_whole(
 def write_json(
     path: str | Path,  # is replaced if it exists
     value,  # anything that JSON can hold
-    root: str | Path | None = None,
-) -> Path:  # see `write_whole`
+    root: str | Path | None = None,  # see `write_whole`
+) -> Path:
     "`write_whole` for a value as JSON."
     return write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", root)
 
@@ -148,8 +148,8 @@ def check_plain(value, name: str = "value", depth: int = 50):
 # %% ../../nbs/core/01_files.ipynb #f096c32e
 def cut_list(
     lines: Iterable[str],  # such as problems, one per line
-    limit: int = 20,
-) -> list[str]:  # lines that are shown in any case
+    limit: int = 20,  # lines that are shown in any case
+) -> list[str]:
     "The first `limit` lines, and one that counts those that were left out."
     lines = list(lines)
     rest = len(lines) - limit

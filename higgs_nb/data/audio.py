@@ -59,8 +59,8 @@ def _message(
     problems: Sequence[Problem],
     each: int = 10,  # problems of one kind that are written out
     total: int = 60,  # lines that are written out
-    width: int = 600,
-) -> str:  # characters of a line; many of these lines are cut shorter
+    width: int = 600,  # characters of a line; many of these lines are cut shorter
+) -> str:
     "The problems, one per line; of many that are alike the first few, and how many more there are."
     shown_of, lines, more = Counter(), [], {}
     if len(problems) > total:
@@ -99,8 +99,8 @@ class AudioError(CorpusError):
 # %% ../../nbs/data/02_audio.ipynb #d995d9ae
 def complain(
     what: str,  # is wrong
-    remedy: str,
-):  # what to do about it
+    remedy: str,  # what to do about it
+):
     "Raise a `CorpusError` of one problem."
     raise CorpusError(Problem(what, remedy))
 
@@ -109,8 +109,8 @@ def complain(
 def collect_problems(
     problems: list,  # they are added to it
     source: str = "",  # address of problems that have none, "file:line"
-    id: str = "",
-):  # of the conversation, likewise
+    id: str = "",  # of the conversation, likewise
+):
     "What is wrong inside of the block goes into `problems`, with its address."
     try:
         yield
@@ -120,8 +120,8 @@ def collect_problems(
 
 def did_you_mean(
     word: str,  # as it was written
-    options: Iterable[str],
-) -> str:  # what it could have been
+    options: Iterable[str],  # what it could have been
+) -> str:
     """A question that names the closest of `options`, or nothing: most misspelt names are a letter
     away from the right one.
     """
@@ -410,8 +410,8 @@ def _one_sided(samples: np.ndarray, rate: int) -> float:
 
 def measure_audio(
     audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
-    max_duration_s: float | None = 30.0,
-) -> AudioStats:  # a longer one is refused; None: no limit
+    max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
+) -> AudioStats:
     "Read a recording and measure it. Raises an `AudioError`, also if it is silent."
     audio = _audio(audio)
     samples, rate, coding = _decode(audio, max_duration_s)

@@ -399,8 +399,8 @@ class LabelAudit:
 def plot_audit(
     audit: LabelAudit,  # what `audit` returns
     sample: int,  # number of the sample in the batch
-    figsize: tuple[float, float],
-) -> plt.Figure:  # inches
+    figsize: tuple[float, float],  # inches
+) -> plt.Figure:
     "See `LabelAudit.plot`."
     chosen = (audit.flat.sample == sample).nonzero().flatten()
     if not len(chosen):

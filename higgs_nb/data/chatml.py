@@ -354,8 +354,8 @@ def tts_conversation(
     # a voice to follow: its words and recording; or several
     reference: tuple[str, Audio] | list[tuple[str, Audio]] | None = None,
     source: str = "",  # where it was read, "file:line", for errors
-    **extra,
-) -> Conversation:  # kept as it is, e.g. split="held_out"
+    **extra,  # kept as it is, e.g. split="held_out"
+) -> Conversation:
     "Text to speech as a conversation; only its last turn is trained."
     pairs = [reference] if isinstance(reference, tuple) else reference or []
     turns = [("system", Text(system)), *([("scene", Text(scene))] if scene else [])]
@@ -1129,8 +1129,8 @@ def check_corpus(
     conversations: list[Conversation],  # as `load_corpus` gives them
     sampling_rate: int = 24000,  # Hz that training will use
     max_duration_s: float | None = 30.0,  # longer recordings are refused; None: no limit
-    progress: bool = True,
-) -> CorpusReport:  # show a bar
+    progress: bool = True,  # show a bar
+) -> CorpusReport:
     """Check all conversations and read all recordings. Raises one `CorpusError` with every
     problem; changes nothing.
     """

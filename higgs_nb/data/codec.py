@@ -299,8 +299,8 @@ class HiggsCodec(Codec):
 def load_codec(
     # "world": the codec in the package; or the folder of a codec; or a hub id
     name: str | Path = "world",
-    **kwargs,
-) -> Codec:  # for `HiggsCodec.from_pretrained`: revision, device
+    **kwargs,  # for `HiggsCodec.from_pretrained`: revision, device
+) -> Codec:
     "The codec of that name."
     if str(name) == "world":
         return WorldCodec.from_pretrained(**kwargs)
@@ -342,8 +342,9 @@ class CodeStore:
         max_duration_s: float | None = 30.0,  # a longer recording is refused
         # seconds that are kept of the silence at its end, see `trim_end`; None: all
         end_silence_s: float | None = None,
+        # folder for new codes where `root` cannot be written to
         fallback: str | Path | None = None,
-    ):  # folder for new codes where `root` cannot be written to
+    ):
         self.codec, self.max_duration_s, self.end_silence_s = codec, max_duration_s, end_silence_s
         end = f"-end-{end_silence_s:g}s" if end_silence_s is not None else ""
         name = f"{codec.fingerprint[:16]}-v{self.version}{end}"

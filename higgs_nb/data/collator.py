@@ -134,8 +134,9 @@ class PaddedCollator:
         tokens: AudioTokens,  # placeholders, BOS and EOS of the model
         pad_left: bool = False,  # pad the text on the left, for generation
         round_to: int = 1,  # round the length up to a multiple
+        # that of the samples, for a model with a Whisper tower
         extractor: WhisperFeatureExtractor | None = None,
-    ):  # that of the samples, for a model with a Whisper tower
+    ):
         self.tokens, self.pad_left, self.round_to, self.extractor = (
             tokens,
             pad_left,
@@ -190,8 +191,9 @@ class PackedCollator:
     def __init__(
         self,
         tokens: AudioTokens,  # placeholders, BOS and EOS of the model
+        # that of the samples, for a model with a Whisper tower
         extractor: WhisperFeatureExtractor | None = None,
-    ):  # that of the samples, for a model with a Whisper tower
+    ):
         self.tokens, self.extractor = tokens, extractor
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
@@ -261,8 +263,8 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         seed: int = 0,  # of the order; the epoch is added
         shuffle: bool = True,  # False: the same batches in every epoch, for evaluation
         window: int = 1024,  # samples packed together: more fills better, fewer mixes better
-        ids: list[str] | None = None,
-    ):  # names of the samples, for errors
+        ids: list[str] | None = None,  # names of the samples, for errors
+    ):
         self.lengths, self.token_budget, self.seed, self.shuffle, self.window, self.epoch = (
             lengths,
             token_budget,
@@ -360,8 +362,9 @@ class HiggsAudioSampleCollator:
         chunk_size_seconds: float = 30,  # longer recordings are heard in several chunks
         # each chunk gets its own; the original has no other way
         add_new_bos_eos_for_long_chunk: bool = True,
+        # no text loss on the `<|AUDIO_OUT|>` token; has no effect on audio labels
         mask_audio_out_token_label: bool = True,
-    ):  # no text loss on the `<|AUDIO_OUT|>` token; has no effect on audio labels
+    ):
         if encode_whisper_embed and whisper_processor is None:
             raise ValueError(
                 "encode_whisper_embed=True needs a whisper_processor; pass one or set "

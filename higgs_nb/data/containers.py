@@ -23,8 +23,9 @@ class DamagedError(ValueError):
     def __init__(
         self,
         what: str,  # is wrong, a phrase that follows the name of the file
+        # to do
         remedy: str = "copy it again, or decode it with ffmpeg -i IN OUT.wav and listen to it",
-    ):  # to do
+    ):
         self.what = what
         self.remedy = remedy
         super().__init__(f"{what}; {remedy}")

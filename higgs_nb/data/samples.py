@@ -195,8 +195,8 @@ def delay_pattern(
 def undelay(
     audio_ids: Tensor,  # (frames, codebooks) as generated, with or without the leading BOS frame
     bos: int,  # code that opens a codebook's stream, 1024
-    eos: int,
-) -> tuple[Tensor, bool]:  # code that ends it, 1025
+    eos: int,  # code that ends it, 1025
+) -> tuple[Tensor, bool]:
     """Undo `delay_pattern` on one clip; returns `(codes (codebooks, frames), stopped)`.
 
     `stopped` is False if EOS never came in codebook 0, or if not all frames before it could be
@@ -433,8 +433,8 @@ def sample_options(config) -> dict:  # of a model, a `HiggsAudioV2Config`
 
 def whisper_frames(
     samples: int,  # of a chunk
-    hop: int = 160,
-) -> int:  # samples from one mel frame to the next
+    hop: int = 160,  # samples from one mel frame to the next
+) -> int:
     """Features that the tower makes of a chunk, one in 40 ms: a convolution halves the mel frames
     rounding up, a pooling halves those rounding down.
     """
@@ -608,8 +608,8 @@ class SampleDataset(torch.utils.data.Dataset):
         delay: bool = True,  # of the codebooks, as the checkpoint was trained
         # of `whisper_extractor`: recordings that are heard bring their waveforms
         extractor: WhisperFeatureExtractor | None = None,
-        audio_in_codes: bool = True,
-    ):  # False: recordings that are heard bring no codes
+        audio_in_codes: bool = True,  # False: recordings that are heard bring no codes
+    ):
         self.conversations, self.tokenizer, self.store, self.tokens, self.delay = (
             list(conversations),
             tokenizer,
@@ -648,8 +648,8 @@ def encode_with(
     conversation: Conversation,  # text and recordings, turn by turn
     tokenizer,  # a fast tokenizer that knows `SPECIAL_TOKENS`
     store,  # a `CodeStore`, or whatever has its `get`
-    extractor: WhisperFeatureExtractor | None = None,
-) -> ChatMLDatasetSample:  # of `whisper_extractor`; None: no waveforms
+    extractor: WhisperFeatureExtractor | None = None,  # of `whisper_extractor`; None: no waveforms
+) -> ChatMLDatasetSample:
     """`encode_conversation` with codes from a store, and with the waveforms of what is heard where
     an `extractor` wants them.
     """

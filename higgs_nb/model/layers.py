@@ -342,8 +342,8 @@ AUDIO_ATTENTION_MODULES = ("audio_attn", "audio_post_audio_attn_layer_norm")  # 
 def start_as_identity(
     layer: AudioAttentionLayer,  # of a model, changed in place
     std: float = 0.02,  # standard deviation of the random projections
-    seed: int = 0,
-) -> None:  # the same one gives the same values
+    seed: int = 0,  # the same one gives the same values
+) -> None:
     "Let audio self-attention begin as the exact identity. The same `seed` gives the same values."
     generator = torch.Generator().manual_seed(seed)
     for p in "qkv":

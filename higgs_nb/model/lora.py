@@ -180,8 +180,8 @@ class MatchTable(list):
 # %% ../../nbs/model/04_lora.ipynb #909f0d35
 def match_table(
     model: nn.Module,  # the base, before it is adapted
-    config: LoraConfig,
-) -> MatchTable:  # of `create_lora_config`, or any of PEFT's
+    config: LoraConfig,  # of `create_lora_config`, or any of PEFT's
+) -> MatchTable:
     """What each target and each fully trained module matches on `model`; `ValueError` naming the
     near misses if one matches nothing.
     """

@@ -392,8 +392,8 @@ def tiny_config(
     num_heads: int = 4,  # query heads; half as many for keys and values
     intermediate_size: int = 768,  # width inside both feed-forward networks
     codebook_size: int = 1026,  # codes of a codebook and the two stream codes
-    num_codebooks: int = 8,
-) -> HiggsAudioV2Config:  # codes of a frame
+    num_codebooks: int = 8,  # codes of a frame
+) -> HiggsAudioV2Config:
     """A small configuration of the released model's class: about 10 million parameters with the
     defaults.
     """
@@ -422,8 +422,8 @@ def tiny_config(
 def tiny_model(
     tokenizer,  # gives the vocabulary and the special ids
     seed: int = 0,  # of the random weights
-    **config,
-) -> HiggsAudioForTraining:  # of `tiny_config`
+    **config,  # of `tiny_config`
+) -> HiggsAudioForTraining:
     """A small model with random weights, the same for the same `seed`; `config` goes to
     `tiny_config`.
     """
@@ -483,8 +483,8 @@ def extend_config(
     name: str,  # of the checkpoint, for errors
     use_audio_out_self_attention: bool | None,  # see `load_model`
     encode_whisper_embed: bool | None,  # see `load_model`
-    whisper: str | None,
-) -> tuple[str, ...]:  # see `load_model`
+    whisper: str | None,  # see `load_model`
+) -> tuple[str, ...]:
     """Change `config` to what a run asks for; returns the modules that its checkpoint lacks.
     `ValueError` if that cannot be done.
     """
@@ -575,8 +575,8 @@ def keep_precise(config: QuantizationConfigMixin | None) -> QuantizationConfigMi
 
 def check_directory(
     name: str | Path,  # a directory, or OWNER/NAME on the hub
-    what: str = "model",
-) -> None:  # that is meant, for the error
+    what: str = "model",  # that is meant, for the error
+) -> None:
     """`FileNotFoundError` if `name` is no directory and cannot be meant for the hub, so that a
     misspelt path is not asked of it: an id there is OWNER/NAME, and no directory is called
     OWNER here.
@@ -640,8 +640,8 @@ def load_model(
     whisper: str | None = None,
     # a BitsAndBytesConfig: the decoder layers' matrices in 4 or 8 bits, see `keep_precise`
     quantization_config: QuantizationConfigMixin | None = None,
-    **kwargs,
-) -> HiggsAudioForTraining:  # more for `from_pretrained`
+    **kwargs,  # more for `from_pretrained`
+) -> HiggsAudioForTraining:
     """Load a checkpoint in transformers' format with its text head; `ValueError` if weights are
     missing, left over or of another shape.
     """

@@ -41,8 +41,8 @@ def convert_name(name: str) -> str:  # in the original's checkpoint
 
 
 def convert_state_dict(
-    *parts: dict[str, Tensor],
-) -> dict[str, Tensor]:  # name -> tensor, under the original's names
+    *parts: dict[str, Tensor],  # name -> tensor, under the original's names
+) -> dict[str, Tensor]:
     """The tensors of all parts under our names, e.g. of a frozen and a trainable file;
     `ValueError` if two parts differ on one.
     """

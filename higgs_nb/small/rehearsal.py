@@ -243,8 +243,8 @@ class Codes:
     def __init__(
         self,
         codes: Mapping[str, Tensor],  # (codebooks, frames) each
-        store,
-    ):  # a `CodeStore`, or whatever has its `get`
+        store,  # a `CodeStore`, or whatever has its `get`
+    ):
         self.codes, self.store = codes, store
 
     def get(self, audio: Audio) -> Tensor:

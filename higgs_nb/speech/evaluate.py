@@ -342,8 +342,8 @@ def score_clip(
 def voice_of(
     waveforms: Sequence[np.ndarray],  # (samples,) each, of one voice
     sampling_rate: int,  # Hz
-    judges: Judges,
-) -> np.ndarray:  # their `embed` hears
+    judges: Judges,  # their `embed` hears
+) -> np.ndarray:
     "The mean voice of recordings, (features,), of length 1."
     mean = np.mean(
         [
@@ -643,8 +643,8 @@ class ScoreCallback(SpeechCallback):
         # `SpeechCallback`
         *args,
         target: np.ndarray | None = None,  # (features,) the wanted voice, of `voice_of`
-        **kwargs,
-    ):  # see `SpeechCallback`
+        **kwargs,  # see `SpeechCallback`
+    ):
         super().__init__(*args, **kwargs)
         self.trainer, self.judges, self.target, self.result = (
             trainer,

@@ -76,8 +76,8 @@ def prompt_of(
 # %% ../../nbs/speech/01_generate.ipynb #b5ff3cee
 def as_mp3(
     waveform: Tensor | np.ndarray,  # (samples,), in -1 to 1
-    sampling_rate: int,
-) -> str:  # Hz
+    sampling_rate: int,  # Hz
+) -> str:
     """A waveform (samples,) as a data URL that every browser plays; a tenth of the size of a wav,
     so that saved notebooks stay small.
     """
@@ -327,8 +327,8 @@ def generate_codes(
     model,  # of transformers' class, without PEFT around it
     batch: dict[str, Tensor],  # of a `PaddedCollator` that pads on the left
     max_frames: int,  # longest clip; 25 frames are a second
-    **generation,
-) -> Tensor:  # see `generate_speech`
+    **generation,  # see `generate_speech`
+) -> Tensor:
     "Frames that follow each prompt of a left-padded batch, delayed, (batch, frames, codebooks)."
     keys = ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
     keys = (keys if batch["audio_input_ids"].shape[1] else keys[:2]) + (
@@ -374,8 +374,9 @@ class Encoder:
     def __init__(
         self,
         codec: Codec,  # that encodes
+        # of a recording; a longer one is refused. None: no limit
         max_duration_s: float | None = 30.0,
-    ):  # of a recording; a longer one is refused. None: no limit
+    ):
         self.codec = codec
         self.max_duration_s = max_duration_s
 
@@ -386,8 +387,8 @@ class Encoder:
 # %% ../../nbs/speech/01_generate.ipynb #a4230de4
 def save_clips(
     speech: list[Speech],  # with waveforms
-    folder: str | Path,
-) -> list[dict]:  # is made if it is not there
+    folder: str | Path,  # is made if it is not there
+) -> list[dict]:
     """Write each clip as a wav file into `folder`, and `clips.json`, which lists file, id, text,
     `stopped` and seconds of each.
 
@@ -417,8 +418,8 @@ class SpeechCallback(TrainerCallback):
         tokenizer,  # that of the model
         folder: str | Path,  # for the wav files
         every: int = 0,  # steps; 0: only before and after
-        **generation,
-    ):  # see `generate_speech`
+        **generation,  # see `generate_speech`
+    ):
         self.prompts, self.codec, self.tokenizer, self.folder, self.every, self.generation = (
             prompts,
             codec,

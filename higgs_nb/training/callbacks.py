@@ -195,8 +195,8 @@ def matmul_rate(
     device: torch.device | str,  # "cpu", "cuda", ...
     dtype: torch.dtype,  # of both matrices
     size: int | None = None,  # rows and columns; None: 8192, 1024 on a CPU
-    seconds: float = 0.3,
-) -> float:  # how long to measure, about
+    seconds: float = 0.3,  # how long to measure, about
+) -> float:
     "Operations a second of a large matrix product, measured."
     size = size or (1024 if torch.device(device).type == "cpu" else 8192)
     a, b, wait = (
@@ -228,8 +228,8 @@ class SpeedCallback(TrainerCallback):
         token_budget: int,
         processes: int = 1,
         peak: float | None = None,  # operations a second of this device, see `matmul_rate`
-        frozen: bool = True,
-    ):  # see `useful_flops`
+        frozen: bool = True,  # see `useful_flops`
+    ):
         self.config, self.token_budget, self.processes, self.peak, self.frozen = (
             config,
             token_budget,

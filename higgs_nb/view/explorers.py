@@ -31,8 +31,8 @@ __all__ = ['picture', 'player', 'refill', 'Panel', 'Clip', 'silence_share', 'mea
 def picture(
     figure: Figure,  # drawn, and not changed
     alt: str,  # what it shows, for a reader who cannot see it
-    dpi: int = 80,
-) -> str:  # pixels an inch
+    dpi: int = 80,  # pixels an inch
+) -> str:
     "A figure as an `<img>` that holds its pixels."
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
@@ -46,8 +46,8 @@ def picture(
 def player(
     waveform,  # (samples,)
     sampling_rate: int,  # Hz
-    label: str,
-) -> str:  # what is heard, for a reader who cannot see
+    label: str,  # what is heard, for a reader who cannot see
+) -> str:
     "A waveform as an `<audio>` that holds its sound and says what it is."
     if not len(waveform):
         return "<em>silence: there is nothing to play</em>"
@@ -155,8 +155,8 @@ class Clip:
 def silence_share(
     waveform: np.ndarray,  # (samples,)
     sampling_rate: int = 24000,  # Hz
-    below_db: float = 35,
-) -> float:  # dB under the loudest window
+    below_db: float = 35,  # dB under the loudest window
+) -> float:
     """The share of 20 ms windows that are at least `below_db` quieter than the loudest; 1 for
     silence.
     """
@@ -169,8 +169,8 @@ def silence_share(
 def measure_clips(
     corpus: list[Conversation] | str | Path,  # conversations, or what `load_corpus` reads
     max_duration_s: float | None = 30.0,  # a longer recording is an error; None: no limit
-    progress: bool = False,
-) -> list[Clip]:  # show a bar
+    progress: bool = False,  # show a bar
+) -> list[Clip]:
     "Every trained recording of a corpus. Raises a `CorpusError` with all that is wrong with it."
     corpus = corpus if isinstance(corpus, list) else load_corpus(corpus)
     by_id, clips = {c.id: c for c in corpus}, []
@@ -353,8 +353,8 @@ def corpus_explorer(
     corpus: list[Conversation] | str | Path,  # conversations, or what `load_corpus` reads
     # robust standard deviations from the median; beyond it a recording is marked
     limit: float = 3.5,
-    max_duration_s: float | None = 30.0,
-) -> CorpusExplorer:  # longest recording, as in training
+    max_duration_s: float | None = 30.0,  # longest recording, as in training
+) -> CorpusExplorer:
     """Search, filter, sort and hear the recordings of a corpus; outliers are marked with `!`.
     Raises a `CorpusError` with all that is wrong.
     """
@@ -467,8 +467,8 @@ class LabelExplorer(Panel):
 
 
 def label_explorer(
-    audit: LabelAudit,
-) -> LabelExplorer:  # of `higgs_nb.data.audit.audit(batch, tokenizer, tokens)`
+    audit: LabelAudit,  # of `higgs_nb.data.audit.audit(batch, tokenizer, tokens)`
+) -> LabelExplorer:
     """Go through the samples of a batch, position by position: token, codes, and of each cell why
     it is supervised or not.
     """
@@ -478,8 +478,8 @@ def label_explorer(
 def spectral_distance(
     a,  # (samples,) the recording
     b,  # (samples,) what came back; the longer one is cut
-    size: int = 512,
-) -> float:  # samples of a window, half of which is the step
+    size: int = 512,  # samples of a window, half of which is the step
+) -> float:
     """Mean distance of the log spectra in dB: 0 is equal; phases, which are hardly heard, do not
     count.
     """
@@ -561,7 +561,7 @@ class CodesExplorer(Panel):
 def codes_explorer(
     conversations: list[Conversation],  # the last recording of each can be chosen
     codec: Codec,  # its first codebooks alone have to be decodable
-    store: CodeStore | None = None,
-) -> CodesExplorer:  # gives codes that are already there; None: encodes anew
+    store: CodeStore | None = None,  # gives codes that are already there; None: encodes anew
+) -> CodesExplorer:
     "Hear a recording through its first 1, 2, 4, ... codebooks, beside the original."
     return CodesExplorer(conversations, codec, store)

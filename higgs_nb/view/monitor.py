@@ -136,8 +136,8 @@ VIEWS = ("losses", "probe", "scores", "speed and memory")
 def plot_run(
     history: list[dict],  # of `read_log`
     view: str,  # one of `VIEWS`
-    chance: float | None = None,
-) -> Figure:  # loss of a model that knows nothing
+    chance: float | None = None,  # loss of a model that knows nothing
+) -> Figure:
     "One of `VIEWS` of a run's log."
     fig = Figure(figsize=(9, 2.8), layout="constrained")
     if view == "losses":
@@ -342,8 +342,8 @@ def run_monitor(
     run_dir: str | Path,  # what the run was given as output directory
     every_s: float = 2.0,  # seconds between looks
     follow: bool = True,  # look again and again until the run has ended
-    chance: float = math.log(1026),
-) -> RunMonitor:  # loss of a model that knows nothing
+    chance: float = math.log(1026),  # loss of a model that knows nothing
+) -> RunMonitor:
     """Watch a run that another process trains: losses a codebook, offset probe, speed, memory,
     checkpoints, speech. Reads files, changes nothing.
     """
@@ -353,8 +353,8 @@ def run_monitor(
 def binomial_interval(
     wins: int,  # of `trials`
     trials: int,  # ties left out
-    level: float = 0.95,
-) -> tuple[float, float]:  # probability that the interval holds the true share
+    level: float = 0.95,  # probability that the interval holds the true share
+) -> tuple[float, float]:
     "Wilson's interval (1927) for the share of wins; (0, 1) without a trial."
     if not trials:
         return 0.0, 1.0
@@ -368,8 +368,8 @@ def binomial_interval(
 
 def sign_test(
     wins: int,  # ties left out
-    losses: int,
-) -> float:  # likewise
+    losses: int,  # likewise
+) -> float:
     "How probable a result at least this uneven is if both are equally good (two-sided)."
     n, k = wins + losses, max(wins, losses)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k, n + 1)) / 2**n)
@@ -377,8 +377,8 @@ def sign_test(
 
 def equally_loud(
     waveform,  # (samples,)
-    rms: float = 0.06,
-) -> np.ndarray:  # root mean square of full scale, about -24 dB
+    rms: float = 0.06,  # root mean square of full scale, about -24 dB
+) -> np.ndarray:
     "The waveform at a level of `rms`, or as near as its peak allows; silence stays silence."
     wave = np.asarray(waveform, dtype=np.float32)
     level, peak = (np.sqrt(np.mean(wave**2)), np.abs(wave).max()) if len(wave) else (0, 0)
@@ -507,8 +507,8 @@ def ab_listener(
     a: list[Speech],  # e.g. of the base
     b: list[Speech],  # the same sentences, e.g. of the adapter
     names: tuple[str, str] = ("base", "adapter"),  # of a and b, told at the end
-    seed: int = 0,
-) -> ABListener:  # of the order, in which sentences and the two of a pair come
+    seed: int = 0,  # of the order, in which sentences and the two of a pair come
+) -> ABListener:
     """Compare two models pair by pair, shuffled, equally loud and without names; at the end the
     score, its 95% interval and a sign test.
     """

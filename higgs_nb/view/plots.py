@@ -37,8 +37,8 @@ def plain_text(
 def plot_waveform(
     waveform: np.ndarray,  # (samples,)
     sampling_rate: int = 24000,  # Hz
-    ax=None,
-):  # matplotlib axes to draw on; None: new ones
+    ax=None,  # matplotlib axes to draw on; None: new ones
+):
     "Draw a waveform over time in seconds; returns the axes."
     ax = ax or plt.subplots(figsize=(8, 1.4))[1]
     ax.plot(np.arange(len(waveform)) / sampling_rate, waveform, lw=0.4, color="#264653")
@@ -49,8 +49,8 @@ def plot_waveform(
 def plot_codes(
     codes: Tensor,  # (codebooks, frames)
     frame_rate: float = 25,  # frames a second
-    ax=None,
-):  # matplotlib axes to draw on; None: new ones
+    ax=None,  # matplotlib axes to draw on; None: new ones
+):
     "Draw codes as an image, one row a codebook; returns the axes."
     ax = ax or plt.subplots(figsize=(8, 1.4))[1]
     ax.imshow(
@@ -66,8 +66,8 @@ def plot_codes(
 # %% ../../nbs/view/01_plots.ipynb #7103f34e
 def series(
     history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
-    key: str,
-) -> tuple[list[int], list[float]]:  # name of the quantity, e.g. "eval_audio_loss"
+    key: str,  # name of the quantity, e.g. "eval_audio_loss"
+) -> tuple[list[int], list[float]]:
     """Steps and values of one quantity in a trainer's log history; a value that is no number is
     left out.
     """
@@ -78,8 +78,8 @@ def series(
 def plot_losses(
     history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
     chance: float | None = None,  # loss of a model that knows nothing, ln(codes)
-    figure=None,
-):  # matplotlib figure to draw on; None: a new one
+    figure=None,  # matplotlib figure to draw on; None: a new one
+):
     """Audio loss, text loss and each codebook's over steps, training as lines, held-out data as
     dots; returns the figure.
     """
@@ -129,8 +129,8 @@ def plot_losses(
 # %% ../../nbs/view/01_plots.ipynb #a061ee75
 def plot_scores(
     history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
-    figure=None,
-):  # matplotlib figure to draw on; None: a new one
+    figure=None,  # matplotlib figure to draw on; None: a new one
+):
     """What judges said of held-out sentences over steps: word errors, likeness to the voice, clips
     that stop; returns the figure.
     """
@@ -159,8 +159,8 @@ class LiveLosses(TrainerCallback):
     def __init__(
         self,
         chance: float | None = None,  # loss of a model that knows nothing, ln(codes)
-        every_s: float = 1.0,
-    ):  # seconds between two states of the bar in a notebook
+        every_s: float = 1.0,  # seconds between two states of the bar in a notebook
+    ):
         self.chance, self.every_s, self.handle, self.line = chance, every_s, None, None
 
     def on_train_begin(self, args, state, control, **kwargs):

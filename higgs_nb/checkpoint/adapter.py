@@ -630,7 +630,11 @@ def check_base(model: nn.Module, base: dict, path: Path, known: dict | None = No
         )
 
 
-def check_trained_tokenizer(base: dict, tokenizer, path: Path) -> None:
+def check_trained_tokenizer(
+    base: dict,  # what the manifest says of the base
+    tokenizer,  # that the adapter is to be used with
+    path: Path,  # of the checkpoint, for the error
+) -> None:
     """`CheckpointError` if the manifest of an adapter names another tokenizer; a warning if it is
     older and names none.
     """

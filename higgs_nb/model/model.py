@@ -709,7 +709,9 @@ def tokenizer_fingerprint(tokenizer) -> str:  # of a model
     return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
 
 # %% ../../nbs/model/03_model.ipynb #6944c571
-def noted_tokenizer(name_or_path: str | Path) -> str | None:
+def noted_tokenizer(
+    name_or_path: str | Path,  # directory of a model; nothing is noted for one of the hub
+) -> str | None:
     "The fingerprint that the manifest beside a saved model notes; None if there is none."
     file = Path(name_or_path) / "manifest.json"
     noted = load_json(file) if file.is_file() else None

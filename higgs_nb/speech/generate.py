@@ -131,12 +131,18 @@ class Speech:
         )
 
 # %% ../../nbs/speech/01_generate.ipynb #b8e658ad
-def is_whole(value, least: int = 1) -> bool:
+def is_whole(
+    value,  # anything
+    least: int = 1,  # smallest that counts
+) -> bool:
     "Whether `value` is an int from `least` on; True is not."
     return type(value) is int and value >= least
 
 
-def is_positive(value, most: float = math.inf) -> bool:
+def is_positive(
+    value,  # anything
+    most: float = math.inf,  # largest that counts
+) -> bool:
     "Whether `value` is a finite number above 0, and at most `most`."
     return type(value) in (int, float) and 0 < value <= most and math.isfinite(value)
 
@@ -194,7 +200,10 @@ SET_HERE = dict(  # argument of generate -> what to do
 )
 
 # %% ../../nbs/speech/01_generate.ipynb #6eb7b38f
-def refusals(options: dict, config) -> list[str]:  # arguments of `generate`, generation config
+def refusals(
+    options: dict,  # arguments of `generate`
+    config,  # the model's generation config
+) -> list[str]:
     "A phrase for each option that is not honoured: its name, its value and what to do."
     wrong = []
     for name, value in options.items():
@@ -213,7 +222,11 @@ def refusals(options: dict, config) -> list[str]:  # arguments of `generate`, ge
     return wrong
 
 
-def without_effect(options: dict, config, do_sample: bool) -> list[str]:  # see `refusals`
+def without_effect(
+    options: dict,  # arguments of `generate`
+    config,  # the model's generation config
+    do_sample: bool,  # False: greedy
+) -> list[str]:
     "A phrase for each option of `HONOURED` that would change nothing beside the others."
     given = {name: value for name, value in options.items() if value is not None}
     wrong = []
@@ -230,7 +243,7 @@ def check_options(
     config,  # the model's generation config
     max_frames: int,  # longest clip
     batch_size: int,  # clips generated at the same time
-    do_sample: bool = False,
+    do_sample: bool = False,  # False: greedy
 ) -> None:
     "`ValueError` names each option that `generate_speech` cannot honour, and what to do."
     wrong = refusals(options, config) + without_effect(options, config, do_sample)

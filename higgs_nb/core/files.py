@@ -69,7 +69,7 @@ def fsync(path: Path) -> None:
 
 def write_whole(
     path: str | Path,  # is replaced if it exists
-    content: str | bytes,
+    content: str | bytes,  # the whole file; text is written as UTF-8
     root: str | Path | None = None,  # directory that `path` must stay in; None: no such check
 ) -> Path:
     """Write a small file durably, all of it or nothing: new file, fsync, rename, fsync of the

@@ -438,6 +438,7 @@ def test_the_monitor_of_a_foreign_run(tmp_path_factory, log, parameters, state, 
     (run / "samples/step-000004/clips.json").write_text(json.dumps(clips))
     for folder in ("samples/step-000004", "samples/step-last"):
         (run / folder / "a.wav").write_bytes(b"no recording")
+    (run.parent / "a.wav").write_bytes(b"of somebody else")
     entries, unreadable = read_log_lines(run)
     assert len(entries) + unreadable == sum(
         bool(line.strip()) for line in raw.decode("utf-8", "replace").split("\n")

@@ -356,7 +356,7 @@ go = Path(sys.argv[1])
 print("ready", flush=True)
 for k in range(4):
     out = go.parent/f"out{k}"
-    while not Path(f"{go}{k}").exists(): pass
+    while not Path(f"{go}{k}").exists(): time.sleep(0.001)
     if sys.argv[2] == "look":
         until = time.time() + 1
         while time.time() < until: occupied(out)
@@ -377,12 +377,18 @@ def test_of_simultaneous_starts_exactly_one_runs(tmp_path):
         [sys.executable, "-c", HOLDER, tmp_path / "go", what], stdout=subprocess.PIPE, text=True
     )
     starters, looker = [start("claim") for _ in range(3)], start("look")
-    for process in (*starters, looker):
-        assert process.stdout.readline() == "ready\n"
-    for k in range(4):
-        (tmp_path / f"go{k}").touch()
-        assert sorted(p.stdout.readline() for p in starters) == ["refused\n", "refused\n", "runs\n"]
-    assert [p.wait() for p in (*starters, looker)] == [0] * 4
+    everyone = [*starters, looker]
+    try:
+        for process in everyone:
+            assert process.stdout.readline() == "ready\n"
+        for k in range(4):
+            (tmp_path / f"go{k}").touch()
+            said = sorted(process.stdout.readline() for process in starters)
+            assert said == ["refused\n", "refused\n", "runs\n"]
+        assert [process.wait() for process in everyone] == [0] * 4
+    finally:
+        for process in everyone:
+            process.kill()
 
 
 def test_the_kernel_of_a_killed_run_keeps_its_directory(tmp_path, notebook, capsys):

@@ -3,6 +3,7 @@ and loses nothing.
 """
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -51,6 +52,29 @@ from higgs_nb.cli.sweep import read_sweep
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 HOSTILE = '"]; open("TRACE", "w") #'
+
+
+@pytest.fixture
+def begin():
+    "A function that starts a process in a group of its own, which ends with the test."
+    processes = []
+
+    def start(*words):
+        processes.append(
+            subprocess.Popen(
+                words,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -369,29 +393,22 @@ for k in range(4):
 """
 
 
-def test_of_simultaneous_starts_exactly_one_runs(tmp_path):
+def test_of_simultaneous_starts_exactly_one_runs(tmp_path, begin):
     """Three processes are released at the same moment on a directory, four times, while another
     looks.
     """
-    start = lambda what: subprocess.Popen(
-        [sys.executable, "-c", HOLDER, tmp_path / "go", what], stdout=subprocess.PIPE, text=True
-    )
+    start = lambda what: begin(sys.executable, "-c", HOLDER, str(tmp_path / "go"), what)
     starters, looker = [start("claim") for _ in range(3)], start("look")
-    everyone = [*starters, looker]
-    try:
-        for process in everyone:
-            assert process.stdout.readline() == "ready\n"
-        for k in range(4):
-            (tmp_path / f"go{k}").touch()
-            said = sorted(process.stdout.readline() for process in starters)
-            assert said == ["refused\n", "refused\n", "runs\n"]
-        assert [process.wait() for process in everyone] == [0] * 4
-    finally:
-        for process in everyone:
-            process.kill()
+    for process in (*starters, looker):
+        assert process.stdout.readline() == "ready\n"
+    for k in range(4):
+        (tmp_path / f"go{k}").touch()
+        said = sorted(process.stdout.readline() for process in starters)
+        assert said == ["refused\n", "refused\n", "runs\n"]
+    assert [process.wait() for process in (*starters, looker)] == [0] * 4
 
 
-def test_the_kernel_of_a_killed_run_keeps_its_directory(tmp_path, notebook, capsys):
+def test_the_kernel_of_a_killed_run_keeps_its_directory(tmp_path, notebook, begin):
     """And a plain execution claims it as well: the lock is in the kernel's hands before its first
     cell.
     """
@@ -401,10 +418,9 @@ def test_the_kernel_of_a_killed_run_keeps_its_directory(tmp_path, notebook, caps
         "Path(out, 'pid').write_text(str(os.getpid()))\ntime.sleep(60)"
     )
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(work, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = begin(*command(work, "--out", out))
     while not (out / "pid").exists() or not (out / "pid").read_text():
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     kernel = int((out / "pid").read_text())
     os.kill(kernel, signal.SIGSTOP)  # it would end by itself when its parent is gone
@@ -575,7 +591,7 @@ def test_a_notebook_without_cells_is_not_done(tmp_path, parameters):
     assert is_done("train", tmp_path, parameters) is (not parameters)
 
 
-def test_ctrl_c_saves_and_stops(tmp_path, notebook):
+def test_ctrl_c_saves_and_stops(tmp_path, notebook, begin):
     """In a terminal the signal goes to the whole group. Once: exit code 75, no traceback. A run
     that does not stop ends at the second.
     """
@@ -585,16 +601,11 @@ def test_ctrl_c_saves_and_stops(tmp_path, notebook):
         "while n or not Path(out, 'STOP').exists(): time.sleep(0.05)\nPath(out, "
         "'saved').touch()\nraise Preempted('saved')"
     )
-    start = lambda out, n: subprocess.Popen(
-        command(work, "--out", out, "-p", f"n={n}"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    processes = [start(tmp_path / "once", 0), start(tmp_path / "twice", 1)]
+    start = lambda out, n: begin(*command(work, "--out", tmp_path / out, "-p", f"n={n}"))
+    processes = [start("once", 0), start("twice", 1)]
     for out, process in zip(("once", "twice"), processes):
         while not (tmp_path / out / "begun").exists():
+            assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
     output = processes[0].communicate(timeout=60)[0]

@@ -380,6 +380,17 @@ def test_what_is_loaded_is_what_was_verified(adapter, tmp_path):
     )
 
 
+def test_weights_that_change_after_the_report_are_not_loaded(adapter, tmp_path):
+    path = shutil.copytree(adapter, tmp_path / "checkpoint-3")
+    report = validate_checkpoint(path)
+    tensors = load_file(path / "adapter_model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, path / "adapter_model.safetensors")
+    for load in (lambda: load_lora_adapters(make_base(), report), lambda: load_files(report)):
+        with pytest.raises(CheckpointError, match="adapter_model.safetensors.* no longer what was"):
+            load()
+
+
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

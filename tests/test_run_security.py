@@ -95,6 +95,17 @@ def notebook(tmp_path):
     return write
 
 
+@pytest.fixture(scope="session")
+def own_notebook(tmp_path_factory):
+    "The path of a notebook of the user's own, with a parameter of any type among others."
+    cell = new_code_cell(
+        "values: list = []\nx: float = 0.0\nanything = 3", metadata={"tags": ["parameters"]}
+    )
+    path = tmp_path_factory.mktemp("own") / "own.ipynb"
+    nbformat.write(new_notebook(cells=[cell], metadata=KERNEL), path)
+    return str(path)
+
+
 def command(*words):
     return [
         sys.executable,
@@ -141,12 +152,22 @@ def test_plain_values_arrive_in_the_notebook_as_they_are(value):
 
 @settings(max_examples=100, deadline=None)
 @given(ODD, st.sampled_from(["bare", "list", "mapping", "deep"]))
-def test_other_values_never_reach_papermill(value, place):
+def test_other_values_never_reach_papermill(own_notebook, value, place):
+    "Nor those of a notebook whose parameters have no ranges."
     value = dict(bare=value, list=[value], mapping={"a": value}, deep={"a": [1, {"b": [value]}]})[
         place
     ]
     with pytest.raises(ValueError, match="codebook_weights|rank_pattern"):
         check_parameters("train", dict(codebook_weights=value, rank_pattern=value))
+    for key in ("values", "anything"):
+        with pytest.raises(ValueError, match=key):
+            check_parameters(own_notebook, {key: value})
+
+
+@pytest.mark.parametrize("text", ["nan", "-inf", float("nan"), 10**400])
+def test_numbers_of_any_notebook_are_finite(own_notebook, text):
+    with pytest.raises(ValueError, match="x"):
+        check_parameters(own_notebook, dict(x=text))
 
 
 TAGS = [
@@ -755,6 +776,23 @@ def test_names_are_no_commands_of_the_job_script(tmp_path, monkeypatch, capsys):
     write("c\ntouch TRACE\n.yaml", "out")
     for name in ("b.yaml", "c\ntouch TRACE\n.yaml"):
         assert higgs_sweep([name, "--slurm", "other.sh"]) == 2 and not Path("other.sh").exists()
+    write("d.yaml", 'quoted"')  # sbatch knows no way to write it
+    assert higgs_sweep(["d.yaml", "--slurm", "other.sh"]) == 2 and not Path("other.sh").exists()
+
+
+def test_a_job_script_starts_nothing_elsewhere(tmp_path, monkeypatch, capsys):
+    "Where its directory is gone; and none is written in a directory whose name is two lines."
+    sweep = json.dumps(dict(run="train", out="out", grid=dict(rank=[1])))
+    for name in ("here", "two\nlines"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Path("s.yaml").write_text(sweep)
+        assert higgs_sweep(["s.yaml", "--slurm", "job.sh"]) == (0 if name == "here" else 2)
+    job = (tmp_path / "here/job.sh").read_text().replace(sys.executable, "echo")
+    (tmp_path / "here").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(["bash"], input=job, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
 
 
 def test_an_executed_notebook_is_never_half_written(notebook, tmp_path, monkeypatch):

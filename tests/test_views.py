@@ -44,7 +44,13 @@ from higgs_nb.speech import generate
 from higgs_nb.speech.evaluate import Evaluation, Score
 from higgs_nb.speech.generate import Speech, save_clips
 from higgs_nb.view.explorers import CodesExplorer, CorpusExplorer, LabelExplorer, measure_clips
-from higgs_nb.view.monitor import ABListener, read_log_lines, run_monitor, samples_of
+from higgs_nb.view.monitor import (
+    ABListener,
+    checkpoint_rows,
+    read_log_lines,
+    run_monitor,
+    samples_of,
+)
 from higgs_nb.view.plots import plain_text
 
 
@@ -480,6 +486,20 @@ def test_the_monitor_of_a_damaged_directory(tmp_path, damage):
     monitor = run_monitor(run, follow=False)
     monitor.update()
     assert "<p" in monitor.still()
+
+
+def test_a_checkpoint_whose_manifest_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1/manifest.json").touch()
+    stat = Path.stat
+
+    def stale(path, **options):
+        if path.name == "manifest.json":
+            raise OSError(116, "Stale file handle")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stale)
+    assert checkpoint_rows(tmp_path) == [("checkpoint-1", "cannot be read: Stale file handle")]
 
 
 def test_samples_are_listed_by_their_ids(tmp_path):

@@ -344,7 +344,7 @@ def test_store_that_cannot_be_written_to(codec, tmp_path):
     CodeStore(tmp_path / "prepared", codec).get(CLIP)
     script = """
         import os, sys
-        from higgs_nb.data.chatml import Audio
+        from higgs_nb.data.audio import Audio
         from higgs_nb.data.codec import CodeStore, load_codec
         os.chmod(sys.argv[1], 0o777)
         os.chmod(sys.argv[1] + "/run", 0o777)

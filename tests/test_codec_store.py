@@ -13,7 +13,7 @@ CLIPS = sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[:3]
 
 HEAD = """
 import sys, resource, signal, os
-from higgs_nb.data.chatml import Audio
+from higgs_nb.data.audio import Audio
 from higgs_nb.data.codec import CodeStore, load_codec
 root, *clips = sys.argv[1:]
 store = CodeStore(root, load_codec())

@@ -41,10 +41,10 @@ from ..core.files import check_plain, load_json, shown, unix_module, write_json,
 fcntl = unix_module("fcntl")
 
 # %% auto #0
-__all__ = ['fcntl', 'RUNS', 'TYPES', 'PATHS', 'SEVERAL_PATHS', 'COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'RANGES', 'CHOICES',
-           'WORDS', 'RESULTS', 'HELD', 'CLAIM', 'STOP_FILE', 'TRY_AGAIN', 'MAX_PARTS', 'run_notebooks', 'notebook_of',
+__all__ = ['fcntl', 'RUNS', 'TYPES', 'PATHS', 'SEVERAL_PATHS', 'CHOICES', 'WORDS', 'COUNT', 'NUMBER', 'POSITIVE', 'SHARE',
+           'RANGES', 'RESULTS', 'HELD', 'CLAIM', 'STOP_FILE', 'TRY_AGAIN', 'MAX_PARTS', 'run_notebooks', 'notebook_of',
            'parameters_of', 'leaves', 'check_leaves', 'typed', 'check_value', 'path_text', 'check_parameters',
-           'range_of', 'in_range', 'check_range', 'check_choice', 'parameters', 'describe', 'summary', 'set_aside',
+           'check_choice', 'range_of', 'in_range', 'check_range', 'parameters', 'describe', 'summary', 'set_aside',
            'lock', 'occupied', 'is_same', 'claim', 'inherited', 'occupy', 'reading', 'read_noted', 'interrupted',
            'goes_on', 'said_by', 'git', 'git_state', 'git_states', 'surroundings', 'append_line', 'WholeNotebook',
            'defaults_of', 'place', 'kernel_environment', 'kernel_manager', 'execute', 'run', 'is_done', 'StopSignals',
@@ -205,6 +205,41 @@ def check_parameters(name: str, given: dict) -> dict:
         raise ValueError("\n".join(wrong))
     return values
 
+# %% ../../nbs/cli/01_run.ipynb #f00a36e3
+CHOICES = {
+    "evaluate.precision": ("float32", "bfloat16", "float16", "auto"),
+    "export.what": ("both", "adapter", "merged"),
+}
+WORDS = {  # beside paths, names on the hub, names of modules
+    "base": ("small", "tiny"),
+    "codec": ("world",),
+    "targets": ("all", "attention", "audio"),
+    "train_in_full": ("auto", "yes", "no"),
+}
+
+
+def check_choice(
+    name: str,  # of a run notebook; one of your own is not checked
+    key: str,
+    value,
+    help: str = "",  # of the parameter
+) -> None:
+    "`ValueError` if a text is not one of the words that its parameter takes, with the near miss."
+    if name not in run_notebooks() or not isinstance(value, str):
+        return
+    choices = CHOICES.get(f"{name}.{key}")
+    words = choices or WORDS.get(key, ())
+    if value in words:
+        return
+    near = difflib.get_close_matches(value.strip().lower(), words, n=1, cutoff=0.7)
+    if choices or near and not os.path.exists(value):
+        raise ValueError(
+            f"{name} takes {key} as one of {', '.join(words)}"
+            + ("" if choices else ", or a name of another kind")
+            + f" ({help}), and it is {shown(value)[:200]!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+
 # %% ../../nbs/cli/01_run.ipynb #976159e4
 COUNT = "[1, inf)"
 NUMBER = "[0, inf)"
@@ -313,41 +348,6 @@ def check_range(
             raise ValueError(
                 f"{name} takes {part} in {range} ({help}), and it is {leaf!r}{percent}"
             )
-
-# %% ../../nbs/cli/01_run.ipynb #f00a36e3
-CHOICES = {
-    "evaluate.precision": ("float32", "bfloat16", "float16", "auto"),
-    "export.what": ("both", "adapter", "merged"),
-}
-WORDS = {  # beside paths, names on the hub, names of modules
-    "base": ("small", "tiny"),
-    "codec": ("world",),
-    "targets": ("all", "attention", "audio"),
-    "train_in_full": ("auto", "yes", "no"),
-}
-
-
-def check_choice(
-    name: str,  # of a run notebook; one of your own is not checked
-    key: str,
-    value,
-    help: str = "",  # of the parameter
-) -> None:
-    "`ValueError` if a text is not one of the words that its parameter takes, with the near miss."
-    if name not in run_notebooks() or not isinstance(value, str):
-        return
-    choices = CHOICES.get(f"{name}.{key}")
-    words = choices or WORDS.get(key, ())
-    if value in words:
-        return
-    near = difflib.get_close_matches(value.strip().lower(), words, n=1, cutoff=0.7)
-    if choices or near and not os.path.exists(value):
-        raise ValueError(
-            f"{name} takes {key} as one of {', '.join(words)}"
-            + ("" if choices else ", or a name of another kind")
-            + f" ({help}), and it is {shown(value)[:200]!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
 
 # %% ../../nbs/cli/01_run.ipynb #78b37dd7
 def parameters(

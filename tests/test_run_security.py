@@ -301,9 +301,10 @@ def misspelt(draw):
 @example(("train", "codec", "world", "wrld"))
 def test_a_misspelt_word_never_starts_a_run(case):
     name, key, word, typed = case
+    words = CHOICES.get(f"{name}.{key}") or WORDS[key]
     assert check_parameters(name, {key: word}) == {key: word}
-    if typed != word:
-        with pytest.raises(ValueError, match=f"did you mean '{word}'"):
+    if typed not in words:
+        with pytest.raises(ValueError, match=f"did you mean '({'|'.join(words)})'"):
             check_parameters(name, {key: typed})
 
 

@@ -78,6 +78,16 @@ for (const [name, open] of [["JupyterLab", jupyterlab], ["Voila", voila]]) test(
       await page.keyboard.type(word)
       await page.waitForFunction(() => document.querySelector("select[size]").options.length < 12, null, SLOW)
       await shot("corpus")
+      for (const text of ["Do", "th", "e", ""]) {  // what is typed letter by letter leaves list and panel at the same recording
+        await box.fill("")
+        await box.pressSequentially(text, {delay: 60})
+        await page.waitForTimeout(3000)
+        const [chosen, shown] = await page.evaluate(() => {
+          const list = document.querySelector("select[size]"), row = [...document.querySelectorAll("tr")].find(r => /^id/.test(r.innerText))
+          return [list.options[list.selectedIndex]?.text.split(/:\s/)[0], row?.innerText.replace(/^id\s*/, "")]
+        })
+        assert.equal(shown, chosen, `after the search for "${text}"`)
+      }
     })
 
     await t.test("label explorer", async () => {

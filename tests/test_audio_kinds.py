@@ -194,12 +194,21 @@ def test_other_codings_are_refused(kind, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1.0, 30.0])
-def test_a_small_file_that_unpacks_into_hours(limit):
+def test_a_small_file_that_unpacks_into_hours(limit, monkeypatch):
+    "No more of it is decoded than may be."
+    decode, decoded = sf.SoundFile.buffer_read_into, []
+
+    def counted(*args, **kwargs):
+        decoded.append(decode(*args, **kwargs))
+        return decoded[-1]
+
+    monkeypatch.setattr(sf.SoundFile, "buffer_read_into", counted)
     data = bytearray(encoded(("FLAC", "PCM_16"), np.zeros(16000 * 200)))
     data[21] &= 0xF0
     data[22:26] = bytes(4)  # the encoder did not know the length
     with pytest.raises(AudioError, match=f"lasts more than {limit:.1f} s"):
         read_audio(Audio(raw=bytes(data)), limit)
+    assert 0 < sum(decoded) <= 16000 * limit + 1
     assert len(read_audio(Audio(raw=bytes(data)), None)[0]) == 16000 * 200
 
 

@@ -453,6 +453,12 @@ def test_path_that_is_not_there(tmp_path, monkeypatch):
             load_corpus(path)
 
 
+@pytest.mark.parametrize("text", ["\x1b[2J", "two\nlines", "\x9b", "half \ud800"])
+def test_problems_leave_a_terminal_alone(text):
+    for problem in (Problem(text, "x", "a:1"), Problem("x", text, "a:1"), Problem("x", "y", text)):
+        assert str(problem).isprintable() and str(CorpusError(problem)).isprintable()
+
+
 def test_messages_stay_short(tmp_path):
     path = table(tmp_path, *[{"audio": "x" * 999, "words": i} for i in range(3_000)])
     with pytest.raises(CorpusError) as caught:
@@ -584,7 +590,9 @@ def test_any_json_is_a_corpus_or_an_error(tmp_path_factory, rows):
         '[{"audio_file": "a.wav", "text": "A.", "x": ' + "[" * 400 + "]" * 400 + "}]",
         '[{"audio_file": "a\\u0000.wav", "text": "A."}]',
         '[{"audio_file": "a\\ud800.wav", "text": "A."}]',
-        '[{"audio_file": "a.wav", "text": "A.", "ref_speakers": [{"speaker_tag": 5}]}]',
+        '[{"audio_file": "a\\u001b[2J.wav", "text": "A."}]',
+        '[{"audio_file": "a.wav", "text": "A.", "ref_speakers": [{"speaker_tag": 5, '
+        '"ref_audio_file": "b.wav", "ref_transcript": "B."}]}]',
     ],
 )
 def test_json_that_is_out_of_range(tmp_path, text):

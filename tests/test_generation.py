@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,18 @@ import soundfile as sf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, GenerationConfig, HiggsAudioV2ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    HiggsAudioV2ForConditionalGeneration,
+    WhisperConfig,
+    WhisperModel,
+)
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Attention
 
 from higgs_nb.data.audio import Audio, AudioError
 from higgs_nb.data.chatml import tts_conversation
-from higgs_nb.data.codec import load_codec
+from higgs_nb.data.codec import HiggsCodec, load_codec
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
 from higgs_nb.data.samples import (
     AudioTokens,
@@ -448,6 +455,36 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch)
             load_model(name)
     for name in ("runs", tmp_path, "bosonai/higgs-audio-v2-generation-3B-base", "gpt2"):
         check_directory(name)
+
+
+def test_a_tower_is_read_from_safetensors_alone(tmp_path):
+    "One whose weights are a pickle is not opened."
+    sizes = dict(d_model=8, encoder_layers=1, encoder_attention_heads=1, encoder_ffn_dim=8)
+    whisper = WhisperModel(WhisperConfig(**sizes, decoder_layers=1, decoder_attention_heads=1))
+    small().save_pretrained(tmp_path / "base")
+    whisper.save_pretrained(tmp_path / "whisper")
+    (tmp_path / "whisper/model.safetensors").unlink()
+    torch.save(whisper.state_dict(), tmp_path / "whisper/pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(str(tmp_path / "base"), whisper=str(tmp_path / "whisper"))
+
+
+def test_a_codec_is_read_from_safetensors_alone(monkeypatch):
+    "Its class needs torchaudio, so that another stands for it here."
+
+    class Tokenizer:
+        config = SimpleNamespace(sample_rate=24000, frame_rate=25, num_quantizers=8)
+        config.codebook_size = 1024
+        eval = to = lambda self, device=None: self
+
+        @classmethod
+        def from_pretrained(cls, name, use_safetensors=None, **options):
+            assert use_safetensors is True
+            return cls()
+
+    monkeypatch.setattr("higgs_nb.data.codec._require_torchaudio", lambda: None)
+    monkeypatch.setattr("transformers.HiggsAudioV2TokenizerModel", Tokenizer)
+    assert HiggsCodec.from_pretrained("OWNER/NAME").num_codebooks == 8
 
 
 def test_recordings_may_be_as_long_as_the_run_allows(tmp_path):

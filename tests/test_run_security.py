@@ -644,6 +644,40 @@ def test_ctrl_c_saves_and_stops(tmp_path, notebook, begin):
     assert processes[1].wait(20) == -signal.SIGINT
 
 
+def test_messages_leave_a_terminal_alone(capsys):
+    runs.tell("one\x1b]52;c;\x07\ntwo\x9b")
+    assert capsys.readouterr().err == "one\\x1b]52;c;\\x07\ntwo\\x9b\n"
+
+
+def test_a_directory_that_was_moved_is_named(tmp_path, monkeypatch, capsys):
+    "The run has made it anew, so that its results are in two places."
+
+    def moving(*given):
+        (tmp_path / "out").rename(tmp_path / "moved")
+        (tmp_path / "out").mkdir()
+
+    monkeypatch.setattr(runs, "execute", moving)
+    assert higgs_run(["train", "--out", str(tmp_path / "out")]) == 1
+    assert "was moved while the run went on" in capsys.readouterr().err
+
+
+def test_no_run_executes_the_code_of_a_repository():
+    for name in run_notebooks():
+        cells = nbformat.read(runs.notebook_of(name), 4).cells
+        code = "\n".join(c.source for c in cells if c.cell_type == "code")
+        for call in (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)):
+            if re.match(r"Auto\w+\.from_pretrained$", ast.unparse(call.func)):
+                assert "trust_remote_code=False" in ast.unparse(call), name
+
+
+def test_a_yaml_file_that_unfolds_into_millions_is_refused():
+    lines = ["a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8]"]
+    for n in range(1, 8):
+        lines.append(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]")
+    with pytest.raises(ValueError, match="file.yaml has more than 100,000 parts"):
+        load_yaml("\n".join(lines), "file.yaml")
+
+
 def test_exit_codes_and_the_cause(tmp_path, monkeypatch, capsys):
     """A full disk in a run that has begun: 1, and a clean-up that fails hides nothing. Control
     characters do not reach the terminal.
@@ -686,6 +720,8 @@ def test_windows_is_named():
         "run: [train]",
         "run: train\ngrid: [rank]",
         "run: train\ngrid: {rank: []}",
+        "run: train\ngrid: {rank: 3}",
+        "run: train\ngrid: {rank: '12'}",
         "run: train\n1: 2",
         "[" * 4000,
         "run: train\nruns: []",

@@ -15,8 +15,8 @@ import torch
 import transformers
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
 
-from higgs_nb.data.chatml import Conversation
 from higgs_nb.data.codec import load_codec
+from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import HiggsAudioForTraining, load_model, tiny_config

@@ -14,17 +14,13 @@ import soundfile as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higgs_nb.data.audio import (
-    Audio,
-    AudioError,
-    load_audio,
-    loud_frames,
-    measure_audio,
-    read_audio,
-    trim_end,
-)
-from higgs_nb.data.chatml import check_corpus, embedded_corpus, load_corpus, tts_conversation
+from higgs_nb.data.audio import load_audio, loud_frames, read_audio, trim_end
 from higgs_nb.data.codec import CodeStore, load_codec
+from higgs_nb.data.conversation import Audio, tts_conversation
+from higgs_nb.data.corpus import embedded_corpus, load_corpus
+from higgs_nb.data.corpus_check import check_corpus
+from higgs_nb.data.measure import measure_audio
+from higgs_nb.data.problems import AudioError
 
 KINDS = [
     ("WAV", s) for s in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
@@ -353,7 +349,7 @@ def test_store_that_cannot_be_written_to(codec, tmp_path):
     CodeStore(tmp_path / "prepared", codec).get(CLIP)
     script = """
         import os, sys
-        from higgs_nb.data.audio import Audio
+        from higgs_nb.data.conversation import Audio
         from higgs_nb.data.codec import CodeStore, load_codec
         os.chmod(sys.argv[1], 0o777)
         os.chmod(sys.argv[1] + "/run", 0o777)

@@ -10,17 +10,12 @@ import soundfile as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higgs_nb.data.audio import Audio, AudioError, CorpusError, load_audio
-from higgs_nb.data.chatml import (
-    Conversation,
-    Message,
-    Text,
-    check_corpus,
-    load_corpus,
-    sentence_key,
-    split_corpus,
-    tts_conversation,
-)
+from higgs_nb.data.audio import load_audio
+from higgs_nb.data.conversation import Audio, Conversation, Message, Text, tts_conversation
+from higgs_nb.data.corpus import load_corpus
+from higgs_nb.data.corpus_check import check_corpus
+from higgs_nb.data.corpus_split import sentence_key, split_corpus
+from higgs_nb.data.problems import AudioError, CorpusError
 
 
 def tone(path, seconds=1.0, rate=24000, channels=1, hz=440.0):
@@ -142,7 +137,7 @@ def test_malformed_json_names_its_line(tmp_path):
     ].endswith("correct line 7")
     assert (
         problems[1].startswith(f"{tmp_path}/talks.jsonl:9 (id '8'): ")
-        and "is 'content' meant?" in problems[1]
+        and "did you mean 'content'?" in problems[1]
     )
 
 
@@ -217,7 +212,7 @@ HI, SPOKEN = (
     {"role": "assistant", "content": {"type": "audio", "path": "good.wav"}},
 )
 BAD_CHATS = {
-    "has the role 'asistant' (is 'assistant' meant?)": chat(
+    "has the role 'asistant' (did you mean 'assistant'?)": chat(
         HI, SPOKEN, {"role": "asistant", "content": "Hi."}
     ),
     "no assistant turn is left to train": chat(HI),
@@ -237,7 +232,7 @@ BAD_CHATS = {
         },
     ),
     "an audio part has no recording": chat(HI, {"role": "assistant", "content": {"type": "audio"}}),
-    "the type of a part is 'adio' (is 'audio' meant?)": chat(
+    "the type of a part is 'adio' (did you mean 'audio'?)": chat(
         HI, {"role": "assistant", "content": {"type": "adio", "path": "good.wav"}}
     ),
     "raw_audio is not base64": chat(
@@ -279,7 +274,7 @@ def test_folder_of_pairs(tmp_path):
     "name, what",
     [
         ("", "holds no conversation; give a metadata.json"),
-        ("gone", "is no folder, .json or .jsonl"),
+        ("gone", "is not a folder, .json or .jsonl"),
         ("gone.json", "cannot be opened"),
     ],
 )

@@ -53,7 +53,7 @@ from higgs_nb.checkpoint.saving import (
     save_checkpoint,
 )
 from higgs_nb.cli.export import source_of, still_to_export
-from higgs_nb.core.files import in_markdown
+from higgs_nb.core.messages import in_markdown
 from higgs_nb.training.resume import checkpoint_to_resume, read_state, state_files
 
 SAYS_SOMETHING = {

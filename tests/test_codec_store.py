@@ -7,13 +7,13 @@ import textwrap
 import numpy as np
 import pytest
 
-from higgs_nb.data.chatml import embedded_corpus
+from higgs_nb.data.corpus import embedded_corpus
 
 CLIPS = sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[:3]
 
 HEAD = """
 import sys, resource, signal, os
-from higgs_nb.data.audio import Audio
+from higgs_nb.data.conversation import Audio
 from higgs_nb.data.codec import CodeStore, load_codec
 root, *clips = sys.argv[1:]
 store = CodeStore(root, load_codec())

@@ -12,18 +12,11 @@ import soundfile as sf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higgs_nb.data.audio import Audio, CorpusError, Problem
-from higgs_nb.data.chatml import (
-    Conversation,
-    Message,
-    Text,
-    check_corpus,
-    load_corpus,
-    sentence_key,
-    speakers_without_mark,
-    split_corpus,
-    tts_conversation,
-)
+from higgs_nb.data.conversation import Audio, Conversation, Message, Text, tts_conversation
+from higgs_nb.data.corpus import load_corpus
+from higgs_nb.data.corpus_check import check_corpus, speakers_without_mark
+from higgs_nb.data.corpus_split import sentence_key, split_corpus
+from higgs_nb.data.problems import CorpusError, Problem
 from higgs_nb.data.samples import SPECIAL_TOKENS, byte_tokenizer, prepare_chatml_sample, special_ids
 
 
@@ -98,7 +91,7 @@ NEAR = {
 @pytest.mark.parametrize("key", NEAR)
 def test_near_miss_of_an_optional_key_is_asked_about(tmp_path, key):
     (problem,) = problems_of(table(tmp_path, row(**{key: "b.wav"})))
-    assert f"{key!r}, which is not read (is {NEAR[key]!r} meant?)" in problem
+    assert f"{key!r}, which is not read (did you mean {NEAR[key]!r}?)" in problem
 
 
 def test_required_keys_of_other_tools_are_asked_about(tmp_path):
@@ -425,8 +418,8 @@ def test_file_that_is_there_is_named(tmp_path, there, asked):
     (tmp_path / "x").rename(tmp_path / there)
     (problem,) = problems_of(table(tmp_path, row(audio_file=asked)))
     folder, _, name = there.rpartition("/")
-    whole, last = f"{there!r} in {tmp_path} meant?", f"{name!r} in {tmp_path / folder} meant?"
-    assert "does not exist (is " in problem and (whole in problem or last in problem)
+    whole, last = f"{there!r} in {tmp_path}?", f"{name!r} in {tmp_path / folder}?"
+    assert "does not exist (did you mean " in problem and (whole in problem or last in problem)
 
 
 def test_transcript_that_is_almost_there(tmp_path):
@@ -437,7 +430,7 @@ def test_transcript_that_is_almost_there(tmp_path):
     tone(tmp_path / "b.flac")
     assert "b.flac and b.wav share one name" in problems_of(tmp_path)[0]
     path = table(tmp_path, row(text=None, transcript_file="A.txt "))
-    assert f"is 'a.txt' in {tmp_path} meant?" in problems_of(path)[0]
+    assert f"did you mean 'a.txt' in {tmp_path}?" in problems_of(path)[0]
 
 
 def test_path_that_is_not_there(tmp_path, monkeypatch):

@@ -6,18 +6,11 @@ import json
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higgs_nb.core.files import (
-    check_plain,
-    load_json,
-    safe_name,
-    shown,
-    within,
-    write_json,
-    write_whole,
-)
+from higgs_nb.core.files import check_plain, load_json, safe_name, within, write_json, write_whole
+from higgs_nb.core.messages import shown
 
 NASTY = st.text() | st.text(st.sampled_from("./\\\0~\n$%é\ud800 ab"), max_size=400)
 PLAIN = st.recursive(
@@ -34,6 +27,7 @@ ODD = (
 )
 
 
+@settings(deadline=None)
 @given(NASTY, NASTY)
 def test_names_are_short_unique_and_inside(tmp_path_factory, one, other):
     folder = tmp_path_factory.getbasetemp()
@@ -44,6 +38,7 @@ def test_names_are_short_unique_and_inside(tmp_path_factory, one, other):
         assert name.isprintable() and within(folder, name).resolve().parent == folder.resolve()
 
 
+@settings(deadline=None)
 @given(NASTY)
 def test_a_path_is_inside_or_refused(tmp_path_factory, name):
     folder = tmp_path_factory.getbasetemp()
@@ -54,16 +49,19 @@ def test_a_path_is_inside_or_refused(tmp_path_factory, name):
     assert path.resolve().is_relative_to(folder.resolve())
 
 
+@settings(deadline=None)
 @given(NASTY)
 def test_what_is_shown_is_one_line_without_control_characters(text):
     assert shown(text).isprintable()
 
 
+@settings(deadline=None)
 @given(PLAIN)
 def test_plain_values_pass(value):
     assert check_plain(value) is value
 
 
+@settings(deadline=None)
 @given(PLAIN, ODD, st.sampled_from(["list", "dict", "key"]))
 def test_odd_values_are_found_at_any_depth(value, odd, where):
     holder = {
@@ -104,6 +102,7 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
     ).read_text() == "theirs"
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=50))
 def test_a_damaged_file_is_named(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged.json"

@@ -24,10 +24,10 @@ from transformers import (
 )
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Attention
 
-from higgs_nb.data.audio import Audio, AudioError
-from higgs_nb.data.chatml import tts_conversation
 from higgs_nb.data.codec import HiggsCodec, load_codec
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
+from higgs_nb.data.conversation import Audio, tts_conversation
+from higgs_nb.data.problems import AudioError
 from higgs_nb.data.samples import (
     AudioTokens,
     byte_tokenizer,

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higgs_nb.data.audio import Audio
 from higgs_nb.data.audit import LabelError, audit
-from higgs_nb.data.chatml import Conversation, Message, Text
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
+from higgs_nb.data.conversation import Audio, Conversation, Message, Text
 from higgs_nb.data.samples import (
     AUDIO_DELAY,
     AUDIO_IN,

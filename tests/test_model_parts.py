@@ -20,8 +20,8 @@ from higgs_nb.checkpoint.adapter import (
     save_lora_adapters,
 )
 from higgs_nb.checkpoint.saving import CheckpointError
-from higgs_nb.data.chatml import Conversation
 from higgs_nb.data.collator import PackedCollator
+from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.samples import (
     AudioTokens,
     SampleDataset,

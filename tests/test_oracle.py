@@ -11,8 +11,8 @@ import torch
 from oracle_adapter import collate, forward, load
 from oracle_recordings import COMPACT, STEP, Recordings, agrees, compact, thin
 
-from higgs_nb.data.chatml import Conversation
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
+from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.samples import (
     AudioTokens,
     ChatMLDatasetSample,

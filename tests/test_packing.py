@@ -7,8 +7,9 @@ import torch
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
-from higgs_nb.data.chatml import embedded_corpus, load_corpus, split_corpus
 from higgs_nb.data.collator import PackedBatchSampler, PackedCollator
+from higgs_nb.data.corpus import embedded_corpus, load_corpus
+from higgs_nb.data.corpus_split import split_corpus
 from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
 from higgs_nb.model.model import tiny_config
 

@@ -29,7 +29,7 @@ from higgs_nb.checkpoint.adapter import adapter_tensors, load_lora_adapters, sav
 from higgs_nb.checkpoint.manifest import list_checkpoints
 from higgs_nb.checkpoint.manifest import main as higgs_validate
 from higgs_nb.checkpoint.saving import CheckpointError
-from higgs_nb.data.chatml import embedded_corpus
+from higgs_nb.data.corpus import embedded_corpus
 from higgs_nb.model.lora import merge_lora
 from higgs_nb.model.model import load_model
 from higgs_nb.training.callbacks import Preempted

@@ -35,8 +35,8 @@ from higgs_nb.checkpoint.adapter import (
 )
 from higgs_nb.checkpoint.manifest import Manifest, list_checkpoints, validate_checkpoint
 from higgs_nb.checkpoint.saving import CheckpointError
-from higgs_nb.data.chatml import Conversation
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
+from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer, fit_tokenizer
 from higgs_nb.model.fused import HALF
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora

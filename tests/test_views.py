@@ -34,10 +34,12 @@ from higgs_nb.cli.doctor import Finding
 from higgs_nb.cli.doctor import main as higgs_doctor
 from higgs_nb.cli.run import HELD, claim, lock
 from higgs_nb.cli.sweep import SweepRun
-from higgs_nb.data.audio import CorpusError, CorpusReport
+from higgs_nb.core.messages import plain_text
 from higgs_nb.data.audit import audit
-from higgs_nb.data.chatml import embedded_corpus, load_corpus
 from higgs_nb.data.collator import PackedCollator
+from higgs_nb.data.corpus import embedded_corpus, load_corpus
+from higgs_nb.data.measure import CorpusReport
+from higgs_nb.data.problems import CorpusError
 from higgs_nb.data.samples import AudioTokens, byte_tokenizer, encode_conversation, expand
 from higgs_nb.model.model import tiny_config
 from higgs_nb.speech import generate
@@ -51,7 +53,6 @@ from higgs_nb.view.monitor import (
     run_monitor,
     samples_of,
 )
-from higgs_nb.view.plots import plain_text
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,8 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from ..core.files import cut_list, in_html, shown, unix_module
+from ..core.messages import cut_list, in_html, shown
+from ..core.system import unix_module
 
 fcntl = unix_module("fcntl")
 

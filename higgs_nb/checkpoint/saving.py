@@ -39,7 +39,8 @@ from higgs_nb.checkpoint.manifest import (
     validate_checkpoint,
     writer_of,
 )
-from ..core.files import fsync, unix_module
+from ..core.files import fsync
+from ..core.system import unix_module
 
 fcntl = unix_module("fcntl")
 

@@ -22,7 +22,9 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from ..core.files import UNIX_ONLY, load_json, missing_parts, shown
+from ..core.files import load_json
+from ..core.messages import shown
+from ..core.system import UNIX_ONLY, missing_parts
 
 # %% auto #0
 __all__ = ['BROKEN', 'ROOM_GB', 'BASE_FORMS', 'WEIGHTS', 'INDEX', 'Finding', 'version_of', 'check_python', 'check_system',
@@ -308,8 +310,8 @@ def check_data() -> Finding:
         import soundfile as sf
 
         from higgs_nb.data.audio import load_audio
-        from higgs_nb.data.chatml import embedded_corpus, load_corpus
         from higgs_nb.data.codec import load_codec
+        from higgs_nb.data.corpus import embedded_corpus, load_corpus
 
         clips = [c.audio[-1] for c in load_corpus(embedded_corpus())]
         shortest = min(clips, key=lambda a: sf.info(a.path).duration)

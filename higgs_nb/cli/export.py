@@ -24,10 +24,10 @@ from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 from ..checkpoint.adapter import base_of, is_stock, take_snapshot
 from ..checkpoint.manifest import ADAPTER_FILES, CheckpointReport, validate_checkpoint
 from ..checkpoint.saving import CheckpointError, Snapshot, explained, staging_directory
-from ..core.files import fsync, in_markdown
-from ..data.audio import Audio
-from ..data.chatml import tts_conversation
+from ..core.files import fsync
+from ..core.messages import in_markdown
 from ..data.collator import PaddedCollator
+from ..data.conversation import Audio, tts_conversation
 from ..data.samples import AudioTokens, SampleDataset, delay_pattern, sample_options
 from ..model.model import load_model
 from ..speech.generate import generate_speech, prompt_of

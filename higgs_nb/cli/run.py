@@ -36,7 +36,9 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import papermill_io
 
 from ..checkpoint.manifest import NO_LOCKS, latest_checkpoint
-from ..core.files import check_plain, load_json, shown, unix_module, write_json, write_whole
+from ..core.files import check_plain, load_json, write_json, write_whole
+from ..core.messages import shown
+from ..core.system import unix_module
 
 fcntl = unix_module("fcntl")
 

@@ -42,7 +42,8 @@ from higgs_nb.cli.run import (
     said_by,
     tell,
 )
-from ..core.files import shown, write_json, write_whole
+from ..core.files import write_json, write_whole
+from ..core.messages import shown
 
 # %% auto #0
 __all__ = ['KEYS', 'MAX_RUNS', 'HIGGS_RUN', 'SLURM', 'HIGGS_SWEEP', 'SweepRun', 'name_of', 'sweep_parts', 'read_sweep', 'conduct',

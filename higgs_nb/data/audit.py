@@ -14,9 +14,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from ..core.messages import plain_text
 from .collator import is_frame
 from .samples import IGNORE, AudioTokens
-from ..view.plots import plain_text
 
 # %% auto #0
 __all__ = ['REASONS', 'KINDS', 'LabelError', 'FlatBatch', 'Clips', 'check_cells', 'check_text', 'check_clips', 'check_index',

@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from tqdm.auto import tqdm
 
-from .audio import Audio, load_audio, trim_end
+from .audio import load_audio, trim_end
+from .conversation import Audio
 from higgs_nb.small.world import (
     WorldConfig,
     WorldVQ,

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from .audio import Audio, CorpusError, Problem, load_audio
-from .chatml import Conversation, Text, tts_conversation
+from .audio import load_audio
+from .conversation import Audio, Conversation, Text, tts_conversation
+from .problems import CorpusError, Problem
 
 # %% auto #0
 __all__ = ['IGNORE', 'AUDIO_IN', 'AUDIO_OUT', 'AUDIO_DELAY', 'SPECIAL_TOKENS', 'SCENE', 'byte_tokenizer', 'fit_tokenizer',

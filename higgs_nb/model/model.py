@@ -26,7 +26,8 @@ from transformers import (
 from transformers.utils import ModelOutput, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..core.files import load_json, shown
+from ..core.files import load_json
+from ..core.messages import shown
 from ..data.samples import IGNORE, AudioTokens
 from .fused import InputPrecisionLinear, chunked_cross_entropy
 from higgs_nb.model.layers import (

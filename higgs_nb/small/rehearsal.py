@@ -18,9 +18,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.audio import Audio
-from ..data.chatml import Conversation, tts_conversation
 from ..data.codec import WorldCodec
+from ..data.conversation import Audio, Conversation, tts_conversation
 from .world import WorldVQ
 
 # %% auto #0

@@ -32,13 +32,14 @@ from transformers.models.whisper.english_normalizer import (
 )
 
 from ..checkpoint.adapter import base_of
-from ..core.files import in_html, shown, write_json, write_whole
+from ..core.files import write_json, write_whole
+from ..core.messages import in_html, plain_text, shown
 from ..data.audio import load_audio
-from ..data.chatml import Conversation, sentence_key
 from ..data.codec import Codec
+from ..data.conversation import Conversation
+from ..data.corpus_split import sentence_key
 from ..data.samples import AudioTokens, delay_pattern
 from .generate import Encoder, Speech, SpeechCallback, as_mp3, generate_speech
-from ..view.plots import plain_text
 
 # %% auto #0
 __all__ = ['RATE', 'WHISPER_SHA256', 'WHISPER_FILES', 'VOICE_SHA256', 'METRICS', 'Judges', 'missing_judges', 'default_judges',

@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 from transformers import InfNanRemoveLogitsProcessor, TrainerCallback
 
 from ..core.files import safe_name, within, write_json
-from ..data.audio import Audio, load_audio
-from ..data.chatml import Conversation, Text, tts_conversation
+from ..data.audio import load_audio
 from ..data.codec import Codec
 from ..data.collator import PaddedCollator
+from ..data.conversation import Audio, Conversation, Text, tts_conversation
 from ..data.samples import AudioTokens, Sample, encode_with, expand, sample_options, undelay
 from ..model.model import check_tokenizer
 from ..model.shard import is_sharded

@@ -20,7 +20,7 @@ import torch
 from transformers import HiggsAudioV2Config, TrainerCallback
 from transformers.utils import logging
 
-from ..core.files import unix_module
+from ..core.system import unix_module
 from .probe import OFFSETS
 from .resume import any_process, device_module
 

@@ -30,8 +30,7 @@ from higgs_nb.checkpoint.saving import (
     load_files,
     verified,
 )
-from ..data.audio import Audio
-from ..data.chatml import Conversation, Text
+from ..data.conversation import Audio, Conversation, Text
 
 logger = logging.get_logger(__name__)
 

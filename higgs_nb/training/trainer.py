@@ -49,10 +49,11 @@ from higgs_nb.checkpoint.saving import (
     make_dirs,
     prune_checkpoints,
 )
-from ..core.files import check_plain, shown
-from ..data.audio import Audio
+from ..core.files import check_plain
+from ..core.messages import shown
 from ..data.audit import audit
 from ..data.collator import PackedBatchSampler, PackedCollator
+from ..data.conversation import Audio
 from ..data.samples import IGNORE
 from ..model.lora import freeze_silent, only_lora
 from higgs_nb.model.model import (

@@ -15,11 +15,14 @@ import ipywidgets as W
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..core.files import in_html, visible
-from ..data.audio import AudioRow, load_audio
+from ..core.messages import in_html, visible
+from ..data.audio import load_audio
 from ..data.audit import REASONS, LabelAudit, plot_audit
-from ..data.chatml import Conversation, check_corpus, load_corpus
 from ..data.codec import Codec, CodeStore
+from ..data.conversation import Conversation
+from ..data.corpus import load_corpus
+from ..data.corpus_check import check_corpus
+from ..data.measure import AudioRow
 from ..speech.generate import as_mp3
 from .plots import plot_codes, plot_waveform
 

@@ -21,7 +21,8 @@ import soundfile
 from matplotlib.figure import Figure
 
 from ..checkpoint.manifest import members, validate_checkpoint
-from ..core.files import in_html, load_json, shown, within
+from ..core.files import load_json, within
+from ..core.messages import in_html, shown
 from ..data.audio import load_audio
 from ..speech.generate import Speech
 from .explorers import Panel, picture, player, refill

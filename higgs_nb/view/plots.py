@@ -17,21 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from ..core.files import shown
-
 # %% auto #0
-__all__ = ['plain_text', 'plot_waveform', 'plot_codes', 'series', 'plot_losses', 'plot_scores', 'LiveLosses']
-
-# %% ../../nbs/view/01_plots.ipynb #08e4d668
-def plain_text(
-    text: str,  # from outside: an id, a speaker, words of a transcript
-) -> str:
-    """`text` for a title, a label or a legend of matplotlib: `$` is a dollar sign, control
-    characters are escapes.
-    """
-    text = shown(str(text)).replace("$", r"\$")
-    left_out = not text or text.startswith("_")  # matplotlib leaves such a label out of legends
-    return " " + text if left_out else text
+__all__ = ['plot_waveform', 'plot_codes', 'series', 'plot_losses', 'plot_scores', 'LiveLosses']
 
 # %% ../../nbs/view/01_plots.ipynb #389f54b2
 def plot_waveform(

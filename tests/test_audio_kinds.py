@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from higgs_nb.data.audio import load_audio, loud_frames, read_audio, trim_end
-from higgs_nb.data.codec import CodeStore, load_codec
+from higgs_nb.data.code_store import CodeStore
+from higgs_nb.data.codec import load_codec
 from higgs_nb.data.conversation import Audio, tts_conversation
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.data.corpus_check import check_corpus
@@ -350,7 +351,8 @@ def test_store_that_cannot_be_written_to(codec, tmp_path):
     script = """
         import os, sys
         from higgs_nb.data.conversation import Audio
-        from higgs_nb.data.codec import CodeStore, load_codec
+        from higgs_nb.data.code_store import CodeStore
+        from higgs_nb.data.codec import load_codec
         os.chmod(sys.argv[1], 0o777)
         os.chmod(sys.argv[1] + "/run", 0o777)
         root, run = sys.argv[1] + "/prepared", sys.argv[1] + "/run"

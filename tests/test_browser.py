@@ -69,7 +69,8 @@ import tempfile
 from higgs_nb.data.audio import load_audio
 from higgs_nb.data.audit import audit
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
-from higgs_nb.data.codec import CodeStore, load_codec
+from higgs_nb.data.code_store import CodeStore
+from higgs_nb.data.codec import load_codec
 from higgs_nb.data.collator import PackedCollator
 from higgs_nb.speech.generate import Speech
 from higgs_nb.model.model import tiny_config

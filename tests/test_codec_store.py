@@ -14,7 +14,8 @@ CLIPS = sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[:3]
 HEAD = """
 import sys, resource, signal, os
 from higgs_nb.data.conversation import Audio
-from higgs_nb.data.codec import CodeStore, load_codec
+from higgs_nb.data.code_store import CodeStore
+from higgs_nb.data.codec import load_codec
 root, *clips = sys.argv[1:]
 store = CodeStore(root, load_codec())
 """

@@ -15,7 +15,7 @@ from statistics import mean
 
 NBS = Path(__file__).parents[1] / "nbs"
 FLOORS = ("core", "data", "model", "checkpoint", "speech", "training", "view", "cli")
-CHAPTERS = (*FLOORS, "original", "small")
+CHAPTERS = ("core", "family.ipynb", *FLOORS[1:], "original", "small")
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 
 

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from ..core.messages import in_html, visible
 from ..data.audio import load_audio
 from ..data.audit import REASONS, LabelAudit, plot_audit
-from ..data.codec import Codec, CodeStore
+from ..data.code_store import CodeStore
+from ..data.codec import Codec
 from ..data.conversation import Conversation
 from ..data.corpus import load_corpus
 from ..data.corpus_check import check_corpus

@@ -21,10 +21,16 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from higgs_nb.data.collator import HiggsAudioSampleCollator, PackedCollator, PaddedCollator
-from higgs_nb.data.samples import IGNORE, AudioTokens, ChatMLDatasetSample, expand
+from higgs_nb.data.collator import PackedCollator, PaddedCollator
+from higgs_nb.data.delay import IGNORE
+from higgs_nb.data.prompt import AudioTokens
+from higgs_nb.data.samples import expand
+from higgs_nb.family import HIGGS_V2
+from higgs_nb.original.collator import HiggsAudioSampleCollator
+from higgs_nb.original.records import ChatMLDatasetSample
 
-FRAME_RATE, CODEBOOKS, BATCH, TOKENS = 25, 8, 8, AudioTokens()
+FRAME_RATE, CODEBOOKS, BATCH = 25, 8, 8
+TOKENS = AudioTokens(**HIGGS_V2.released_ids)
 RESULTS = Path(__file__).parent / "results" / "collate.json"
 
 
@@ -161,8 +167,12 @@ def arms():
     return {
         "clip by clip, as the original": clip_by_clip,
         "HiggsAudioSampleCollator": ours,
-        "expand + PaddedCollator": lambda batch: padded([expand(s, TOKENS) for s in batch]),
-        "expand + PackedCollator": lambda batch: packed([expand(s, TOKENS) for s in batch]),
+        "expand + PaddedCollator": lambda batch: padded(
+            [expand(s.encoded(), TOKENS) for s in batch]
+        ),
+        "expand + PackedCollator": lambda batch: packed(
+            [expand(s.encoded(), TOKENS) for s in batch]
+        ),
     }
 
 

@@ -50,7 +50,10 @@ from transformers import (
 )
 
 from higgs_nb.data.collator import PaddedCollator
-from higgs_nb.data.samples import IGNORE, AudioTokens, Sample, SampleDataset, delay_pattern
+from higgs_nb.data.delay import IGNORE, delay_pattern
+from higgs_nb.data.prompt import AudioTokens
+from higgs_nb.data.samples import Sample, SampleDataset
+from higgs_nb.family import HIGGS_V2
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import HiggsAudioForTraining
 from higgs_nb.training.trainer import HiggsTrainer, HiggsTrainingArguments
@@ -116,12 +119,13 @@ def configuration(size: str, layers: int = LAYERS) -> HiggsAudioV2Config:
 
 
 def tokens_of(config) -> AudioTokens:
-    return AudioTokens(
+    ids = dict(
         audio_in=config.vocab_size - 4,
         audio_out=config.audio_token_id,
         audio_delay=config.audio_delay_token_id,
         pad=0,
     )
+    return AudioTokens(**HIGGS_V2.released_ids | ids)
 
 
 def make_sample(length: int, config, rule: str, g: torch.Generator) -> Sample:

@@ -83,6 +83,7 @@ class Family:
     template: TurnTemplate
     delay: DelayForm
     released_ids: dict[str, int]  # of the released tokenizer and model, see `AudioTokens`
+    frame_rate: float  # of the released codec, frames per second
     model_class: str = ""  # "module:Class" of the model
     tiny_config: dict = field(default_factory=dict)  # settings of a model for tests
     lora_presets: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name -> modules
@@ -131,4 +132,5 @@ HIGGS_V2 = Family(
         stream_eos=1025,
         num_codebooks=8,
     ),
+    frame_rate=25,
 )

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from transformers import WhisperFeatureExtractor
 
-from higgs_nb.data.collator import HiggsAudioSampleCollator
+from higgs_nb.original.collator import HiggsAudioSampleCollator
 from higgs_nb.original.convert import from_original, native_batch
 
 

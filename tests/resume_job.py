@@ -17,7 +17,8 @@ from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallb
 
 from higgs_nb.data.codec import load_codec
 from higgs_nb.data.conversation import Conversation
-from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.samples import SampleDataset
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import HiggsAudioForTraining, load_model, tiny_config
 from higgs_nb.speech.generate import SpeechCallback

@@ -17,7 +17,11 @@ from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_check import check_corpus, speakers_without_mark
 from higgs_nb.data.corpus_split import sentence_key, split_corpus
 from higgs_nb.data.problems import CorpusError, Problem
-from higgs_nb.data.samples import SPECIAL_TOKENS, byte_tokenizer, prepare_chatml_sample, special_ids
+from higgs_nb.data.prompt import byte_tokenizer, special_ids
+from higgs_nb.family import HIGGS_V2
+from higgs_nb.original.records import prepare_chatml_sample
+
+SPECIAL_TOKENS = HIGGS_V2.special.names
 
 
 def tone(path, hz=440.0, seconds=0.3):

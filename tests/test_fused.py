@@ -7,7 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
-from higgs_nb.data.samples import IGNORE, AudioTokens, Sample, byte_tokenizer, delay_pattern
+from higgs_nb.data.delay import IGNORE, delay_pattern
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.samples import Sample
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config
 from higgs_nb.model.model import LossWeights, target_counts, tiny_model
 

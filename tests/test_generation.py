@@ -27,16 +27,10 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudi
 from higgs_nb.data.codec import HiggsCodec, load_codec
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
 from higgs_nb.data.conversation import Audio, tts_conversation
+from higgs_nb.data.delay import delay_pattern, undelay
 from higgs_nb.data.problems import AudioError
-from higgs_nb.data.samples import (
-    AudioTokens,
-    byte_tokenizer,
-    delay_pattern,
-    encode_conversation,
-    expand,
-    fit_tokenizer,
-    undelay,
-)
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer, fit_tokenizer
+from higgs_nb.data.samples import encode_conversation, expand
 from higgs_nb.model.layers import CACHE, cache_argument
 from higgs_nb.model.model import check_directory, load_model, tiny_model, tokenizer_fingerprint
 from higgs_nb.speech.evaluate import ForcedCodes, speak_beside, speech_of

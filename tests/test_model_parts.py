@@ -22,14 +22,9 @@ from higgs_nb.checkpoint.adapter import (
 from higgs_nb.checkpoint.saving import CheckpointError
 from higgs_nb.data.collator import PackedCollator
 from higgs_nb.data.conversation import Conversation
-from higgs_nb.data.samples import (
-    AudioTokens,
-    SampleDataset,
-    byte_tokenizer,
-    encode_conversation,
-    expand,
-    whisper_extractor,
-)
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.samples import SampleDataset, encode_conversation, expand
+from higgs_nb.data.whisper_inputs import whisper_extractor
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import load_model, tiny_model
 from higgs_nb.speech.generate import generate_speech

@@ -13,16 +13,12 @@ from oracle_recordings import COMPACT, STEP, Recordings, agrees, compact, thin
 
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
 from higgs_nb.data.conversation import Conversation
-from higgs_nb.data.samples import (
-    AudioTokens,
-    ChatMLDatasetSample,
-    delay_pattern,
-    expand,
-    prepare_chatml_sample,
-    undelay,
-    whisper_extractor,
-)
+from higgs_nb.data.delay import delay_pattern, undelay
+from higgs_nb.data.prompt import AudioTokens
+from higgs_nb.data.samples import expand
+from higgs_nb.data.whisper_inputs import whisper_extractor
 from higgs_nb.original.convert import native_batch
+from higgs_nb.original.records import ChatMLDatasetSample, prepare_chatml_sample
 
 folder = os.environ.get("HIGGS_ORACLE") or COMPACT
 oracle = Recordings(folder)
@@ -144,7 +140,7 @@ def test_native_sequence(run):
     at = lambda name: native.get(run["tensors_prefix"] + name)
     samples = [
         expand(
-            ChatMLDatasetSample.wrap(oracle.sample(n)),
+            ChatMLDatasetSample.wrap(oracle.sample(n)).encoded(),
             TOKENS,
             n,
             delay=run["kwargs"]["use_delay_pattern"],
@@ -277,7 +273,7 @@ def test_training_batches_with_whisper(models, number, collator):
     extractor = whisper_extractor(model.config)
     samples = [
         expand(
-            ChatMLDatasetSample.wrap(oracle.sample(n)),
+            ChatMLDatasetSample.wrap(oracle.sample(n)).encoded(),
             TOKENS,
             n,
             kwargs["use_delay_pattern"],

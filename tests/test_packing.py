@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from higgs_nb.data.collator import PackedBatchSampler, PackedCollator
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.data.corpus_split import split_corpus
-from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.samples import SampleDataset
 from higgs_nb.model.model import tiny_config
 
 

@@ -18,7 +18,8 @@ from transformers import HiggsAudioV2Config, TrainerCallback
 
 from higgs_nb.checkpoint.manifest import list_checkpoints
 from higgs_nb.checkpoint.manifest import main as higgs_validate
-from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.samples import SampleDataset
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import HiggsAudioForTraining, load_model, tiny_config
 from higgs_nb.speech.generate import generate_speech

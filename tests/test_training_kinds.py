@@ -37,7 +37,8 @@ from higgs_nb.checkpoint.manifest import Manifest, list_checkpoints, validate_ch
 from higgs_nb.checkpoint.saving import CheckpointError
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
 from higgs_nb.data.conversation import Conversation
-from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer, fit_tokenizer
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer, fit_tokenizer
+from higgs_nb.data.samples import SampleDataset
 from higgs_nb.model.fused import HALF
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora
 from higgs_nb.model.model import load_model, tiny_config, tiny_model

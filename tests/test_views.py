@@ -40,7 +40,8 @@ from higgs_nb.data.collator import PackedCollator
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.data.measure import CorpusReport
 from higgs_nb.data.problems import CorpusError
-from higgs_nb.data.samples import AudioTokens, byte_tokenizer, encode_conversation, expand
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.samples import encode_conversation, expand
 from higgs_nb.model.model import tiny_config
 from higgs_nb.speech import generate
 from higgs_nb.speech.evaluate import Evaluation, Score

@@ -28,7 +28,9 @@ from ..core.files import fsync
 from ..core.messages import in_markdown
 from ..data.collator import PaddedCollator
 from ..data.conversation import Audio, tts_conversation
-from ..data.samples import AudioTokens, SampleDataset, delay_pattern, sample_options
+from ..data.prompt import AudioTokens
+from ..data.samples import SampleDataset, sample_options, write_clip
+from ..family import HIGGS_V2
 from ..model.model import load_model
 from ..speech.generate import generate_speech, prompt_of
 
@@ -52,22 +54,14 @@ def answers(
     noise = torch.randint(
         tokens.stream_bos, (tokens.num_codebooks, 25), generator=torch.Generator().manual_seed(0)
     )
-    audio_ids, audio_labels = delay_pattern(
-        noise,
-        torch.tensor([noise.shape[1]]),
-        tokens.stream_bos,
-        tokens.stream_eos,
-        options["delay"],
-    )
-    frames = torch.full((len(audio_ids),), tokens.audio_out)
-    frames[1 - tokens.num_codebooks :] = tokens.audio_delay
+    clip = write_clip(noise, 0, tokens, options["delay"])
     prompt = prompt_of(tts_conversation(text, id="export"), tokenizer, tokens, **options)
     sample = dataclasses.replace(
         prompt,
-        input_ids=torch.cat([prompt.input_ids, frames]),
-        labels=torch.cat([prompt.labels, frames]),
-        audio_ids=audio_ids,
-        audio_labels=audio_labels,
+        input_ids=torch.cat([prompt.input_ids, clip.ids]),
+        labels=torch.cat([prompt.labels, clip.ids]),
+        audio_ids=clip.audio_ids,
+        audio_labels=clip.audio_labels,
     )
     batch = PaddedCollator(tokens)([sample])
     hook = base.model.register_forward_hook(
@@ -332,6 +326,7 @@ def data_summary(corpus: dict) -> str:  # of `corpus_summary`
 def corpus_summary(
     train: SampleDataset,  # what is learned
     held_out: SampleDataset,  # what is not
+    frame_rate: float = HIGGS_V2.frame_rate,  # of their codes, per second
 ) -> dict:
     """What `run.json` says of a corpus: conversations, and of both parts the clips that are
     learned, their hours, and how many speakers have names.
@@ -346,7 +341,7 @@ def corpus_summary(
             for part in m.content
             if isinstance(part, Audio)
         ]
-        hours = sum(data.store.get(clip).shape[1] for clip in clips) / 25 / 3600
+        hours = sum(data.store.get(clip).shape[1] for clip in clips) / frame_rate / 3600
         found |= {
             name: len(data),
             f"{name}_clips": len(clips),

@@ -20,7 +20,7 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
     eager_attention_forward,
 )
 
-from ..data.samples import IGNORE
+from ..data.delay import IGNORE
 
 # %% auto #0
 __all__ = ['IN_FLOAT32', 'HALF', 'GROUPED', 'SHORT', 'CHUNK', 'BLOCK', 'Permute', 'permute', 'RMSNormPair', 'rms_norm_pair',

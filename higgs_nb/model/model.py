@@ -28,7 +28,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.files import load_json
 from ..core.messages import shown
-from ..data.samples import IGNORE, AudioTokens
+from ..data.delay import IGNORE
+from ..data.prompt import AudioTokens
 from .fused import InputPrecisionLinear, chunked_cross_entropy
 from higgs_nb.model.layers import (
     AUDIO_ATTENTION_MODULES,

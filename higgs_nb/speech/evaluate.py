@@ -38,7 +38,8 @@ from ..data.audio import load_audio
 from ..data.codec import Codec
 from ..data.conversation import Conversation
 from ..data.corpus_split import sentence_key
-from ..data.samples import AudioTokens, delay_pattern
+from ..data.delay import delay_pattern
+from ..data.prompt import AudioTokens
 from .generate import Encoder, Speech, SpeechCallback, as_mp3, generate_speech
 
 # %% auto #0

@@ -26,7 +26,10 @@ from ..data.audio import load_audio
 from ..data.codec import Codec
 from ..data.collator import PaddedCollator
 from ..data.conversation import Audio, Conversation, Text, tts_conversation
-from ..data.samples import AudioTokens, Sample, encode_with, expand, sample_options, undelay
+from ..data.delay import undelay
+from ..data.prompt import AudioTokens
+from ..data.samples import Sample, encode_with, expand, sample_options
+from ..family import HIGGS_V2
 from ..model.model import check_tokenizer
 from ..model.shard import is_sharded
 
@@ -98,12 +101,13 @@ class Speech:
     )  # False: cut off at the limit, the model did not say EOS; None: nobody generated it
     sampling_rate: int = 24000  # Hz
     waveform: Tensor | None = None  # (samples,), None without a codec
+    frame_rate: float = HIGGS_V2.frame_rate  # of the codes, per second
 
     @property
     def duration_s(self) -> float:
-        "Seconds of its sound; without one, of its codes, at 25 frames each."
+        "Seconds of its sound; without one, of its codes."
         return (
-            self.codes.shape[1] / 25
+            self.codes.shape[1] / self.frame_rate
             if self.waveform is None
             else len(self.waveform) / self.sampling_rate
         )
@@ -350,7 +354,7 @@ def generate_codes(
     inputs = {k: batch[k].to(model.device) for k in keys}
     processors = [FiniteLogits(), *(generation.pop("logits_processor", None) or ())]
     config = copy.deepcopy(model.generation_config)
-    config.max_new_tokens = max_frames + model.config.num_codebooks + 1
+    config.max_new_tokens = HIGGS_V2.delay.rows(max_frames, model.config.num_codebooks)
     for name, value in generation.items():  # `generate` takes ras_win_len from a config alone
         setattr(config, name, value)
     if config.temperature is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.samples import IGNORE
+from ..data.delay import IGNORE
 from ..model.model import codebook_loss_sums
 
 # %% auto #0

@@ -54,14 +54,9 @@ from ..core.messages import shown
 from ..data.audit import audit
 from ..data.collator import PackedBatchSampler, PackedCollator
 from ..data.conversation import Audio
-from ..data.samples import IGNORE
+from ..data.delay import IGNORE
 from ..model.lora import freeze_silent, only_lora
-from higgs_nb.model.model import (
-    LossWeights,
-    check_tokenizer,
-    target_counts,
-    tokenizer_fingerprint,
-)
+from ..model.model import LossWeights, check_tokenizer, target_counts, tokenizer_fingerprint
 from ..model.shard import is_sharded, shard_base
 from higgs_nb.training.callbacks import (
     SPOKEN,

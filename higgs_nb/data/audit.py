@@ -22,7 +22,7 @@ from .prompt import AudioTokens
 __all__ = ['REASONS', 'NUMBERS', 'KINDS', 'text_reasons', 'cell_reasons', 'LabelAudit', 'totals', 'audit_table', 'audit_html',
            'cell_grid', 'draw_reasons', 'name_clips', 'reason_handles', 'plot_audit', 'audit']
 
-# %% ../../nbs/data/12_audit.ipynb #5c0e65d0
+# %% ../../nbs/data/12_audit.ipynb #77e7239b
 REASONS = {  # reason: its colour, and what it means
     "supervised": ("#2a9d8f", "the model is asked to predict it"),
     "prompt": ("#cfe3f2", "text that is context"),
@@ -43,7 +43,7 @@ def text_reasons(flat: FlatBatch) -> Tensor:
     reasons = reasons.masked_fill(flat.pad, NUMBERS["pad"])
     return reasons.index_fill(0, flat.frames, NUMBERS["placeholder"])
 
-
+# %% ../../nbs/data/12_audit.ipynb #3d1f2c79
 def cell_reasons(flat: FlatBatch, clips: Clips) -> Tensor:
     "The reason of each cell, as an index into `REASONS`: (frames, codebooks)."
     supervised = flat.audio_labels != IGNORE
@@ -59,7 +59,7 @@ def cell_reasons(flat: FlatBatch, clips: Clips) -> Tensor:
         reasons = reasons.masked_fill(cells, NUMBERS[reason])
     return reasons
 
-# %% ../../nbs/data/12_audit.ipynb #3f62312a
+# %% ../../nbs/data/12_audit.ipynb #572c785d
 KINDS = ("text", "reference", "speech", "pad")
 
 
@@ -125,13 +125,13 @@ class LabelAudit:
         "The text as a strip and the codebooks as a grid, every cell in the colour of its reason."
         return plot_audit(self, sample, figsize)
 
-
+# %% ../../nbs/data/12_audit.ipynb #86939c27
 def totals(reasons: Tensor) -> dict[str, int]:
     "How often each reason occurs."
     counts = reasons.flatten().bincount(minlength=len(REASONS))
     return dict(zip(REASONS, counts.tolist(), strict=True))
 
-# %% ../../nbs/data/12_audit.ipynb #4578ab01
+# %% ../../nbs/data/12_audit.ipynb #0088ebf8
 def audit_table(audit: LabelAudit) -> list[dict]:
     "See `LabelAudit.table`."
     reasons, flat = list(REASONS), audit.flat
@@ -147,7 +147,7 @@ def audit_table(audit: LabelAudit) -> list[dict]:
         table[position] |= dict(codes=codes, cells=[reasons[cell] for cell in cells])
     return table
 
-
+# %% ../../nbs/data/12_audit.ipynb #52b227a8
 def audit_html(audit: LabelAudit) -> str:
     "The totals as a table, with the colour of each reason."
     body = ""
@@ -158,13 +158,13 @@ def audit_html(audit: LabelAudit) -> str:
     head = "<tr><th>reason</th><th>positions</th><th>cells</th><th></th></tr>"
     return f"<table>{head}{body}</table>"
 
-# %% ../../nbs/data/12_audit.ipynb #d55df63c
+# %% ../../nbs/data/12_audit.ipynb #035cb1e4
 def cell_grid(audit: LabelAudit) -> Tensor:
     "Reasons of the cells at each position (positions, codebooks), NaN where there is no frame."
     grid = torch.full((len(audit.flat.ids), audit.cells.shape[1]), float("nan"))
     return grid.index_copy(0, audit.flat.frames, audit.cells.float())
 
-
+# %% ../../nbs/data/12_audit.ipynb #5fe5617a
 def draw_reasons(ax, reasons: Tensor, position: Tensor) -> None:
     "Rows of reasons (rows, positions) in their colours."
     extent = (position[0] - 0.5, position[-1] + 0.5, len(reasons) - 0.5, -0.5)
@@ -172,7 +172,7 @@ def draw_reasons(ax, reasons: Tensor, position: Tensor) -> None:
     limits = dict(vmin=-0.5, vmax=len(REASONS) - 0.5)
     ax.imshow(reasons, extent=extent, cmap=cmap, aspect="auto", interpolation="nearest", **limits)
 
-
+# %% ../../nbs/data/12_audit.ipynb #d017d7d5
 def name_clips(ax, audit: LabelAudit, sample: int) -> None:
     "Write the special token before each clip of a sample above the strip."
     for first in audit.clips.first[audit.clips.sample == sample].tolist():
@@ -180,13 +180,13 @@ def name_clips(ax, audit: LabelAudit, sample: int) -> None:
         name = plain_text(audit.names[first - 1])
         ax.annotate(name, before, (0, 3), textcoords="offset points", fontsize=8)
 
-
+# %% ../../nbs/data/12_audit.ipynb #823cc553
 def reason_handles(shown: set[int]) -> list[Patch]:
     "Entries of a legend for the reasons with these numbers."
     reasons = [(name, colour) for name, (colour, _) in REASONS.items() if NUMBERS[name] in shown]
     return [Patch(facecolor=colour, edgecolor="#999", label=name) for name, colour in reasons]
 
-
+# %% ../../nbs/data/12_audit.ipynb #6d8533af
 def plot_audit(
     audit: LabelAudit,  # what `audit` returns
     sample: int,  # number of the sample in the batch

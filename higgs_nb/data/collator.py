@@ -22,7 +22,7 @@ from .whisper_inputs import whisper_inputs
 
 # %% auto #0
 __all__ = ['target_index', 'is_frame', 'pad_rows', 'PaddedCollator', 'PackedCollator', 'cumulative', 'first_fit_decreasing',
-           'check_fits', 'PackedBatchSampler', 'divide_largest']
+           'check_fits', 'pack_windows', 'PackedBatchSampler', 'divide_largest']
 
 # %% ../../nbs/data/10_collator.ipynb #54e4bbe3
 def target_index(
@@ -46,12 +46,12 @@ def target_index(
         audio_targets=audio_labels.index_select(0, frames),
     )
 
-# %% ../../nbs/data/10_collator.ipynb #6e121f4f
+# %% ../../nbs/data/10_collator.ipynb #25eb2b64
 def is_frame(input_ids: Tensor, tokens: AudioTokens) -> Tensor:
     "Which `input_ids` are placeholders of frames, a bool tensor of the same shape."
     return (input_ids == tokens.audio_out) | (input_ids == tokens.audio_delay)
 
-
+# %% ../../nbs/data/10_collator.ipynb #8decb581
 def pad_rows(rows: list[Tensor], value: int, left: bool = False, round_to: int = 1) -> Tensor:
     "Rows of different length as (batch, positions), a multiple of `round_to` positions."
     side = "left" if left else "right"
@@ -106,7 +106,7 @@ class PaddedCollator:
             **whisper_inputs(samples, input_ids, self.tokens, self.extractor),
         )
 
-# %% ../../nbs/data/10_collator.ipynb #be82c6fe
+# %% ../../nbs/data/10_collator.ipynb #09a92684
 class PackedCollator:
     "Samples one behind the other in one row: no padding, no attention across samples."
 
@@ -152,7 +152,7 @@ class PackedCollator:
             **whisper_inputs(samples, input_ids, self.tokens, self.extractor),
         )
 
-
+# %% ../../nbs/data/10_collator.ipynb #95859ebb
 def cumulative(lengths: list[int]) -> Tensor:
     "Borders (n + 1,) of pieces of these lengths, laid end to end."
     return torch.tensor([0, *lengths]).cumsum(0)
@@ -185,7 +185,22 @@ def check_fits(lengths: list[int], token_budget: int, ids: list[str] | None) -> 
             "cut the recording"
         )
 
-# %% ../../nbs/data/10_collator.ipynb #1c16cd08
+# %% ../../nbs/data/10_collator.ipynb #523e3daf
+def pack_windows(
+    order: np.ndarray,  # (samples,) indices, shuffled
+    lengths: list[int],  # tokens of each sample
+    window: int,  # samples packed together
+    budget: int,  # tokens of a row, at most
+) -> list[list[int]]:
+    "Rows of the samples in `order`, window by window."
+    rows = []
+    for start in range(0, len(order), window):
+        samples = order[start : start + window].tolist()
+        packed = first_fit_decreasing([lengths[i] for i in samples], budget)
+        rows += [[samples[i] for i in row] for row in packed]
+    return rows
+
+# %% ../../nbs/data/10_collator.ipynb #3e4ea2ad
 class PackedBatchSampler(torch.utils.data.Sampler):
     """Batches of sample indices, each of at most `token_budget` tokens in all. The order depends
     on `seed` and the epoch alone, so a resumed run gets the batches that it would have got.
@@ -213,13 +228,8 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def pack(self, order: np.ndarray) -> list[list[int]]:
-        "Rows of the samples in `order`, window by window."
-        rows = []
-        for start in range(0, len(order), self.window):
-            window = order[start : start + self.window].tolist()
-            packed = first_fit_decreasing([self.lengths[i] for i in window], self.token_budget)
-            rows += [[window[i] for i in row] for row in packed]
-        return rows
+        "Rows of the samples in `order`, see `pack_windows`."
+        return pack_windows(order, self.lengths, self.window, self.token_budget)
 
     def permutation(self, epoch: int) -> tuple[np.ndarray, np.random.Generator]:
         "The samples in the order of an epoch, and the generator that shuffled them."
@@ -252,7 +262,7 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         "Share of the token budget that holds tokens; the rest is what padding to it would add."
         return sum(self.lengths) / (len(self) * self.token_budget)
 
-
+# %% ../../nbs/data/10_collator.ipynb #2e54a1ef
 def divide_largest(rows: list[list[int]]) -> None:
     "Divide the row with most samples in two, in place."
     largest = max(range(len(rows)), key=lambda r: len(rows[r]))

@@ -51,7 +51,7 @@ def delay_pattern(
     audio_ids, audio_labels = zip(none, *clips, strict=True)
     return torch.cat(audio_ids), torch.cat(audio_labels)
 
-# %% ../../nbs/data/06_delay.ipynb #8af0a2f4
+# %% ../../nbs/data/06_delay.ipynb #9bb4c49e
 def undelay(
     audio_ids: Tensor,  # (rows, codebooks) as generated, with or without the leading BOS row
     bos: int,  # code that opens a codebook's stream
@@ -70,7 +70,7 @@ def undelay(
     stopped = first_true(audio_ids[:, 0] == eos, default=None) == kept
     return codes[:, :kept], stopped
 
-
+# %% ../../nbs/data/06_delay.ipynb #9fafa631
 def first_true(flags: Tensor, default: int | None) -> int | None:  # flags (n,) bool
     "Index of the first True, `default` if there is none."
     found = flags.nonzero().flatten()

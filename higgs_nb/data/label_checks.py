@@ -20,11 +20,11 @@ from .prompt import AudioTokens
 __all__ = ['LabelError', 'FlatBatch', 'sample_borders', 'check_placeholders', 'Clips', 'token_before', 'delay_cells',
            'wrong_cells', 'check_cells', 'check_text', 'check_clips', 'check_index', 'check_masked', 'check_batch']
 
-# %% ../../nbs/data/11_label_checks.ipynb #65af500d
+# %% ../../nbs/data/11_label_checks.ipynb #d6d776cb
 class LabelError(ValueError):
     "A batch whose labels cannot be right; the message names the sample and the clip."
 
-
+# %% ../../nbs/data/11_label_checks.ipynb #45671c38
 @dataclass
 class FlatBatch:
     "A padded or packed batch as one line of positions and one line of frames."
@@ -67,7 +67,7 @@ class FlatBatch:
         "(positions,) counted from the first token of the sample; negative in padding on the left."
         return torch.arange(len(self.ids)) - self.starts[self.sample]
 
-# %% ../../nbs/data/11_label_checks.ipynb #aebfe7ae
+# %% ../../nbs/data/11_label_checks.ipynb #090699f8
 def sample_borders(batch: dict[str, Tensor], real: Tensor) -> tuple[Tensor, Tensor]:
     "First position and number of positions, both (samples,), padding on the right included."
     if "cu_seqlens" in batch:
@@ -76,7 +76,7 @@ def sample_borders(batch: dict[str, Tensor], real: Tensor) -> tuple[Tensor, Tens
     rows, width = real.shape
     return torch.arange(rows) * width + real.int().argmax(1), torch.full((rows,), width)
 
-
+# %% ../../nbs/data/11_label_checks.ipynb #a41b4f47
 def check_placeholders(batch: dict[str, Tensor], placeholders: Tensor, mask: Tensor) -> None:
     "`LabelError` if a row has not one frame per placeholder, or padding frames have labels."
     packed = "cu_seqlens" in batch
@@ -127,7 +127,7 @@ class Clips:
         counts = torch.zeros(len(self.first), cells.shape[1], dtype=torch.long)
         return counts.index_add(0, self.of, cells.long())
 
-# %% ../../nbs/data/11_label_checks.ipynb #43421777
+# %% ../../nbs/data/11_label_checks.ipynb #e3645745
 def token_before(flat: FlatBatch, first: Tensor, tokens: AudioTokens) -> Tensor:
     "The token before each clip (clips,), features of Whisper aside; -1 at the start of a sample."
     positions = torch.arange(len(flat.ids))
@@ -135,7 +135,7 @@ def token_before(flat: FlatBatch, first: Tensor, tokens: AudioTokens) -> Tensor:
     last_other = torch.where(is_feature, 0, positions).cummax(0).values
     return torch.where(flat.position[first] > 0, flat.ids[last_other[first - 1]], -1)
 
-
+# %% ../../nbs/data/11_label_checks.ipynb #72991dc9
 def delay_cells(codes: Tensor, clip: Tensor, tokens: AudioTokens) -> tuple[Tensor, Tensor]:
     "Cells that open a codebook, and cells that are padding, both bool (frames, codebooks)."
     is_bos, is_eos = codes == tokens.stream_bos, codes == tokens.stream_eos
@@ -145,7 +145,7 @@ def delay_cells(codes: Tensor, clip: Tensor, tokens: AudioTokens) -> tuple[Tenso
     opens = is_bos & ~next_is_bos
     return opens, (is_bos & next_is_bos) | (is_eos & previous_is_eos)
 
-# %% ../../nbs/data/11_label_checks.ipynb #78683637
+# %% ../../nbs/data/11_label_checks.ipynb #248b43ef
 def wrong_cells(flat: FlatBatch, clips: Clips, tokens: AudioTokens) -> Iterator[tuple[Tensor, str]]:
     "Cells (frames, codebooks) that break a rule, and how, rule by rule."
     labels, size = flat.audio_labels, max(tokens.stream_bos, tokens.stream_eos) + 1
@@ -160,7 +160,7 @@ def wrong_cells(flat: FlatBatch, clips: Clips, tokens: AudioTokens) -> Iterator[
     )
     yield supervised & (labels != flat.codes), shifted
 
-
+# %% ../../nbs/data/11_label_checks.ipynb #5bb0f631
 def check_cells(flat: FlatBatch, clips: Clips, tokens: AudioTokens) -> None:
     "`LabelError` names sample, clip, frame and codebook of the first audio label that cannot be."
     for wrong, problem in wrong_cells(flat, clips, tokens):
@@ -238,7 +238,7 @@ def check_index(batch: dict[str, Tensor], flat: FlatBatch) -> None:
                 "t - 1, or a model learns to copy its input"
             )
 
-# %% ../../nbs/data/11_label_checks.ipynb #79b5ddd9
+# %% ../../nbs/data/11_label_checks.ipynb #97bbdc33
 def check_masked(flat: FlatBatch, clips: Clips, max_masked: float) -> None:
     "`LabelError` if a batch supervises nothing, or too small a share of its speech."
     speech = ~clips.is_reference[clips.of]
@@ -254,7 +254,7 @@ def check_masked(flat: FlatBatch, clips: Clips, max_masked: float) -> None:
             "they lost their labels?"
         )
 
-
+# %% ../../nbs/data/11_label_checks.ipynb #9a1fbda6
 def check_batch(
     batch: dict[str, Tensor],
     flat: FlatBatch,

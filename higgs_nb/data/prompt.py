@@ -20,7 +20,7 @@ __all__ = ['with_special_tokens', 'byte_tokenizer', 'fit_tokenizer', 'check_spec
            'check_codebook_size', 'AudioTokens', 'Turn', 'SceneMark', 'merge_scenes', 'special_ids', 'encode_words',
            'Prompt', 'PromptWriter']
 
-# %% ../../nbs/data/07_prompt.ipynb #2833b3c1
+# %% ../../nbs/data/07_prompt.ipynb #1a8a6ba6
 def with_special_tokens(core: Tokenizer, family: Family) -> PreTrainedTokenizerFast:
     "A tokenizer for transformers, with the special tokens of a family."
     core.add_special_tokens(list(family.special.names))
@@ -31,7 +31,7 @@ def with_special_tokens(core: Tokenizer, family: Family) -> PreTrainedTokenizerF
         pad_token=family.special.padding,
     )
 
-
+# %% ../../nbs/data/07_prompt.ipynb #201e9f96
 def byte_tokenizer(family: Family = HIGGS_V2) -> PreTrainedTokenizerFast:
     "A tokenizer with one token per UTF-8 byte and the special tokens of a family; any language."
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -61,7 +61,7 @@ def fit_tokenizer(
     core.train_from_iterator(texts, trainer)
     return with_special_tokens(core, family)
 
-# %% ../../nbs/data/07_prompt.ipynb #e456c2a0
+# %% ../../nbs/data/07_prompt.ipynb #8e8976fb
 def check_special_tokens(tokenizer, family: Family) -> None:
     "`ValueError` names special tokens that the tokenizer does not have as single tokens."
     missing = []
@@ -75,7 +75,7 @@ def check_special_tokens(tokenizer, family: Family) -> None:
             "Audio V2 model"
         )
 
-
+# %% ../../nbs/data/07_prompt.ipynb #c09d77e5
 def check_vocabulary(tokenizer, vocab_size: int) -> None:
     "`ValueError` if the tokenizer has tokens that the model has no embedding for."
     if len(tokenizer) <= vocab_size:
@@ -88,7 +88,7 @@ def check_vocabulary(tokenizer, vocab_size: int) -> None:
         "model.resize_token_embeddings(len(tokenizer)) before adding an adapter"
     )
 
-# %% ../../nbs/data/07_prompt.ipynb #877774fa
+# %% ../../nbs/data/07_prompt.ipynb #83710df8
 def check_same_ids(config, tokenizer, family: Family) -> None:
     "`ValueError` if the config and the tokenizer give the placeholders different ids."
     special = family.special
@@ -103,7 +103,7 @@ def check_same_ids(config, tokenizer, family: Family) -> None:
             f"tokenizer and model disagree: the tokenizer says {ids}, the model's config {expected}"
         )
 
-
+# %% ../../nbs/data/07_prompt.ipynb #c2f1206f
 def check_codebook_size(config) -> None:
     "`ValueError` if the model has no embeddings for the codes that open and close a clip."
     bos, eos = config.audio_stream_bos_id, config.audio_stream_eos_id
@@ -155,7 +155,7 @@ class AudioTokens:
         ends = (codebook_size, codebook_size + 1)
         return cls(*ids, tokenizer.pad_token_id, *ends, num_codebooks, family)
 
-# %% ../../nbs/data/07_prompt.ipynb #432c32c8
+# %% ../../nbs/data/07_prompt.ipynb #f95fe8b3
 class Turn(NamedTuple):
     "A turn as it is written."
 
@@ -164,11 +164,11 @@ class Turn(NamedTuple):
     content: tuple  # `Text` and `Audio`
     recipient: str | None
 
-
+# %% ../../nbs/data/07_prompt.ipynb #c3c1b7c0
 class SceneMark(Text):
     "The text around a scene, which belongs to the template."
 
-
+# %% ../../nbs/data/07_prompt.ipynb #bc1f0454
 def merge_scenes(messages: tuple, template: TurnTemplate) -> list[Turn]:
     "The turns, with each scene written into the system turn before it."
     turns = []
@@ -183,13 +183,13 @@ def merge_scenes(messages: tuple, template: TurnTemplate) -> list[Turn]:
         turns.append(Turn(before.index, "system", (*before.content, *scene), None))
     return turns
 
-# %% ../../nbs/data/07_prompt.ipynb #77f5607b
+# %% ../../nbs/data/07_prompt.ipynb #77e89ce3
 def special_ids(tokenizer) -> frozenset[int]:  # a fast tokenizer
     "The ids that a tokenizer keeps for its own marks, such as the end of a turn."
     added = tokenizer.added_tokens_decoder
     return frozenset(i for i, token in added.items() if token.special)
 
-
+# %% ../../nbs/data/07_prompt.ipynb #24d415ce
 def encode_words(
     text: str, tokenizer, special: frozenset[int], conversation: Conversation
 ) -> list[int]:

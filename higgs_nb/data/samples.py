@@ -89,7 +89,7 @@ class Sample:
     def __len__(self):
         return len(self.input_ids)
 
-# %% ../../nbs/data/09_samples.ipynb #1d84d22a
+# %% ../../nbs/data/09_samples.ipynb #ae827ee6
 class Clip(NamedTuple):
     "A recording, written out."
 
@@ -97,7 +97,7 @@ class Clip(NamedTuple):
     audio_ids: Tensor  # (rows, codebooks)
     audio_labels: Tensor  # (rows, codebooks), if the assistant learns to speak it
 
-
+# %% ../../nbs/data/09_samples.ipynb #085e5b6a
 def write_clip(
     codes: Tensor | None,  # (codebooks, frames); None: only features
     features: int,  # of Whisper
@@ -132,7 +132,7 @@ def check_codes(encoded: Encoded, tokens: AudioTokens, id: str) -> None:
             f"{tokens.num_codebooks}: encode the recordings with the codec of the model"
         )
 
-# %% ../../nbs/data/09_samples.ipynb #d784da7b
+# %% ../../nbs/data/09_samples.ipynb #42550900
 def divide_references(
     encoded: Encoded, tokens: AudioTokens, extractor: WhisperFeatureExtractor
 ) -> Encoded:
@@ -156,13 +156,13 @@ def divide_references(
     order = torch.tensor([*order, *range(done, len(encoded.input_ids))])
     return Encoded(encoded.input_ids[order], encoded.learned[order], codes, chunks)
 
-
+# %% ../../nbs/data/09_samples.ipynb #b64d3bf7
 def check_waveforms(encoded: Encoded, references: int) -> None:
     "`ValueError` if references have no waveforms."
     if len(encoded.waveforms) < references:
         raise ValueError(
-            f"a sample has {references} reference recordings and {len(encoded.waveforms)} waveforms, "
-            "which Whisper needs"
+            f"a sample has {references} reference recordings and {len(encoded.waveforms)} "
+            "waveforms, which Whisper needs"
         )
 
 # %% ../../nbs/data/09_samples.ipynb #c60ad542
@@ -186,7 +186,7 @@ def write_clips(
         clips.append(write_clip(codes if has_codes else None, features, tokens, delay))
     return clips
 
-# %% ../../nbs/data/09_samples.ipynb #4d513296
+# %% ../../nbs/data/09_samples.ipynb #208f61f5
 def expand(
     encoded: Encoded,
     tokens: AudioTokens,  # placeholders, BOS and EOS of the model
@@ -217,14 +217,14 @@ def expand(
     waveforms = [waveform for waveform, _ in encoded.waveforms] if extractor is not None else []
     return Sample(input_ids, labels, audio_ids, audio_labels, id, waveforms)
 
-
+# %% ../../nbs/data/09_samples.ipynb #33ed876a
 def join_rows(clips: list[Clip], num_codebooks: int) -> tuple[Tensor, Tensor]:
     "Codes and labels of all clips, both (rows, codebooks)."
     none = torch.zeros(0, num_codebooks, dtype=torch.long)
     audio_ids = torch.cat([none, *(clip.audio_ids for clip in clips)])
     return audio_ids, torch.cat([none, *(clip.audio_labels for clip in clips)])
 
-# %% ../../nbs/data/09_samples.ipynb #3ce40e6e
+# %% ../../nbs/data/09_samples.ipynb #d79cf2cb
 def sample_options(config) -> dict:  # of a model, a `HiggsAudioV2Config`
     """How a checkpoint reads recordings, as arguments of `SampleDataset` and `expand`; settings
     that the config lacks are as in the released checkpoint.
@@ -235,7 +235,7 @@ def sample_options(config) -> dict:  # of a model, a `HiggsAudioV2Config`
         audio_in_codes=getattr(config, "encode_audio_in_tokens", True),
     )
 
-
+# %% ../../nbs/data/09_samples.ipynb #c33cbe02
 def encode_with(
     conversation: Conversation,
     tokenizer,  # a fast tokenizer with the special tokens of its family
@@ -252,7 +252,7 @@ def encode_with(
     codes = [store.get(audio) for audio in conversation.audio]
     return encode_conversation(conversation, tokenizer, codes, waveforms)
 
-
+# %% ../../nbs/data/09_samples.ipynb #b016c199
 def recordings(conversation: Conversation) -> Iterator[tuple[Audio, bool]]:
     "The recordings of a conversation, in order, and whether each is a reference."
     for message in conversation.messages:

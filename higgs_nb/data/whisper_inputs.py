@@ -39,17 +39,17 @@ def whisper_frames(
     "Features that the tower makes of a chunk."
     return (-(-samples // hop) + 1) // 4
 
-# %% ../../nbs/data/08_whisper_inputs.ipynb #019580ba
+# %% ../../nbs/data/08_whisper_inputs.ipynb #b9366964
 def at_rate(waveform: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     "A waveform (samples,) at `rate` Hz, resampled to `wanted` Hz."
     return waveform if rate == wanted else soxr.resample(waveform, rate, wanted, quality="HQ")
 
-
+# %% ../../nbs/data/08_whisper_inputs.ipynb #08b5721e
 def in_chunks(waveform: np.ndarray, size: int) -> list[np.ndarray]:
     "A waveform in chunks of at most `size` samples; an empty one is one empty chunk."
     return [waveform[i : i + size] for i in range(0, max(len(waveform), 1), size)]
 
-
+# %% ../../nbs/data/08_whisper_inputs.ipynb #56b32b56
 def code_bounds(frames: int, chunks: list[np.ndarray]) -> list[int]:
     "Where each chunk's share of so many frames of codes begins, and the end: (chunks + 1,)."
     ends = np.cumsum([len(chunk) for chunk in chunks]).tolist()
@@ -73,7 +73,7 @@ def log_mel(
     features, mask = computed["input_features"], computed["attention_mask"]
     return dict(zip(names, map(torch.from_numpy, (features, mask)), strict=True))
 
-# %% ../../nbs/data/08_whisper_inputs.ipynb #92ae6f5a
+# %% ../../nbs/data/08_whisper_inputs.ipynb #247dabbf
 def feature_index(waves: list[np.ndarray], extractor: WhisperFeatureExtractor) -> Tensor:
     "Rows (features,) of the tower's outputs (chunks * outputs of a window) that are not padding."
     window = extractor.nb_max_frames // 4
@@ -81,7 +81,7 @@ def feature_index(waves: list[np.ndarray], extractor: WhisperFeatureExtractor) -
     rows = [i * window + torch.arange(count) for i, count in enumerate(counts)]
     return torch.cat([torch.zeros(0, dtype=torch.long), *rows])
 
-
+# %% ../../nbs/data/08_whisper_inputs.ipynb #44cae73c
 def whisper_inputs(
     samples: list,  # `Sample`s
     input_ids: Tensor,  # of the batch
@@ -105,7 +105,7 @@ def whisper_inputs(
         )
     return dict(**log_mel(waves, extractor), whisper_rows=whisper_rows, feature_rows=feature_rows)
 
-
+# %% ../../nbs/data/08_whisper_inputs.ipynb #3950a3de
 def check_no_waveforms(samples: list) -> None:
     "`ValueError` names the first sample with waveforms."
     with_waveforms = [s.id for s in samples if s.waveforms]

@@ -89,7 +89,7 @@ class ChatMLDatasetSample:
         codes = list(self.audio_ids_concat.long().split(self.code_lengths.tolist(), dim=1))
         return Encoded(self.input_ids, learned.bool(), codes, self.waveforms)
 
-# %% ../../nbs/original/01_records.ipynb #e4f1e704
+# %% ../../nbs/original/01_records.ipynb #a56f3023
 def original_sample(encoded: Encoded) -> ChatMLDatasetSample:
     "The original's record of an encoded conversation."
     waves = [torch.as_tensor(wave) for wave, _ in encoded.waveforms]
@@ -105,7 +105,7 @@ def original_sample(encoded: Encoded) -> ChatMLDatasetSample:
         audio_speaker_indices=torch.full((len(encoded.codes),), -1),
     )
 
-
+# %% ../../nbs/original/01_records.ipynb #d8962570
 def starts_of(lengths: list[int]) -> Tensor:
     "Where each of several pieces begins when they are joined: (pieces,)."
     return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0)[:-1]

@@ -92,7 +92,7 @@ def nearer(
     parts["e"] = (envelopes + share * towards)[None]
     return net.denormalise(net.join(parts)[0]).numpy()
 
-# %% ../../nbs/small/04_rehearsal.ipynb #fa005eee
+# %% ../../nbs/small/04_rehearsal.ipynb #a0d00860
 def varied(
     features: np.ndarray,  # (rows, features)
     tempo: float,  # times as fast
@@ -109,7 +109,7 @@ def varied(
     warped[:, -2] += log_pitch
     return warped
 
-
+# %% ../../nbs/small/04_rehearsal.ipynb #e98ecccc
 def random_variation(
     rng: np.random.Generator,
     codec: WorldCodec,  # whose frames are shifted by a part

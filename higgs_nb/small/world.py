@@ -98,14 +98,14 @@ def world_features(
     rows = len(x) * config.rows_per_s // rate  # WORLD adds one for the last instant
     return np.concatenate(parts, axis=1)[:rows].astype(np.float32)
 
-# %% ../../nbs/small/01_world.ipynb #f2a61da4
+# %% ../../nbs/small/01_world.ipynb #bc64f5e8
 def split_features(features, config: WorldConfig):
     "Envelope, aperiodicity, log F0, voicing of (..., features)."
     a = config.envelope_dim
     b = a + config.aperiodicity_dim
     return features[..., :a], features[..., a:b], features[..., b], features[..., b + 1]
 
-
+# %% ../../nbs/small/01_world.ipynb #6199df80
 def world_synthesis(features: np.ndarray, config: WorldConfig = STANDARD) -> np.ndarray:
     """The waveform (frames * samples_per_frame,) float32 of WORLD features; scaled down where it
     would leave [-1, 1].
@@ -144,7 +144,7 @@ def is_band_limited(
     top = level_db[np.linspace(0, rate / 2, len(level_db)) > TOP_HZ]
     return len(top) > 0 and bool(top.mean() < config.noise_floor_db + TOP_DB)
 
-# %% ../../nbs/small/01_world.ipynb #80cb233f
+# %% ../../nbs/small/01_world.ipynb #4b117223
 def fit_extension_map(
     known: Tensor,  # (rows, numbers) of recordings without their top
     added: Tensor,  # (rows, numbers) what is to be added to them
@@ -158,14 +158,14 @@ def fit_extension_map(
     weights = torch.linalg.solve(gram, centred.T @ added)
     return torch.cat([weights, (added.mean(0) - known.mean(0) @ weights)[None]])
 
-
+# %% ../../nbs/small/01_world.ipynb #a8000ed4
 def without_top(waveform: np.ndarray, rate: int) -> np.ndarray:
     "The waveform as a recording at 16 kHz has it, at the same rate and length."
     low = soxr.resample(np.asarray(waveform, dtype=np.float32), rate, 16000)
     low = soxr.resample(low, 16000, rate)[: len(waveform)]
     return np.pad(low, (0, len(waveform) - len(low)))
 
-
+# %% ../../nbs/small/01_world.ipynb #4927dae7
 def fit_bandwidth_extension(
     waveforms: Iterable[np.ndarray],  # (samples,) of complete frames each, of full bandwidth
     config: WorldConfig = STANDARD,

@@ -34,7 +34,7 @@ from .world_vq import WorldVQ, fit_world_vq
 # %% auto #0
 __all__ = ['WorldCodec', 'extended', 'read_codec_file']
 
-# %% ../../nbs/small/03_world_codec.ipynb #acf17b41
+# %% ../../nbs/small/03_world_codec.ipynb #9a7b812e
 class WorldCodec(Codec):
     "WORLD features as codes, 8 x 1024 at 25 frames/s, fitted to the voices at hand; see `WorldVQ`."
 
@@ -76,7 +76,7 @@ class WorldCodec(Codec):
     def decode(self, codes) -> torch.Tensor:
         return torch.from_numpy(world_synthesis(self.features(codes), self.config))
 
-
+# %% ../../nbs/small/03_world_codec.ipynb #dcadf1cb
 def extended(features: np.ndarray, net: WorldVQ) -> np.ndarray:
     "Features of a recording, extended by `net` if it ends at 8 kHz."
     if not is_band_limited(features, net.config):
@@ -118,7 +118,7 @@ def save(self: WorldCodec, folder: str | Path) -> Path:
     path.write_bytes(to_safetensors(tensors, {"codec": json.dumps(header)}))
     return path
 
-# %% ../../nbs/small/03_world_codec.ipynb #d4aa4eaa
+# %% ../../nbs/small/03_world_codec.ipynb #9532309c
 def read_codec_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     "Header and tensors of a codec's file; `FileNotFoundError` or `ValueError` names it."
     if not path.is_file():
@@ -131,7 +131,7 @@ def read_codec_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         problem = f"is no whole safetensors file ({error}); copy or fit it again"
         raise ValueError(f"{path}: {problem}") from error
 
-
+# %% ../../nbs/small/03_world_codec.ipynb #3860f463
 @patch(cls_method=True)
 def from_pretrained(cls: WorldCodec, path: str | Path | None = None) -> WorldCodec:
     "Read a codec from its folder or file; without a path, the one in the package."

@@ -36,6 +36,7 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -56,7 +57,9 @@ from higgs_nb.data.samples import Sample, SampleDataset
 from higgs_nb.family import HIGGS_V2
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import HiggsAudioForTraining
-from higgs_nb.training.trainer import HiggsTrainer, HiggsTrainingArguments
+from higgs_nb.training.arguments import HiggsTrainingArguments
+from higgs_nb.training.callbacks import Callback
+from higgs_nb.training.loop import HiggsTrainer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = (
@@ -172,21 +175,34 @@ class Samples(SampleDataset):
         return self.samples[i]
 
 
-class Stopwatch(TrainerCallback):
+class Stopwatch(Callback):
     "Seconds from the end of each step to the end of the next, and the loss of each."
 
     def __init__(self):
         self.seconds, self.losses = [], []
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, trainer):
         now = time.perf_counter()
-        if state.global_step > 1:
+        if trainer.state.global_step > 1:
             self.seconds.append(now - self.last)
         self.last = now
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in (logs or {}):
+    def on_log(self, trainer, logs):
+        if "loss" in logs:
             self.losses.append(logs["loss"])
+
+
+class StockStopwatch(TrainerCallback):
+    "Calls a `Stopwatch` at the events of transformers' own trainer."
+
+    def __init__(self, watch: Stopwatch):
+        self.watch = watch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.watch.on_step_end(SimpleNamespace(state=state))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.watch.on_log(None, logs or {})
 
 
 class Ours(HiggsTrainer):
@@ -288,11 +304,12 @@ class Arm:
                 self.model,
                 TrainingArguments(self.folder, remove_unused_columns=False, **batch, **options),
                 train_dataset=self.data,
-                callbacks=[watch],
+                callbacks=[StockStopwatch(watch)],
                 data_collator=lambda samples: {
                     k: v for k, v in collate(samples).items() if k in fields
                 },
             )
+            trainer.remove_callback(PrinterCallback)
             if whole:
                 trainer.model_accepts_loss_kwargs = (
                     False  # else the audio loss is divided by the number of text labels
@@ -310,7 +327,6 @@ class Arm:
                 self.data,
                 callbacks=[watch],
             )
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
         return watch
 

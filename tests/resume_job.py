@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
+from transformers import BitsAndBytesConfig
 
 from higgs_nb.data.codec import load_codec
 from higgs_nb.data.conversation import Conversation
@@ -21,8 +21,10 @@ from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import SampleDataset
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import HiggsAudioForTraining, load_model, tiny_config
-from higgs_nb.speech.generate import SpeechCallback
-from higgs_nb.training.trainer import HiggsTrainer, HiggsTrainingArguments
+from higgs_nb.training.arguments import HiggsTrainingArguments
+from higgs_nb.training.callbacks import Callback, EarlyStoppingCallback
+from higgs_nb.training.loop import HiggsTrainer
+from higgs_nb.training.speak import SpeechCallback
 
 SMALL = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, codebook_size=34)
 TIMES = (
@@ -137,7 +139,7 @@ def make_trainer(
         seed=1,
         probe="warn",
     )
-    trainer = HiggsTrainer(
+    return HiggsTrainer(
         adapted,
         HiggsTrainingArguments(output_dir=str(folder), **{**settings, **args}),
         data,
@@ -145,11 +147,9 @@ def make_trainer(
         callbacks=list(callbacks),
         optimizers=(optimizer, None),
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
 
 
-class Die(TrainerCallback):
+class Die(Callback):
     """Sends a signal to this process, `times` times, between the two micro-batches of step `step`
     + 1; with a `rank`, only in that process. What is being saved then in the background is
     there before.
@@ -158,7 +158,8 @@ class Die(TrainerCallback):
     def __init__(self, step, number, times=1, rank=None):
         self.step, self.number, self.times, self.rank = step, number, times, rank
 
-    def on_substep_end(self, args, state, control, **kwargs):
+    def on_substep_end(self, trainer):
+        args, state = trainer.args, trainer.state
         if state.global_step == self.step and self.rank in (None, args.process_index):
             due = Path(args.output_dir) / f"checkpoint-{self.step - self.step % state.save_steps}"
             while due.name != "checkpoint-0" and not due.exists():
@@ -167,14 +168,14 @@ class Die(TrainerCallback):
                 os.kill(os.getpid(), self.number)
 
 
-class FullDisk(TrainerCallback):
+class FullDisk(Callback):
     "From step `first` to step `last`, no file of this process can become larger than 40 kB."
 
     def __init__(self, first, last):
         self.first, self.last = first, last
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        full = self.first <= state.global_step + 1 <= self.last
+    def on_step_begin(self, trainer):
+        full = self.first <= trainer.state.global_step + 1 <= self.last
         resource.setrlimit(
             resource.RLIMIT_FSIZE,
             (40_000 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY),

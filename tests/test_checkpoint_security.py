@@ -54,7 +54,8 @@ from higgs_nb.checkpoint.saving import (
 )
 from higgs_nb.cli.export import source_of, still_to_export
 from higgs_nb.core.messages import in_markdown
-from higgs_nb.training.resume import checkpoint_to_resume, read_state, state_files
+from higgs_nb.training.resume import checkpoint_to_resume
+from higgs_nb.training.state import read_state, state_files
 
 SAYS_SOMETHING = {
     errno.ENOENT,

@@ -88,12 +88,12 @@ def test_resume_is_exact(tmp_path, precision):
     torch.use_deterministic_algorithms(False)
 
 
-class Stop(resume_job.TrainerCallback):
+class Stop(resume_job.Callback):
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
+    def on_step_end(self, trainer):
+        trainer.control.should_training_stop = trainer.state.global_step == self.step
 
 
 def test_generation_says_the_same():

@@ -28,7 +28,8 @@ from higgs_nb.data.whisper_inputs import whisper_extractor
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import load_model, tiny_model
 from higgs_nb.speech.generate import generate_speech
-from higgs_nb.training.trainer import HiggsTrainer, HiggsTrainingArguments
+from higgs_nb.training.arguments import HiggsTrainingArguments
+from higgs_nb.training.loop import HiggsTrainer
 
 SIZE = dict(hidden_size=64, num_layers=2, intermediate_size=96, codebook_size=34)
 

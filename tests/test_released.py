@@ -14,7 +14,7 @@ import pytest
 import torch
 from resume_job import Melodies, log, sentence
 from safetensors.torch import save_file
-from transformers import HiggsAudioV2Config, TrainerCallback
+from transformers import HiggsAudioV2Config
 
 from higgs_nb.checkpoint.manifest import list_checkpoints
 from higgs_nb.checkpoint.manifest import main as higgs_validate
@@ -23,7 +23,9 @@ from higgs_nb.data.samples import SampleDataset
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import HiggsAudioForTraining, load_model, tiny_config
 from higgs_nb.speech.generate import generate_speech
-from higgs_nb.training.trainer import HiggsTrainer, HiggsTrainingArguments
+from higgs_nb.training.arguments import HiggsTrainingArguments
+from higgs_nb.training.callbacks import Callback
+from higgs_nb.training.loop import HiggsTrainer
 
 pytestmark = [pytest.mark.released, pytest.mark.timeout(7200)]
 SHARD = 2 * 10**9  # bytes
@@ -74,9 +76,9 @@ def write_base(folder: Path):
 def train(base, folder, resume=None, die_at=None):
     "Four steps of an adapter on all matrices; `die_at`: ends the process at once after that step."
 
-    class Die(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == die_at:
+    class Die(Callback):
+        def on_step_begin(self, trainer):
+            if trainer.state.global_step == die_at:
                 while not (Path(folder) / f"checkpoint-{die_at}").exists():
                     time.sleep(0.1)
                 os._exit(9)

@@ -18,12 +18,7 @@ from peft import LoraConfig, get_peft_model
 from resume_job import log, make_trainer, run, said, table, train, whole_state
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import (
-    BitsAndBytesConfig,
-    EarlyStoppingCallback,
-    TrainerCallback,
-    WhisperFeatureExtractor,
-)
+from transformers import BitsAndBytesConfig, WhisperFeatureExtractor
 
 from higgs_nb.checkpoint.adapter import adapter_tensors, load_lora_adapters, save_lora_adapters
 from higgs_nb.checkpoint.manifest import list_checkpoints
@@ -32,9 +27,9 @@ from higgs_nb.checkpoint.saving import CheckpointError
 from higgs_nb.data.corpus import embedded_corpus
 from higgs_nb.model.lora import merge_lora
 from higgs_nb.model.model import load_model
-from higgs_nb.training.callbacks import Preempted
-from higgs_nb.training.resume import describe_data, differences
-from higgs_nb.training.trainer import HiggsTrainer
+from higgs_nb.training.callbacks import Callback, EarlyStoppingCallback, Preempted
+from higgs_nb.training.identity import describe_data, differences
+from higgs_nb.training.loop import HiggsTrainer
 
 KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
 
@@ -339,7 +334,7 @@ def test_the_best_checkpoint_stays_and_patience_is_remembered(tmp_path):
 
 
 def test_tensorboard(tmp_path):
-    "transformers' own reporting: the curves that it writes are those of the log."
+    "The curves that accelerate's tracker writes are those of the log."
     train(tmp_path, max_steps=6, logging_steps=2, report_to="tensorboard")
     [events] = {p.parent for p in tmp_path.rglob("events.out.tfevents.*")}
     curves = EventAccumulator(str(events)).Reload()
@@ -424,7 +419,7 @@ def test_an_optimizer_in_eight_bits(tmp_path):
     trainer = train(tmp_path / "whole", **wide)
     assert any(
         v.dtype == torch.uint8
-        for s in trainer.optimizer.optimizer.state.values()
+        for s in trainer.optimizer.state.values()
         for v in s.values()
         if torch.is_tensor(v)
     )
@@ -572,10 +567,10 @@ def at_step(step, do):
     trainer's own have looked.
     """
 
-    class At(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == step:
-                do(Path(args.output_dir))
+    class At(Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.global_step == step:
+                do(Path(trainer.args.output_dir))
 
     return At()
 

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
 import time
 from pathlib import Path
@@ -19,12 +18,7 @@ from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, get_peft_model
 from resume_job import SMALL, Melodies, finish, make_trainer, said, sentence, start
 from torch.overrides import TorchFunctionMode
-from transformers import (
-    EarlyStoppingCallback,
-    HiggsAudioV2ForConditionalGeneration,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import HiggsAudioV2ForConditionalGeneration, TrainingArguments
 
 from higgs_nb.checkpoint.adapter import (
     adapter_state,
@@ -43,36 +37,30 @@ from higgs_nb.model.fused import HALF
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora
 from higgs_nb.model.model import load_model, tiny_config, tiny_model
 from higgs_nb.speech.generate import generate_speech
-from higgs_nb.training.callbacks import SpeedCallback
+from higgs_nb.training import checkpoints
+from higgs_nb.training.arguments import AT_LEAST, BELOW_ONE, REFUSED, HiggsTrainingArguments
+from higgs_nb.training.callbacks import Callback, EarlyStoppingCallback
+from higgs_nb.training.identity import describe_data, differences
+from higgs_nb.training.log import LossMeter, SpeedCallback
+from higgs_nb.training.loop import HiggsTrainer
 from higgs_nb.training.probe import OFFSETS, OffsetProbe, copy_floor
-from higgs_nb.training.resume import describe_data, differences
-from higgs_nb.training.trainer import (
-    AT_LEAST,
-    BELOW_ONE,
-    IGNORED,
-    REFUSED,
-    HiggsTrainer,
-    HiggsTrainingArguments,
-    LossMeter,
-    NotFinite,
-)
+from higgs_nb.training.watch import NotFinite
 
 IN_FULL = HEADS + EMBEDDINGS
 
 
-class Spoil(TrainerCallback):
+class Spoil(Callback):
     "Writes `value` into one trained weight at a step."
 
     def __init__(self, step, part, value=torch.nan):
         self.step, self.part, self.value = step, part, value
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step != self.step:
+    def on_step_end(self, trainer):
+        if trainer.state.global_step != self.step:
             return
+        named = trainer.model.named_parameters()
         with torch.no_grad():
-            next(p for n, p in model.named_parameters() if p.requires_grad and self.part in n).view(
-                -1
-            )[0] = self.value
+            next(p for n, p in named if p.requires_grad and self.part in n).view(-1)[0] = self.value
 
 
 @pytest.mark.parametrize(
@@ -98,9 +86,7 @@ def test_a_run_that_is_not_finite_stops_and_keeps_its_good_checkpoints(
     for report in reports:
         restore(trainer.model, report)  # refuses what is not finite
     with pytest.raises(NotFinite, match="trained parameters"):
-        Spoil(0, part, value).on_step_end(
-            None, type("S", (), dict(global_step=0)), None, trainer.model
-        )
+        Spoil(trainer.state.global_step, part, value).on_step_end(trainer)
         trainer.save_adapter(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
@@ -335,9 +321,9 @@ def test_an_adapter_with_embeddings_speaks_on_the_stock_class_in_16_bits(tmp_pat
 
 
 def test_a_trainer_that_was_interrupted_does_not_begin_at_step_0_again(tmp_path):
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3 and not self.done:
+    class Interrupt(Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.global_step == 3 and not self.done:
                 self.done = True
                 raise KeyboardInterrupt
 
@@ -372,20 +358,19 @@ def test_the_best_checkpoint_by_what_judges_logged(tmp_path, metric, best):
         6: (60.0, 0.3, 40.0),
     }
 
-    class Judge(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in scores:
-                self.trainer.log(dict(zip(names, scores[state.global_step])))
+    class Judge(Callback):
+        def on_step_end(self, trainer):
+            if trainer.state.global_step in scores:
+                trainer.log(dict(zip(names, scores[trainer.state.global_step])))
 
-    judge = Judge()
-    trainer = judge.trainer = make_trainer(
+    trainer = make_trainer(
         tmp_path,
         max_steps=6,
         eval_steps=1,
         save_steps=2,
         save_total_limit=1,
         metric_for_best_model=metric,
-        callbacks=[judge],
+        callbacks=[Judge()],
     )
     trainer.train()
     assert (
@@ -431,87 +416,13 @@ def test_an_accelerator_that_does_not_count_its_memory(monkeypatch):
 
 # --- every argument has an answer
 
-USED = {
-    "output_dir",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "optim_target_modules",
-    "gradient_accumulation_steps",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "bf16",
-    "fp16",
-    "tf32",
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-    "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
-    "torch_compile",
-    "torch_compile_backend",
-    "torch_compile_mode",
-    "liger_kernel_config",
-    "torch_empty_cache_steps",
-    "logging_strategy",
-    "logging_steps",
-    "logging_first_step",
-    "log_on_each_node",
-    "logging_nan_inf_filter",
-    "include_num_input_tokens_seen",
-    "log_level",
-    "log_level_replica",
-    "disable_tqdm",
-    "report_to",
-    "run_name",
-    "project",
-    "trackio_space_id",
-    "trackio_bucket_id",
-    "trackio_static_space_id",
-    "eval_strategy",
-    "eval_steps",
-    "eval_delay",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "greater_is_better",
-    "full_determinism",
-    "seed",
-    "data_seed",
-    "use_cpu",
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "dataloader_persistent_workers",
-    "ddp_find_unused_parameters",
-    "ddp_bucket_cap_mb",
-    "ddp_broadcast_buffers",
-    "ddp_static_graph",
-    "ddp_backend",
-    "ddp_timeout",
-    "fsdp_config",
-    "debug",
-    "skip_memory_metrics",
-    "do_train",
-    "do_eval",
-    "do_predict",
-    "local_rank",
-}
 FIELDS = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+USED = {f.name for f in dataclasses.fields(HiggsTrainingArguments)} & set(FIELDS)
 TESTED = "5.23" if transformers.__version__.startswith("5.23") else None
 
 
 def test_the_table_of_arguments_has_each_once():
-    tables = [USED, set(IGNORED), set(REFUSED)]
+    tables = [USED, set(REFUSED)]
     assert sum(map(len, tables)) == len(set.union(*tables))
     unknown = set(FIELDS) - set.union(*tables)
     if unknown and TESTED is None:
@@ -540,20 +451,6 @@ def another(name):
 def test_an_argument_is_refused_by_name(tmp_path, name):
     with pytest.raises(ValueError, match=rf"^{name}="):
         HiggsTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: another(name)})
-
-
-@pytest.mark.parametrize("name", sorted(set(IGNORED) & set(FIELDS)))
-def test_an_argument_is_said_to_be_ignored(tmp_path, caplog, name):
-    args = dict(output_dir=str(tmp_path), use_cpu=True)
-    transformers.logging.set_verbosity_warning()
-    transformers.logging.enable_propagation()
-    HiggsTrainingArguments(**args)
-    assert "is ignored" not in caplog.text
-    try:
-        HiggsTrainingArguments(**args, **{name: another(name)})
-    except (ValueError, TypeError):
-        pass  # transformers looks at some itself, later
-    assert re.search(rf"\b{name}=.* is ignored", caplog.text)
 
 
 @given(
@@ -746,24 +643,23 @@ def test_a_state_of_another_step_is_not_resumed(tmp_path):
         trainer.train(tmp_path / "checkpoint-2")
 
 
-def test_the_state_that_was_verified_is_the_one_that_is_read(tmp_path):
+def test_the_state_that_was_verified_is_the_one_that_is_read(tmp_path, monkeypatch):
     make_trainer(tmp_path, max_steps=2, save_steps=2, eval_strategy="no").train()
     file = tmp_path / "checkpoint-2" / "trainer_state.json"
 
-    class Swap(HiggsTrainer):
-        def _load_from_checkpoint(
-            self, path, model=None
-        ):  # after the state was verified, before transformers reads it
-            super()._load_from_checkpoint(path, model)
-            file.write_text(json.dumps({**json.loads(file.read_text()), "global_step": 3}))
+    restored = checkpoints.restore
 
+    def swap(*args):  # after the state was verified
+        restored(*args)
+        file.write_text(json.dumps({**json.loads(file.read_text()), "global_step": 3}))
+
+    monkeypatch.setattr(checkpoints, "restore", swap)
     trainer = make_trainer(tmp_path, max_steps=4, eval_strategy="no")
-    trainer.__class__ = Swap
     steps = []
 
-    class Count(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            steps.append(state.global_step)
+    class Count(Callback):
+        def on_step_end(self, trainer):
+            steps.append(trainer.state.global_step)
 
     trainer.add_callback(Count())
     trainer.train(tmp_path / "checkpoint-2")
@@ -773,8 +669,8 @@ def test_the_state_that_was_verified_is_the_one_that_is_read(tmp_path):
 def test_a_clock_that_is_set_back_leaves_the_runtime_positive(tmp_path, monkeypatch):
     real, back = time.time, []
 
-    class SetBack(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+    class SetBack(Callback):
+        def on_step_end(self, trainer):
             back.append(86400)
 
     monkeypatch.setattr(time, "time", lambda: real() - sum(back))

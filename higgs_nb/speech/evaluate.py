@@ -32,7 +32,7 @@ from transformers.models.whisper.english_normalizer import (
 )
 
 from ..checkpoint.adapter import base_of
-from ..core.files import write_json, write_whole
+from ..core.files import write_whole
 from ..core.messages import in_html, plain_text, shown
 from ..data.audio import load_audio
 from ..data.codec import Codec
@@ -40,14 +40,14 @@ from ..data.conversation import Conversation
 from ..data.corpus_split import sentence_key
 from ..data.delay import delay_pattern
 from ..data.prompt import AudioTokens
-from .generate import Encoder, Speech, SpeechCallback, as_mp3, generate_speech
+from .generate import Encoder, Speech, as_mp3, generate_speech
 
 # %% auto #0
 __all__ = ['RATE', 'WHISPER_SHA256', 'WHISPER_FILES', 'VOICE_SHA256', 'METRICS', 'Judges', 'missing_judges', 'default_judges',
            'sha256_of', 'cached_files', 'package_folder', 'whisper_folder', 'whisper_file', 'voice_weights',
            'import_webrtcvad', 'distill_mos', 'normalise_english', 'Score', 'silence', 'repetition', 'score_clip',
            'voice_of', 'interval', 'Evaluation', 'evaluate', 'speech_of', 'ForcedCodes', 'greedy', 'speak_beside',
-           'ScoreCallback', 'check_leaks']
+           'check_leaks']
 
 # %% ../../nbs/speech/02_evaluate.ipynb #283ee2f0
 RATE = 16000  # Hz that judges hear
@@ -627,49 +627,6 @@ def speak_beside(
     return [
         dataclasses.replace(s, text=c.transcript, stopped=None) for s, c in zip(said, conversations)
     ]
-
-# %% ../../nbs/speech/02_evaluate.ipynb #64bfffa2
-class ScoreCallback(SpeechCallback):
-    """A `SpeechCallback` whose clips are judged. Logs `eval_wer` (%), `eval_similarity` and
-    `eval_stops` (%); `scores.json` beside the wav files of a step has every clip's `Score`, and
-    `result` an arm for each step. Add it to a trainer with `add_callback`.
-    """
-
-    logged = {"eval_wer": "WER %", "eval_similarity": "similarity", "eval_stops": "stops %"}
-
-    def __init__(
-        self,
-        trainer,  # a `HiggsTrainer`, for its log
-        judges: Judges,  # e.g. `default_judges()`
-        # prompts, which have to be conversations, codec, tokenizer, folder, every: see
-        # `SpeechCallback`
-        *args,
-        target: np.ndarray | None = None,  # (features,) the wanted voice, of `voice_of`
-        **kwargs,  # see `SpeechCallback`
-    ):
-        super().__init__(*args, **kwargs)
-        self.trainer, self.judges, self.target, self.result = (
-            trainer,
-            judges,
-            target,
-            Evaluation({}),
-        )
-
-    def speak(self, state, model):
-        if (said := super().speak(state, model)) is None:
-            return
-        arm, words = f"step {state.global_step}", {c.id: c.transcript for c in self.prompts}
-        found = evaluate(
-            {arm: [dataclasses.replace(s, text=words[s.id]) for s in said]},
-            self.judges,
-            self.target,
-            players=0,
-            progress=False,
-        )
-        write_json("scores.json", found.to_dict(), self.folder / f"step-{state.global_step:06d}")
-        self.result.scores |= found.scores
-        values = {key: found.summary()[arm][name] for key, name in self.logged.items()}
-        self.trainer.log({key: value[0] for key, value in values.items() if value is not None})
 
 # %% ../../nbs/speech/02_evaluate.ipynb #149f4a12
 def check_leaks(

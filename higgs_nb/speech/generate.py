@@ -19,7 +19,7 @@ import soundfile
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import InfNanRemoveLogitsProcessor, TrainerCallback
+from transformers import InfNanRemoveLogitsProcessor
 
 from ..core.files import safe_name, within, write_json
 from ..data.audio import load_audio
@@ -36,7 +36,7 @@ from ..model.shard import is_sharded
 # %% auto #0
 __all__ = ['CACHES', 'OF_SAMPLING', 'OF_REPEATS', 'HONOURED', 'NO_BEAMS', 'NO_DICT', 'REFUSED', 'OF_MODEL', 'SET_HERE',
            'prompt_of', 'as_mp3', 'Speech', 'is_whole', 'is_positive', 'refusals', 'without_effect', 'check_options',
-           'generate_speech', 'generate_codes', 'FiniteLogits', 'Encoder', 'save_clips', 'SpeechCallback']
+           'generate_speech', 'generate_codes', 'FiniteLogits', 'Encoder', 'save_clips']
 
 # %% ../../nbs/speech/01_generate.ipynb #46036377
 def prompt_of(
@@ -421,58 +421,3 @@ def save_clips(
         rows.append(dict(file=name, id=s.id, text=s.text, stopped=s.stopped, seconds=s.duration_s))
     write_json(folder / "clips.json", rows)
     return rows
-
-# %% ../../nbs/speech/01_generate.ipynb #dc8e6f8f
-class SpeechCallback(TrainerCallback):
-    """Speaks `prompts` before, after and every `every` steps of training; the wav files and
-    `clips.json` of each time are in `folder`/step-000000, see `save_clips`.
-    """
-
-    def __init__(
-        self,
-        prompts: list[str | Conversation],  # texts, or conversations that end with the user
-        codec: Codec,  # turns codes into sound
-        tokenizer,  # that of the model
-        folder: str | Path,  # for the wav files
-        every: int = 0,  # steps; 0: only before and after
-        **generation,  # see `generate_speech`
-    ):
-        self.prompts, self.codec, self.tokenizer, self.folder, self.every, self.generation = (
-            prompts,
-            codec,
-            tokenizer,
-            Path(folder),
-            every,
-            generation,
-        )
-        self.speech: dict[int, list[Speech]] = {}  # by step
-
-    def speak(self, state, model):
-        """Speak, keep and save the prompts at this step, once. The first process does; a sharded
-        base needs all of them to speak.
-        """
-        if state.global_step in self.speech or not (
-            state.is_world_process_zero or is_sharded(model)
-        ):
-            return
-        base = getattr(model, "module", model)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.speech[state.global_step] = said = generate_speech(
-                base, self.tokenizer, self.prompts, self.codec, **self.generation
-            )
-        if not state.is_world_process_zero:
-            return
-        save_clips(said, self.folder / f"step-{state.global_step:06d}")
-        return said
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not state.global_step:
-            self.speak(state, model)  # a resumed run has spoken
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.speak(state, model)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.every and state.global_step % self.every == 0:
-            self.speak(state, model)

@@ -15,7 +15,8 @@ from IPython import get_ipython
 from IPython.display import display
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainerCallback
+
+from ..training.callbacks import Callback
 
 # %% auto #0
 __all__ = ['plot_waveform', 'plot_codes', 'series', 'plot_losses', 'plot_scores', 'LiveLosses']
@@ -137,7 +138,7 @@ def plot_scores(
     return fig
 
 # %% ../../nbs/view/01_plots.ipynb #6060c487
-class LiveLosses(TrainerCallback):
+class LiveLosses(Callback):
     """A progress bar with the time left and, in a notebook, a figure of the losses that follows
     the run. Both are texts and pictures that are replaced, not widgets, so that a saved
     notebook keeps their last state and nothing else.
@@ -150,12 +151,13 @@ class LiveLosses(TrainerCallback):
     ):
         self.chance, self.every_s, self.handle, self.line = chance, every_s, None, None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, trainer):
+        state = trainer.state
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             desc="training",
-            disable=not state.is_world_process_zero,
+            disable=not trainer.is_first_process,
             **(dict(file=io.StringIO(), ascii=False) if get_ipython() else {}),
         )
         if get_ipython() and not self.bar.disable:
@@ -164,8 +166,8 @@ class LiveLosses(TrainerCallback):
                 time.monotonic(),
             )
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
+    def on_step_end(self, trainer):
+        self.bar.update(trainer.state.global_step - self.bar.n)
         if self.line and time.monotonic() - self.told > self.every_s:
             self.tell()
 
@@ -174,8 +176,8 @@ class LiveLosses(TrainerCallback):
         self.line.update({"text/plain": str(self.bar)}, raw=True)
         self.told = time.monotonic()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not hasattr(self, "bar"):
+    def on_log(self, trainer, logs):
+        if not trainer.is_first_process or not hasattr(self, "bar"):
             return
         shown = {
             name: f"{logs[key]:.3f}"
@@ -188,7 +190,7 @@ class LiveLosses(TrainerCallback):
         }
         self.bar.set_postfix(shown or None, refresh=False)
         if "eval_audio_loss" in logs:
-            self.draw(state)
+            self.draw(trainer.state)
 
     def draw(self, state):
         "Replace the figure in the notebook; nothing outside of one."
@@ -201,8 +203,8 @@ class LiveLosses(TrainerCallback):
             self.handle = display(fig, display_id=True)
         plt.close(fig)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, trainer):
         if self.line:
             self.tell()
         self.bar.close()
-        self.draw(state)
+        self.draw(trainer.state)

@@ -45,7 +45,7 @@ __all__ = ['logger', 'HAS_TRAINED', 'packed_probe', 'unpacked_probe', 'is_over',
            'attempt_save', 'checkpoint_path', 'best_path', 'CheckpointCallback', 'resume_checkpoint', 'load_callbacks',
            'announce_another_end', 'own_state', 'load_checkpoint', 'resume_generators', 'restore_weights', 'load_best']
 
-# %% ../../nbs/training/12_checkpoints.ipynb #0cf4cda0
+# %% ../../nbs/training/12_checkpoints.ipynb #a6975c00
 def packed_probe(probe: OffsetProbe) -> dict:
     "A probe as JSON can hold it."
     pairs = dict(
@@ -53,7 +53,7 @@ def packed_probe(probe: OffsetProbe) -> dict:
     )
     return asdict(probe) | pairs
 
-
+# %% ../../nbs/training/12_checkpoints.ipynb #73f50cd4
 def unpacked_probe(saved: dict) -> OffsetProbe:
     "What `packed_probe` gave, from memory or from disk."
     losses = {name: dict(saved[name]) for name in ("losses", "codebook_losses")}
@@ -90,7 +90,7 @@ def training_state(trainer) -> dict:
         ended=is_over(trainer),
     )
 
-# %% ../../nbs/training/12_checkpoints.ipynb #59c60da4
+# %% ../../nbs/training/12_checkpoints.ipynb #630bb3f0
 def run_meta(trainer) -> dict:
     "What the manifest of a checkpoint says of the run."
     entries = trainer.state.log_history
@@ -102,7 +102,7 @@ def run_meta(trainer) -> dict:
         run=trainer.run,
     )
 
-
+# %% ../../nbs/training/12_checkpoints.ipynb #7eec91b1
 def run_snapshot(trainer, files: dict | None = None):
     "A copy of the adapter, or of the model that has none, with the run's log; and more `files`."
     state = json.dumps(asdict(trainer.state)).encode()
@@ -130,18 +130,18 @@ def attempt_save(trainer, action) -> None:
                 exc_info=True,
             )
 
-# %% ../../nbs/training/12_checkpoints.ipynb #c7aa1df4
+# %% ../../nbs/training/12_checkpoints.ipynb #07505881
 def checkpoint_path(trainer, step: int) -> Path:
     "Where the checkpoint of a step is."
     return Path(trainer.args.output_dir) / f"checkpoint-{step}"
 
-
+# %% ../../nbs/training/12_checkpoints.ipynb #dd1330bf
 def best_path(trainer) -> Path | None:
     "Where the best checkpoint is, or will be after this step; None if there is none yet."
     step = trainer.state.best_global_step
     return checkpoint_path(trainer, step) if step else None
 
-
+# %% ../../nbs/training/12_checkpoints.ipynb #968eb9f9
 class CheckpointCallback(Callback):
     "Saves a run, in the background, and tells every process of a save that failed."
 
@@ -207,7 +207,7 @@ HAS_TRAINED = (
     "was saved; to begin anew, make the model and the trainer again."
 )
 
-# %% ../../nbs/training/12_checkpoints.ipynb #229b4178
+# %% ../../nbs/training/12_checkpoints.ipynb #3e5f08c9
 def load_callbacks(trainer) -> None:
     "Give callbacks what the checkpoint holds of them."
     for callback, attributes in matched_states(
@@ -219,7 +219,7 @@ def load_callbacks(trainer) -> None:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = 0
 
-
+# %% ../../nbs/training/12_checkpoints.ipynb #6fc672cc
 def announce_another_end(trainer, steps: int) -> None:
     "Warn if the checkpoint's run was to end after another number of `steps`."
     state, kind = trainer.state, trainer.args.lr_scheduler_type
@@ -234,7 +234,7 @@ def announce_another_end(trainer, steps: int) -> None:
         f"checkpoint's was to end at {steps}" + ("" if kind.startswith("constant") else schedule)
     )
 
-# %% ../../nbs/training/12_checkpoints.ipynb #554c2811
+# %% ../../nbs/training/12_checkpoints.ipynb #1b9618c5
 def own_state(trainer) -> dict | None:
     "What the checkpoint says of this process; None, and a warning, if there were fewer."
     states, rank = trainer.resumed.training["processes"], trainer.args.process_index
@@ -245,7 +245,7 @@ def own_state(trainer) -> dict | None:
         "start anew"
     )
 
-
+# %% ../../nbs/training/12_checkpoints.ipynb #def34b4c
 def load_checkpoint(trainer) -> None:
     """Take up optimizer, schedule, scaler, sums and history; the weights have been restored. The
     generators of this process wait until the loader has begun, see `resume_generators`.
@@ -273,14 +273,14 @@ def load_checkpoint(trainer) -> None:
     trainer.meter.sums, trainer.meter.counts = to_device["sums"], to_device["counts"]
     trainer.generators = mine["rng"]
 
-
+# %% ../../nbs/training/12_checkpoints.ipynb #1c0d6a2e
 def resume_generators(trainer) -> None:
     "Put back the generators of the checkpoint, once."
     if trainer.generators:
         set_rng_state(trainer.generators)
         trainer.generators = None
 
-
+# %% ../../nbs/training/12_checkpoints.ipynb #d3d7fc23
 def restore_weights(trainer, source: CheckpointReport | str) -> None:
     "Put the weights of a checkpoint into the model."
     restore(trainer.model, source, trainer.base)

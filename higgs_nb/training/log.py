@@ -27,9 +27,10 @@ from .processes import device_module
 
 # %% auto #0
 __all__ = ['named_losses', 'LossMeter', 'log_columns', 'json_line', 'csv_row', 'LogFileCallback', 'check_trackers', 'tracked',
-           'TrackerCallback', 'ProgressCallback', 'useful_flops', 'matmul_rate', 'peak_memory_mb', 'SpeedCallback']
+           'TrackerCallback', 'ProgressCallback', 'useful_flops', 'matmul_rate', 'peak_memory_mb', 'SpeedCallback',
+           'speed_metrics']
 
-# %% ../../nbs/training/08_log.ipynb #d0f4ef56
+# %% ../../nbs/training/08_log.ipynb #388a1f3a
 def named_losses(means: list[float | None], prefix: str = "") -> dict[str, float]:
     "Names for the mean of the text loss and of each codebook's; what is None is left out."
     text, *codebooks = means
@@ -39,7 +40,7 @@ def named_losses(means: list[float | None], prefix: str = "") -> dict[str, float
     named |= {f"codebook_{k}": mean for k, mean in enumerate(codebooks)}
     return {prefix + name: mean for name, mean in named.items() if mean is not None}
 
-
+# %% ../../nbs/training/08_log.ipynb #d5df5e53
 class LossMeter:
     "Running sums of the text loss and of each codebook's, with their counts, kept on the device."
 
@@ -59,7 +60,7 @@ class LossMeter:
         sums, counts = (reduce(x).tolist() for x in exact)  # MPS has no float64
         return named_losses([s / n if n else None for s, n in zip(sums, counts)], prefix)
 
-# %% ../../nbs/training/08_log.ipynb #041ca311
+# %% ../../nbs/training/08_log.ipynb #21f3581a
 def log_columns(codebooks: int) -> list[str]:
     "The columns of `log.csv`, the same for every run of models with as many codebooks."
     losses = ["loss", "text_loss", "audio_loss", *(f"codebook_{k}" for k in range(codebooks))]
@@ -76,7 +77,7 @@ def log_columns(codebooks: int) -> list[str]:
         "memory_mb",
     ]
 
-
+# %% ../../nbs/training/08_log.ipynb #16f5fb90
 def json_line(entry: dict) -> str:
     "An entry as JSON, the step first."
     return json.dumps({"step": entry["step"], **entry}) + "\n"
@@ -123,7 +124,7 @@ class LogFileCallback(Callback):
             with open(Path(trainer.args.output_dir) / f"log.{suffix}", "a", encoding="utf-8") as f:
                 f.write(text)
 
-# %% ../../nbs/training/08_log.ipynb #eed7ba7a
+# %% ../../nbs/training/08_log.ipynb #2f01e215
 def check_trackers(names: list[str]) -> None:
     "`RuntimeError` names a tracker of `report_to` whose package is not installed."
     for name in names:
@@ -131,7 +132,7 @@ def check_trackers(names: list[str]) -> None:
         if not any(map(find_spec, packages)):
             raise RuntimeError(f"report_to={name!r}: pip install {packages[0]}, or leave it out")
 
-
+# %% ../../nbs/training/08_log.ipynb #e38da71f
 def tracked(logs: dict) -> dict:
     "A log entry as trackers show it, held-out values apart from those of training."
     plain = {name: value for name, value in logs.items() if isinstance(value, (int, float, str))}
@@ -281,3 +282,12 @@ class SpeedCallback(Callback):
             measured["share_of_peak"] = self.flops / seconds / self.peak
         self.reset()
         return measured
+
+# %% ../../nbs/training/08_log.ipynb #730b2206
+def speed_metrics(prefix: str, seconds: float, samples: float, steps: int) -> dict[str, float]:
+    "How long something took, as log entries name it."
+    return {
+        f"{prefix}_runtime": round(seconds, 4),
+        f"{prefix}_samples_per_second": round(samples / seconds, 3),
+        f"{prefix}_steps_per_second": round(steps / seconds, 3),
+    }

@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         dict(params=[p for n, p in trained if n not in decayed], weight_decay=0.0),
     ]
 
-# %% ../../nbs/training/10_optimizer.ipynb #0b4f3871
+# %% ../../nbs/training/10_optimizer.ipynb #0576bb3b
 class OptimizerSettings:
     "Arguments as transformers reads them for an optimizer."
 
@@ -41,7 +41,7 @@ class OptimizerSettings:
         several = args.world_size > 1
         self.parallel_mode = ParallelMode.DISTRIBUTED if several else ParallelMode.NOT_PARALLEL
 
-
+# %% ../../nbs/training/10_optimizer.ipynb #2de92b8b
 def keep_embeddings_precise(model: nn.Module) -> None:
     "Let bitsandbytes keep the moments of embeddings in 32 bits; in 8 they do not converge."
     from bitsandbytes.optim import GlobalOptimManager
@@ -51,7 +51,7 @@ def keep_embeddings_precise(model: nn.Module) -> None:
             manager = GlobalOptimManager.get_instance()
             manager.register_module_override(module, "weight", {"optim_bits": 32})
 
-
+# %% ../../nbs/training/10_optimizer.ipynb #3a75be0e
 def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     "The optimizer that `args.optim` names, for the parameters that require a gradient."
     kind, options = Trainer.get_optimizer_cls_and_kwargs(OptimizerSettings(args), model)
@@ -73,12 +73,12 @@ def make_schedule(optimizer: torch.optim.Optimizer, args, steps: int) -> LRSched
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
 
-# %% ../../nbs/training/10_optimizer.ipynb #e7bb69f9
+# %% ../../nbs/training/10_optimizer.ipynb #1c19f66b
 def follows_evaluation(schedule: LRScheduler) -> bool:
     "Whether a schedule is stepped by evaluations, and not by steps."
     return isinstance(schedule, ReduceLROnPlateau) or type(schedule).__name__ == "GreedyLR"
 
-
+# %% ../../nbs/training/10_optimizer.ipynb #0d577fad
 def follow_evaluation(schedule: LRScheduler, value: float | None) -> None:
     "Let a schedule that waits for evaluations see one; `ValueError` if there is no value."
     if not follows_evaluation(schedule):
@@ -87,7 +87,7 @@ def follow_evaluation(schedule: LRScheduler, value: float | None) -> None:
         raise ValueError("the schedule follows metric_for_best_model, which was not measured")
     schedule.step(value)
 
-
+# %% ../../nbs/training/10_optimizer.ipynb #83cc3158
 def current_rate(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> float:
     "The learning rate of the first group of parameters."
     if follows_evaluation(schedule):

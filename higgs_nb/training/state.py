@@ -103,13 +103,13 @@ def set_rng_state(state: dict) -> None:
     if device and state["device"] is not None:
         device.set_rng_state(state["device"])
 
-# %% ../../nbs/training/03_state.ipynb #f7fbd475
+# %% ../../nbs/training/03_state.ipynb #0d323a8e
 def optimized_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     "Names of the parameters of an optimizer, in its order."
     named = {id(p): name for name, p in model.named_parameters()}
     return [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
-
+# %% ../../nbs/training/03_state.ipynb #39c3524a
 def renamed_state(state: dict, names) -> dict:
     "An optimizer's state in which each parameter `key` is called `names[key]`."
     groups = [

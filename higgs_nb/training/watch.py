@@ -24,11 +24,11 @@ __all__ = ['logger', 'IMPLAUSIBLE', 'NOT_FINITE_REMEDY', 'NotLearningSpeech', 'r
            'NotFinite', 'check_losses', 'check_weights', 'training_losses', 'held_out_sums', 'weighted_loss',
            'held_out_losses']
 
-# %% ../../nbs/training/09_watch.ipynb #091f8289
+# %% ../../nbs/training/09_watch.ipynb #33cac956
 class NotLearningSpeech(RuntimeError):
     "The labels of a run are wrong: it copies, or it knows the answers."
 
-
+# %% ../../nbs/training/09_watch.ipynb #6418f0aa
 def report_problem(trainer, message: str) -> None:
     "Stop the run with `NotLearningSpeech`, or warn, as `args.probe` says."
     where = f"step {trainer.state.global_step}: {message}"
@@ -66,7 +66,7 @@ def run_probe(trainer, batch: dict[str, Tensor], prefix: str = "eval") -> dict[s
         report_problem(trainer, str(probe))
     return {f"{prefix}_probe_{offset:+d}": loss for offset, loss in probe.losses.items()}
 
-# %% ../../nbs/training/09_watch.ipynb #94fc966f
+# %% ../../nbs/training/09_watch.ipynb #72d9f004
 class NotFinite(RuntimeError):
     "A loss, a gradient or a trained weight is not a finite number: this run cannot recover."
 
@@ -76,7 +76,7 @@ NOT_FINITE_REMEDY = (
     "with a lower learning_rate, a max_grad_norm, or bf16 in place of fp16."
 )
 
-
+# %% ../../nbs/training/09_watch.ipynb #65015d51
 def check_losses(trainer, losses: dict[str, float], norm: float | None, data: str) -> None:
     """`NotFinite` names the parts of the loss that are not finite; they are the same in every
     process. `norm`: of the gradient.
@@ -137,7 +137,7 @@ def held_out_sums(trainer, loader) -> tuple[LossMeter, dict[str, Tensor]]:
     set_rng_state(generators)
     return meter, first
 
-# %% ../../nbs/training/09_watch.ipynb #740f15e5
+# %% ../../nbs/training/09_watch.ipynb #66a9c38b
 def weighted_loss(trainer, losses: dict[str, float], prefix: str) -> float:
     "The sum of the losses by the weights of the arguments; a part without labels counts 0."
     args = trainer.args
@@ -147,7 +147,7 @@ def weighted_loss(trainer, losses: dict[str, float], prefix: str) -> float:
     text = losses.get(f"{prefix}_text_loss", 0.0)
     return args.text_loss_weight * text + args.audio_loss_weight * audio
 
-
+# %% ../../nbs/training/09_watch.ipynb #bca500dc
 def held_out_losses(trainer, loader, prefix: str) -> dict[str, float]:
     "The losses over a whole dataset, and the offset probe on its first batch."
     meter, first = held_out_sums(trainer, loader)

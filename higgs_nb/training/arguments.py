@@ -99,7 +99,9 @@ REFUSED |= {
     "label_names": "the labels of a packed batch have names of their own: leave it out",
     "local_rank": "the launcher says it in the environment, see higgs_launch",
     "logging_nan_inf_filter": "a loss that is not a number must be seen: leave it out",
-    "neftune_noise_alpha": "not supported, embeddings of packed rows have no batch; see code_noise",
+    "neftune_noise_alpha": (
+        "its noise depends on the length of a sample, and a packed row holds many; see code_noise"
+    ),
     "remove_unused_columns": "batches are made by our collator: leave it out",
     "restore_callback_states_from_checkpoint": "callbacks are always restored: leave it out",
     "resume_from_checkpoint": "give it to the trainer, train(resume=...)",

@@ -66,12 +66,12 @@ class CollateOrBlank:
             audio_labels=torch.full_like(sample.audio_labels, IGNORE),
         )
 
-# %% ../../nbs/training/06_batches.ipynb #91a55b8d
+# %% ../../nbs/training/06_batches.ipynb #2acc75c9
 def make_collator(dataset) -> PackedCollator:
     "Makes packed batches of samples of a `SampleDataset`."
     return PackedCollator(dataset.tokens, dataset.extractor)
 
-
+# %% ../../nbs/training/06_batches.ipynb #78ad0e78
 def make_loader(
     dataset,  # a `SampleDataset`
     collate,  # a `PackedCollator`
@@ -91,13 +91,13 @@ def make_loader(
         persistent_workers=args.dataloader_persistent_workers,
     )
 
-# %% ../../nbs/training/06_batches.ipynb #3a9e7834
+# %% ../../nbs/training/06_batches.ipynb #74a0d39e
 def hears_something(dataset) -> bool:
     "Whether a prompt of the dataset has a recording."
     messages = (m for c in dataset.conversations for m in c.messages if m.role != "assistant")
     return any(isinstance(part, Audio) for message in messages for part in message.content)
 
-
+# %% ../../nbs/training/06_batches.ipynb #71fc1311
 def check_hearing(
     model,  # without adapter
     dataset,  # a `SampleDataset`

@@ -45,7 +45,7 @@ def recordings(dataset, conversation: Conversation) -> Iterator[bytes]:
         if isinstance(part, Audio):
             yield Path(part.path).read_bytes() if part.raw is None else part.raw
 
-# %% ../../nbs/training/04_identity.ipynb #5f28656b
+# %% ../../nbs/training/04_identity.ipynb #bd0e7ede
 def tensor_bytes(sample) -> Iterator[bytes]:
     "Inputs, labels and waveforms of a sample."
     for tensor in (sample.input_ids, sample.labels, sample.audio_ids, sample.audio_labels):
@@ -53,7 +53,7 @@ def tensor_bytes(sample) -> Iterator[bytes]:
     for wave in sample.waveforms:
         yield wave.tobytes()
 
-
+# %% ../../nbs/training/04_identity.ipynb #02477e7b
 def listening_settings(dataset) -> dict:
     "How a dataset's recordings are heard, where that differs from the default."
     settings = {} if dataset.audio_in_codes else dict(audio_in_codes=False)
@@ -105,7 +105,7 @@ def describe_trained(model: PeftModel | nn.Module) -> dict:
             settings[key] = value
     return dict(settings=json.loads(json.dumps(settings, default=str)), parameters=trained)
 
-# %% ../../nbs/training/04_identity.ipynb #4790e5b5
+# %% ../../nbs/training/04_identity.ipynb #0c0f68db
 SETTINGS = (
     "token_budget",
     "gradient_accumulation_steps",
@@ -130,7 +130,7 @@ SETTINGS = (
     "max_grad_norm",
 )
 
-
+# %% ../../nbs/training/04_identity.ipynb #89e24374
 def describe_run(
     model: PeftModel | nn.Module,
     args,  # a `HiggsTrainingArguments`

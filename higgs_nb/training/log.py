@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -21,14 +20,17 @@ import torch
 from tqdm.auto import tqdm
 from transformers import HiggsAudioV2Config
 
+from ..core.system import unix_module
 from .callbacks import SPOKEN, Callback
 from .probe import OFFSETS
 from .processes import device_module
 
+resource = unix_module("resource")
+
 # %% auto #0
-__all__ = ['named_losses', 'LossMeter', 'log_columns', 'json_line', 'csv_row', 'LogFileCallback', 'check_trackers', 'tracked',
-           'TrackerCallback', 'ProgressCallback', 'useful_flops', 'matmul_rate', 'peak_memory_mb', 'SpeedCallback',
-           'speed_metrics']
+__all__ = ['resource', 'named_losses', 'LossMeter', 'log_columns', 'json_line', 'csv_row', 'LogFileCallback', 'check_trackers',
+           'tracked', 'TrackerCallback', 'ProgressCallback', 'useful_flops', 'matmul_rate', 'peak_memory_mb',
+           'SpeedCallback', 'speed_metrics']
 
 # %% ../../nbs/training/08_log.ipynb #388a1f3a
 def named_losses(means: list[float | None], prefix: str = "") -> dict[str, float]:

@@ -44,7 +44,7 @@ def probe_index(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     codes[positions] = batch["audio_input_ids"][real]
     return frames, targets, codes[frames - 1] == targets
 
-# %% ../../nbs/training/01_probe.ipynb #8d15dbe1
+# %% ../../nbs/training/01_probe.ipynb #8d6c029f
 def copy_floor(
     repeats: Tensor,  # (n, codebooks) bool, which labels repeat the frame before
     targets: Tensor,  # (n, codebooks), -100 = not supervised
@@ -52,14 +52,34 @@ def copy_floor(
     """The lowest loss at offset 0, mean over codebooks, of a model that expects repetition as
     often as it occurs; nats.
     """
-    count, labels = (
-        repeats.sum(0).cpu().double(),
-        (targets != IGNORE).sum(0).cpu(),
-    )  # MPS has no float64
+    count = repeats.sum(0).cpu().double()  # MPS has no float64
+    labels = (targets != IGNORE).sum(0).cpu()
     rate = (count + 3 * (count + 1).sqrt() + 3) / labels.clamp(min=1)
     return rate.clamp(max=1).log().mean().neg().item() + 0.0
 
+# %% ../../nbs/training/01_probe.ipynb #059f638b
+EXPLAIN = {
+    "masked": (
+        "all masked: no audio label is supervised, so the audio loss is zero and nothing is learned"
+    ),
+    "not finite": (
+        "not finite: the model's outputs are NaN or infinite, so that nothing can be said "
+        "of its labels"
+    ),
+    "untrained": "untrained: at no offset better than chance",
+    "frequencies": "frequencies: the model knows which codes are common, not yet which comes next",
+    "copying": (
+        "copying: the model expects the frame it is given once more, far oftener than "
+        "frames repeat; the labels are not shifted"
+    ),
+    "misaligned": (
+        "misaligned: the model is best at a frame that is neither its input nor the next "
+        "one; check the delay pattern and the shift of the labels"
+    ),
+    "learning": "learning: the model predicts the next frame better than those around it",
+}
 
+# %% ../../nbs/training/01_probe.ipynb #9b230645
 @dataclass
 class OffsetProbe:
     "The audio loss of the same logits against labels at each offset, and what it says."
@@ -98,28 +118,6 @@ class OffsetProbe:
             f"copying below {self.copy_floor:.2f} at +0; {self.cells} labels)"
         )
 
-
-EXPLAIN = {
-    "masked": (
-        "all masked: no audio label is supervised, so the audio loss is zero and nothing is learned"
-    ),
-    "not finite": (
-        "not finite: the model's outputs are NaN or infinite, so that nothing can be said "
-        "of its labels"
-    ),
-    "untrained": "untrained: at no offset better than chance",
-    "frequencies": "frequencies: the model knows which codes are common, not yet which comes next",
-    "copying": (
-        "copying: the model expects the frame it is given once more, far oftener than "
-        "frames repeat; the labels are not shifted"
-    ),
-    "misaligned": (
-        "misaligned: the model is best at a frame that is neither its input nor the next "
-        "one; check the delay pattern and the shift of the labels"
-    ),
-    "learning": "learning: the model predicts the next frame better than those around it",
-}
-
 # %% ../../nbs/training/01_probe.ipynb #681ff24c
 @torch.no_grad()
 def offset_probe(
@@ -142,7 +140,7 @@ def offset_probe(
         for o in OFFSETS
     }
     return OffsetProbe(
-        {o: sum(l) / len(l) for o, l in by_codebook.items()},
+        {o: sum(losses) / len(losses) for o, losses in by_codebook.items()},
         by_codebook,
         int(counts.sum()),
         math.log(base.config.codebook_size),

@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'BASE_OF_RUN', 'TRAINER_STATE', 'checkpoint_to_resume', 'set_aside', 'way_out', 'check_place',
-           'check_same_run', 'same_kind', 'check_callback_state', 'callback_states', 'matched_states', 'read_run_state',
-           'Resumed', 'open_checkpoint']
+           'compared_of_base', 'check_same_run', 'same_kind', 'check_callback_state', 'callback_states',
+           'matched_states', 'read_run_state', 'Resumed', 'open_checkpoint']
 
-# %% ../../nbs/training/11_resume.ipynb #26afd531
+# %% ../../nbs/training/11_resume.ipynb #40c8d03c
 def checkpoint_to_resume(run_dir: Path | str, resume: str | Path) -> CheckpointReport | None:
     """The checkpoint that `resume` names; `CheckpointError` if it is not whole. For 'auto' the
     newest whole one of `run_dir`, or None: broken ones that are newer are named, and moved
@@ -49,7 +49,7 @@ def checkpoint_to_resume(run_dir: Path | str, resume: str | Path) -> CheckpointR
     logger.warning(f"resuming from {report.path}" if report else start)
     return report
 
-
+# %% ../../nbs/training/11_resume.ipynb #7af09763
 def set_aside(broken: CheckpointReport) -> None:
     "Name a broken checkpoint and move it out of the way; a hidden one stays where it is."
     what = "training not resumed: a broken checkpoint cannot be moved aside"
@@ -57,7 +57,7 @@ def set_aside(broken: CheckpointReport) -> None:
         moved = None if broken.path.name.startswith(".") else move_aside(broken)
     logger.warning(f"passed over: {broken}" + (f"\n  moved to {moved}" if moved else ""))
 
-# %% ../../nbs/training/11_resume.ipynb #71264804
+# %% ../../nbs/training/11_resume.ipynb #f2f177d0
 def way_out(others: list[CheckpointReport]) -> str:
     "What can be done about the checkpoints of another run."
     if any(validate_checkpoint(other.path).whole for other in others):
@@ -69,7 +69,7 @@ def way_out(others: list[CheckpointReport]) -> str:
         )
     return f"{resumable}to begin anew choose another output_dir, or move these away"
 
-
+# %% ../../nbs/training/11_resume.ipynb #86b02a67
 def check_place(output_dir: Path | str, source: CheckpointReport | None) -> None:
     """`CheckpointError` if the output directory holds checkpoints of another run, or newer ones
     than `source`, which is resumed.
@@ -87,7 +87,15 @@ def check_place(output_dir: Path | str, source: CheckpointReport | None) -> None
     )
 
 # %% ../../nbs/training/11_resume.ipynb #42aefc14
-BASE_OF_RUN = ("config", "weights_fingerprint")
+BASE_OF_RUN = ("config", "weights_fingerprint", "tokenizer_fingerprint")
+
+
+def compared_of_base(report: CheckpointReport) -> tuple[str, ...]:
+    "What is compared of the base; a warning if the checkpoint does not name its tokenizer."
+    if report.manifest.meta["base"].get("tokenizer_fingerprint"):
+        return BASE_OF_RUN
+    logger.warning(f"{report.path} does not say which tokenizer it was trained with")
+    return BASE_OF_RUN[:2]
 
 
 def check_same_run(
@@ -99,9 +107,9 @@ def check_same_run(
     """The checkpoint, for the base that is there; `CheckpointError` names what differs if it is
     that of another run, unless `force`.
     """
-    meta = report.manifest.meta
+    meta, compared = report.manifest.meta, compared_of_base(report)
     then, now = (
-        {**described, "model": {key: of.get(key) for key in BASE_OF_RUN}}
+        {**described, "model": {key: of.get(key) for key in compared}}
         for described, of in ((meta.get("run", {}), meta["base"]), (run, base))
     )
     different = differences(then, now)
@@ -112,13 +120,13 @@ def check_same_run(
         raise CheckpointError(
             f"training not resumed: the checkpoint belongs to {which}",
             report.path,
-            remedy="start as that run was started, pass resume_force=True, or begin anew in "
-            "another output directory",
+            remedy="start as that run was started, with its tokenizer and its settings, pass "
+            "resume_force=True, or begin anew in another output directory",
         )
     logger.warning(f"resuming from {report.path}, although it belongs to {which}")
     return replace(report, manifest=Manifest(report.manifest.files, {**meta, "base": base}))
 
-# %% ../../nbs/training/11_resume.ipynb #1032e9e6
+# %% ../../nbs/training/11_resume.ipynb #f44e08b7
 def same_kind(a, b) -> bool:
     """Whether two plain values are of one type; whole numbers and others are of one, truth values
     are not numbers.
@@ -126,7 +134,7 @@ def same_kind(a, b) -> bool:
     number = (int, float)
     return type(a) in number and type(b) in number or type(a) is type(b)
 
-
+# %% ../../nbs/training/11_resume.ipynb #ba3cfdbf
 def check_callback_state(callback: Callback, attributes: dict) -> None:
     """`ValueError` if a state names an attribute that the callback does not save, or has a value
     of another type.
@@ -141,7 +149,7 @@ def check_callback_state(callback: Callback, attributes: dict) -> None:
                 f"{kind}.{name} is {value!r}, and has to be of the type {type(own).__name__}"
             )
 
-# %% ../../nbs/training/11_resume.ipynb #cb196bfd
+# %% ../../nbs/training/11_resume.ipynb #9a4d5caf
 def callback_states(callbacks: list[Callback]) -> dict:
     "What the callbacks save, by class."
     states = {}
@@ -151,7 +159,7 @@ def callback_states(callbacks: list[Callback]) -> dict:
             states.setdefault(type(callback).__name__, []).append(dict(attributes=saved))
     return {kind: of[0] if len(of) == 1 else of for kind, of in states.items()}
 
-
+# %% ../../nbs/training/11_resume.ipynb #9d1022f8
 def matched_states(callbacks: list[Callback], states: dict) -> list[tuple[Callback, dict]]:
     "Each callback with what was saved of it."
     pairs = []

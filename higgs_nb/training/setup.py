@@ -27,7 +27,7 @@ from higgs_nb.checkpoint.adapter import (
 from ..checkpoint.saving import explained, make_dirs
 from ..data.audit import audit
 from ..model.lora import freeze_silent, only_lora
-from ..model.model import LossWeights
+from ..model.model import LossWeights, check_tokenizer, tokenizer_fingerprint
 from ..model.shard import is_sharded, shard_base
 from .arguments import DIVIDED, HiggsTrainingArguments
 from .batches import check_hearing
@@ -67,7 +67,10 @@ def check_model(model: PeftModel | nn.Module, args: HiggsTrainingArguments) -> N
 
 # %% ../../nbs/training/13_setup.ipynb #1368506a
 def check_datasets(model, train_dataset, eval_dataset) -> None:
-    "`ValueError` if the data are several held-out sets, or are not what the model hears."
+    """`ValueError` if the data are several held-out sets, are not what the model hears, or have
+    another tokenizer than the one the model was trained with.
+    """
+    check_tokenizer(base_of(model), train_dataset.tokenizer)
     if isinstance(eval_dataset, (dict, list, tuple)):
         raise ValueError(
             f"eval_dataset is a {type(eval_dataset).__name__}: one SampleDataset is evaluated "
@@ -98,7 +101,9 @@ def divide_base(trainer) -> None:
         return
     if isinstance(model, PeftModel):
         origin = {key: trainer.base.get(key) for key in ("id", "revision")}
-        trainer.base, trainer.fresh = describe_base(model, **origin), empty_base(model)
+        tokenizer = trainer.train_dataset.tokenizer
+        trainer.base = describe_base(model, **origin, tokenizer=tokenizer)
+        trainer.fresh = empty_base(model)
     shard_base(model, args.device)
 
 # %% ../../nbs/training/13_setup.ipynb #db017189
@@ -189,6 +194,7 @@ def set_up(trainer) -> None:
     args, model = trainer.args, trainer.model
     check_trackers(args.report_to)
     set_loss_weights(model, args)
+    base_of(model).trained_tokenizer = tokenizer_fingerprint(trainer.train_dataset.tokenizer)
     if trainer.is_first_process:
         what = "this run could not save: its directory could not be made"
         with explained(what, Path(args.output_dir)):
@@ -214,9 +220,13 @@ def checkpoint_bytes(model: nn.Module) -> int:
 def describe_own_base(trainer) -> dict:
     "What a checkpoint says of the base; that of a divided one was taken while it was whole."
     origin = {key: trainer.base.get(key) for key in ("id", "revision")}
+    tokenizer = trainer.train_dataset.tokenizer
     if not isinstance(trainer.model, PeftModel):
-        return dict(origin, config=stable_config(trainer.model))
-    return trainer.base if is_sharded(trainer.model) else describe_base(trainer.model, **origin)
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        return dict(origin, config=stable_config(trainer.model), tokenizer_fingerprint=fingerprint)
+    if is_sharded(trainer.model):
+        return trainer.base
+    return describe_base(trainer.model, **origin, tokenizer=tokenizer)
 
 # %% ../../nbs/training/13_setup.ipynb #846fcb49
 def check_run(trainer) -> None:

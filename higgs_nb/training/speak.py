@@ -22,12 +22,12 @@ from .callbacks import Callback
 # %% auto #0
 __all__ = ['step_folder', 'SpeechCallback', 'ScoreCallback']
 
-# %% ../../nbs/training/15_speak.ipynb #d5ccd8c7
+# %% ../../nbs/training/15_speak.ipynb #0f661851
 def step_folder(folder: Path, step: int) -> Path:
     "Where the clips of a step are."
     return folder / f"step-{step:06d}"
 
-
+# %% ../../nbs/training/15_speak.ipynb #f1186fdb
 class SpeechCallback(Callback):
     """Speaks `prompts` before, after and every `every` steps of training; the wav files and
     `clips.json` of each time are in `folder`/step-000000, see `save_clips`.

@@ -5,50 +5,50 @@ and loses nothing.
 import ast
 import contextlib
 import json
+import nbformat
 import os
+import pytest
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-import nbformat
-import pytest
 import yaml
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from nbformat.v4 import new_code_cell, new_notebook
-from papermill.translators import PythonTranslator
-
 from higgs_nb.cli import run as runs
-from higgs_nb.cli.run import (
-    CHOICES,
-    HELD,
-    PATHS,
-    RANGES,
-    SEVERAL_PATHS,
-    WORDS,
-    check_choice,
-    check_parameters,
-    claim,
-    goes_on,
-    in_range,
-    is_done,
-    load_yaml,
-    occupied,
-    parameters_of,
-    range_of,
-    read_parameters,
-    reading,
-    run_notebooks,
-    surroundings,
-)
-from higgs_nb.cli.run import (
-    main as higgs_run,
-)
+from higgs_nb.cli.run import CHOICES
+from higgs_nb.cli.run import HELD
+from higgs_nb.cli.run import PATHS
+from higgs_nb.cli.run import RANGES
+from higgs_nb.cli.run import SEVERAL_PATHS
+from higgs_nb.cli.run import WORDS
+from higgs_nb.cli.run import check_choice
+from higgs_nb.cli.run import check_parameters
+from higgs_nb.cli.run import claim
+from higgs_nb.cli.run import goes_on
+from higgs_nb.cli.run import in_range
+from higgs_nb.cli.run import is_done
+from higgs_nb.cli.run import load_yaml
+from higgs_nb.cli.run import main as higgs_run
+from higgs_nb.cli.run import occupied
+from higgs_nb.cli.run import parameters_of
+from higgs_nb.cli.run import range_of
+from higgs_nb.cli.run import read_parameters
+from higgs_nb.cli.run import reading
+from higgs_nb.cli.run import run_notebooks
+from higgs_nb.cli.run import surroundings
 from higgs_nb.cli.sweep import main as higgs_sweep
 from higgs_nb.cli.sweep import read_sweep
+from hypothesis import example
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+from nbformat.v4 import new_code_cell
+from nbformat.v4 import new_notebook
+from papermill.translators import PythonTranslator
+from pathlib import Path
+
+
+
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 HOSTILE = '"]; open("TRACE", "w") #'
@@ -455,6 +455,16 @@ def test_the_kernel_of_a_killed_run_keeps_its_directory(tmp_path, notebook, begi
     finally:
         os.kill(kernel, signal.SIGKILL)
     os.close(claim(out))
+
+
+def test_a_directory_is_held_before_its_kernel_starts(tmp_path, monkeypatch):
+    "And let go at the end."
+    out, held = tmp_path / "out", []
+    monkeypatch.setattr(
+        runs, "execute", lambda *given: held.append((occupied(out), runs.is_same(given[-1], out)))
+    )
+    assert higgs_run(["train", "--out", str(out)]) == 0
+    assert held == [(True, True)] and not occupied(out)
 
 
 def test_what_is_read_is_not_replaced(tmp_path, capsys, monkeypatch):

@@ -23,7 +23,6 @@ from higgs_nb.checkpoint.manifest import (
     latest_checkpoint,
     list_checkpoints,
     main,
-    sha256,
     validate_checkpoint,
     writer_of,
 )
@@ -35,6 +34,7 @@ from higgs_nb.checkpoint.saving import (
     same_bits,
     staging_directory,
 )
+from higgs_nb.core.files import file_sha256
 
 STEPS = ("write", "fsync", "rename")
 
@@ -355,7 +355,7 @@ def forge(path, **files):
     for name, data in named.items():
         (path / name).write_bytes(data)
     entry = lambda n: (
-        dict(size=(path / n).stat().st_size, sha256=sha256(path / n))
+        dict(size=(path / n).stat().st_size, sha256=file_sha256(path / n))
         | (dict(tensors={}) if n.endswith(".safetensors") else {})
     )
     (path / MANIFEST).write_text(Manifest({n: entry(n) for n in named}, {}).dumps())

@@ -10,7 +10,7 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higgs_nb.speech import evaluate
+from higgs_nb.core.files import file_sha256
 from higgs_nb.speech.evaluate import (
     WHISPER_FILES,
     cached_files,
@@ -113,5 +113,5 @@ def test_the_installed_packages_are_those_that_were_tested(tmp_path):
     (folder / "model.bin").write_bytes(b"")
     (folder / "tokenizer.json").write_bytes(b"{}")
     whisper_folder(tmp_path)
-    assert {f.name: evaluate.sha256_of(f) for f in folder.iterdir()} == WHISPER_FILES
+    assert {f.name: file_sha256(f) for f in folder.iterdir()} == WHISPER_FILES
     assert judges.transcribe and judges.embed

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
+from ..core.files import file_sha256
 from ..core.messages import cut_list, in_html, shown
 from ..core.system import unix_module
 
@@ -29,7 +30,7 @@ fcntl = unix_module("fcntl")
 # %% auto #0
 __all__ = ['fcntl', 'MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILE', 'MAX_FILES', 'MAX_HEADER', 'MAX_JSON', 'MACHINE',
            'HIDDEN', 'NO_LOCKS', 'PICKLE', 'BYSTANDERS', 'WRONG_PLACE', 'DEPTH', 'EXPORT_CARD', 'RUN_FILES', 'Manifest',
-           'inside', 'Fault', 'scan', 'sha256', 'is_pickle', 'holds_pickle', 'tensor_table', 'hidden_name', 'writer_of',
+           'inside', 'Fault', 'scan', 'is_pickle', 'holds_pickle', 'tensor_table', 'hidden_name', 'writer_of',
            'CheckpointReport', 'Reports', 'read_json', 'check_file', 'check_unknown', 'check_steps', 'check_adapter',
            'validate_checkpoint', 'reading_fault', 'members', 'list_checkpoints', 'latest_checkpoint',
            'find_checkpoints', 'holds_export', 'is_checkpoint', 'further_in', 'move_aside', 'holds_our_manifest',
@@ -149,12 +150,6 @@ def scan(directory: Path) -> tuple[dict[str, int], list[Fault]]:
     return files, faults
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #e43744ed
-def sha256(path: Path) -> str:
-    "The sha256 of a file, in hexadecimal."
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def is_pickle(name: str, start: bytes) -> bool:
     "By its name, or by how pickles and torch's archives begin."
     if name.endswith(".safetensors"):
@@ -342,7 +337,7 @@ def check_file(path: Path, name: str, entry: dict, size: int | None) -> Fault | 
         return Fault("corrupt", name, "wrong size", f"{entry['size']} bytes", f"{size}")
     if holds_pickle(path):
         return Fault("corrupt", name, PICKLE)
-    if (found := sha256(path)) != entry["sha256"]:
+    if (found := file_sha256(path)) != entry["sha256"]:
         return Fault(
             "corrupt",
             name,

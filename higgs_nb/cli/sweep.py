@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import itertools
 import json
@@ -43,7 +42,7 @@ from higgs_nb.cli.run import (
     tell,
 )
 from ..core.files import write_json, write_whole
-from ..core.messages import shown
+from ..core.messages import did_you_mean, shown
 
 # %% auto #0
 __all__ = ['KEYS', 'MAX_RUNS', 'HIGGS_RUN', 'SLURM', 'HIGGS_SWEEP', 'SweepRun', 'name_of', 'sweep_parts', 'read_sweep', 'conduct',
@@ -95,12 +94,8 @@ def sweep_parts(path: Path) -> dict:  # of the YAML file
         raise ValueError(f"{path} names no run: write `run: train`, and `grid:` or `runs:`")
     wrong = []
     for key in said.keys() - set(KEYS):
-        near = difflib.get_close_matches(key, KEYS, n=1)
-        wrong.append(
-            f"{path} says {key!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-            + f" It may say {', '.join(KEYS)}."
-        )
+        asked = did_you_mean(key, KEYS, cutoff=0.6)
+        wrong.append(f"{path} says {key!r}{asked}. It may say {', '.join(KEYS)}.")
     empty = dict(parameters={}, grid={}, runs=[{}], out=f"sweeps/{path.stem}")
     parts = {**empty, **{k: v for k, v in said.items() if v is not None}}
     for key, kind in dict(run=str, out=str, parameters=dict, grid=dict, runs=list).items():

@@ -260,30 +260,32 @@ END_BELOW_DB = 40.0  # ... at the end of a recording: breath and room noise are 
 PAUSE_BELOW_DB = 45.0  # ... within generated or prepared speech: only true pauses count
 OUTLIER_BELOW_DB = 35.0  # ... when recordings are compared: quiet rooms and noisy ones count alike
 
-# %% ../../nbs/data/05_audio.ipynb #d53e0a7d
+# %% ../../nbs/data/05_audio.ipynb #9d914468
 def loud_frames(
     waveform: np.ndarray,  # (samples,)
     sampling_rate: int,  # Hz
     below_db: float = END_BELOW_DB,  # a frame this far below the loudest is silent
     hop_s: float = 0.01,  # seconds per frame; an incomplete last one is left out
+    centred: bool = True,  # take the mean off first
 ) -> np.ndarray:
     "Which frames (frames,) of a waveform are sound. None are in a silent one."
     hop = round(sampling_rate * hop_s)
     frames = waveform[: len(waveform) // hop * hop].reshape(-1, hop).astype(np.float64)
     if not len(frames):
         return np.zeros(0, bool)
-    power = np.square(frames - frames.mean()).mean(axis=1)
+    power = np.square(frames - frames.mean() if centred else frames).mean(axis=1)
     return power > max(power.max() * 10 ** (-below_db / 10), 10 ** (SILENT_DB / 10))
 
-# %% ../../nbs/data/05_audio.ipynb #172d6cc0
+# %% ../../nbs/data/05_audio.ipynb #a537ab97
 def silent_share(
     waveform: np.ndarray,  # (samples,)
     sampling_rate: int,  # Hz
     below_db: float = PAUSE_BELOW_DB,  # a frame this far below the loudest is silent
+    centred: bool = True,  # take the mean off first
 ) -> float:
     "The share of 20 ms frames that are silent; 1 for a waveform without sound."
-    loud = loud_frames(waveform, sampling_rate, below_db, hop_s=0.02)
-    return 1 - float(loud.mean()) if len(loud) else 1.0
+    loud = loud_frames(waveform, sampling_rate, below_db, 0.02, centred)
+    return float((~loud).mean()) if len(loud) else 1.0
 
 # %% ../../nbs/data/05_audio.ipynb #d65e6720
 def trim_end(

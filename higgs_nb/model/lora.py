@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.utils import logging
 
+from ..core.messages import did_you_mean
 from .fused import HALF, to_float32
 from .layers import HiggsDecoder
 
@@ -196,11 +196,8 @@ def match_table(
 
     def missing(target, names):
         known = {".".join(n.split(".")[-2:]) for n in names} | set(names)
-        near = difflib.get_close_matches(target, known, n=3, cutoff=0.5)
-        return ValueError(
-            f"{target!r} matches nothing in {type(model).__name__}"
-            + (f"; did you mean {', '.join(near)}?" if near else "")
-        )
+        asked = did_you_mean(target, known, count=3, cutoff=0.5)
+        return ValueError(f"{target!r} matches nothing in {type(model).__name__}{asked}")
 
     table = MatchTable()
     for target in sorted(

@@ -4,65 +4,58 @@ names, and adapters made to do harm.
 
 import builtins
 import errno
-import higgs_nb.checkpoint.adapter as checkpoint
 import io
 import json
 import os
-import pytest
 import shutil
 import subprocess
 import sys
-import torch
 import warnings
 from contextlib import contextmanager
-from higgs_nb.checkpoint.adapter import load_lora_adapters
-from higgs_nb.checkpoint.adapter import read_adapter_config
-from higgs_nb.checkpoint.adapter import restore
-from higgs_nb.checkpoint.adapter import save_lora_adapters
-from higgs_nb.checkpoint.adapter import take_snapshot
-from higgs_nb.checkpoint.manifest import BYSTANDERS
-from higgs_nb.checkpoint.manifest import HIDDEN
-from higgs_nb.checkpoint.manifest import MANIFEST
-from higgs_nb.checkpoint.manifest import Manifest
-from higgs_nb.checkpoint.manifest import find_checkpoints
-from higgs_nb.checkpoint.manifest import hidden_name
-from higgs_nb.checkpoint.manifest import latest_checkpoint
-from higgs_nb.checkpoint.manifest import list_checkpoints
-from higgs_nb.checkpoint.manifest import main
-from higgs_nb.checkpoint.manifest import members
-from higgs_nb.checkpoint.manifest import move_aside
-from higgs_nb.checkpoint.manifest import unsearched
-from higgs_nb.checkpoint.manifest import validate_checkpoint
-from higgs_nb.checkpoint.saving import CheckpointError
-from higgs_nb.checkpoint.saving import load_files
-from higgs_nb.checkpoint.saving import prune_checkpoints
-from higgs_nb.checkpoint.saving import save_checkpoint
-from higgs_nb.cli.export import source_of
-from higgs_nb.cli.export import still_to_export
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_checkpoint import make_adapted, make_base, save
+
+import higgs_nb.checkpoint.adapter as checkpoint
+from higgs_nb.checkpoint.adapter import (
+    load_lora_adapters,
+    read_adapter_config,
+    restore,
+    save_lora_adapters,
+    take_snapshot,
+)
+from higgs_nb.checkpoint.manifest import (
+    BYSTANDERS,
+    HIDDEN,
+    MANIFEST,
+    Manifest,
+    find_checkpoints,
+    hidden_name,
+    latest_checkpoint,
+    list_checkpoints,
+    main,
+    members,
+    move_aside,
+    unsearched,
+    validate_checkpoint,
+)
+from higgs_nb.checkpoint.saving import (
+    CheckpointError,
+    load_files,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from higgs_nb.cli.export import source_of, still_to_export
 from higgs_nb.core.files import file_sha256
 from higgs_nb.core.messages import in_markdown
 from higgs_nb.training.resume import checkpoint_to_resume
-from higgs_nb.training.state import read_state
-from higgs_nb.training.state import state_files
-from hypothesis import HealthCheck
-from hypothesis import example
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from pathlib import Path
-from peft import AdaLoraConfig
-from peft import IA3Config
-from peft import LoHaConfig
-from peft import LoraConfig
-from peft import get_peft_model
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from test_checkpoint import make_adapted
-from test_checkpoint import make_base
-from test_checkpoint import save
-
-
-
+from higgs_nb.training.state import read_state, state_files
 
 SAYS_SOMETHING = {
     errno.ENOENT,

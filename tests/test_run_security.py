@@ -5,50 +5,48 @@ and loses nothing.
 import ast
 import contextlib
 import json
-import nbformat
 import os
-import pytest
 import re
 import signal
 import subprocess
 import sys
 import time
-import yaml
-from higgs_nb.cli import run as runs
-from higgs_nb.cli.run import CHOICES
-from higgs_nb.cli.run import HELD
-from higgs_nb.cli.run import PATHS
-from higgs_nb.cli.run import RANGES
-from higgs_nb.cli.run import SEVERAL_PATHS
-from higgs_nb.cli.run import WORDS
-from higgs_nb.cli.run import check_choice
-from higgs_nb.cli.run import check_parameters
-from higgs_nb.cli.run import claim
-from higgs_nb.cli.run import goes_on
-from higgs_nb.cli.run import in_range
-from higgs_nb.cli.run import is_done
-from higgs_nb.cli.run import load_yaml
-from higgs_nb.cli.run import main as higgs_run
-from higgs_nb.cli.run import occupied
-from higgs_nb.cli.run import parameters_of
-from higgs_nb.cli.run import range_of
-from higgs_nb.cli.run import read_parameters
-from higgs_nb.cli.run import reading
-from higgs_nb.cli.run import run_notebooks
-from higgs_nb.cli.run import surroundings
-from higgs_nb.cli.sweep import main as higgs_sweep
-from higgs_nb.cli.sweep import read_sweep
-from hypothesis import example
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from nbformat.v4 import new_code_cell
-from nbformat.v4 import new_notebook
-from papermill.translators import PythonTranslator
 from pathlib import Path
 
+import nbformat
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from nbformat.v4 import new_code_cell, new_notebook
+from papermill.translators import PythonTranslator
 
-
+from higgs_nb.cli import run as runs
+from higgs_nb.cli.run import (
+    CHOICES,
+    HELD,
+    PATHS,
+    RANGES,
+    SEVERAL_PATHS,
+    WORDS,
+    check_choice,
+    check_parameters,
+    claim,
+    goes_on,
+    in_range,
+    is_done,
+    load_yaml,
+    occupied,
+    parameters_of,
+    range_of,
+    read_parameters,
+    reading,
+    run_notebooks,
+    surroundings,
+)
+from higgs_nb.cli.run import main as higgs_run
+from higgs_nb.cli.sweep import main as higgs_sweep
+from higgs_nb.cli.sweep import read_sweep
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 HOSTILE = '"]; open("TRACE", "w") #'

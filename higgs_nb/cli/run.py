@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import itertools
 import json
 import logging
@@ -37,7 +36,7 @@ from papermill.iorw import papermill_io
 
 from ..checkpoint.manifest import NO_LOCKS, latest_checkpoint
 from ..core.files import check_plain, load_json, write_json, write_whole
-from ..core.messages import shown
+from ..core.messages import did_you_mean, shown
 from ..core.system import unix_module
 
 fcntl = unix_module("fcntl")
@@ -70,11 +69,10 @@ def notebook_of(name: str) -> Path:
         return Path(name)
     if name in run_notebooks():
         return RUNS / f"{name}.ipynb"
-    near = difflib.get_close_matches(name, run_notebooks(), n=1)
+    asked = did_you_mean(name, run_notebooks(), cutoff=0.6)
     raise ValueError(
-        f"no run is called {name!r}"
-        + (f"; did you mean {near[0]!r}?" if near else "")
-        + f" There are {', '.join(run_notebooks())}, and .ipynb files by their path."
+        f"no run is called {name!r}{asked}. "
+        f"There are {', '.join(run_notebooks())}, and .ipynb files by their path."
     )
 
 
@@ -190,12 +188,8 @@ def check_parameters(name: str, given: dict) -> dict:
     known, values, wrong = parameters_of(name), {}, []
     for key, value in given.items():
         if (p := known.get(key)) is None:
-            near = difflib.get_close_matches(key, known, n=1) if isinstance(key, str) else []
-            wrong.append(
-                f"{name} has no parameter {key!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-                + f" It has {', '.join(known)}."
-            )
+            asked = did_you_mean(key, known, cutoff=0.6) if isinstance(key, str) else ""
+            wrong.append(f"{name} has no parameter {key!r}{asked}. It has {', '.join(known)}.")
             continue
         try:
             values[key] = check_value(key, value, p, name)
@@ -233,13 +227,12 @@ def check_choice(
     words = choices or WORDS.get(key, ())
     if value in words:
         return
-    near = difflib.get_close_matches(value.strip().lower(), words, n=1, cutoff=0.7)
-    if choices or near and not os.path.exists(value):
+    asked = did_you_mean(value.strip().lower(), words)
+    if choices or (asked and not os.path.exists(value)):
         raise ValueError(
             f"{name} takes {key} as one of {', '.join(words)}"
             + ("" if choices else ", or a name of another kind")
-            + f" ({help}), and it is {shown(value)[:200]!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + f" ({help}), and it is {shown(value)[:200]!r}{asked}"
         )
 
 # %% ../../nbs/cli/01_run.ipynb #976159e4

@@ -166,7 +166,7 @@ def _check_samples(audio: Audio, samples: np.ndarray, rate: int, container: Cont
         remedy = "export it again from its source"
         raise audio_error(audio, "holds samples that are NaN or infinite", remedy)
 
-# %% ../../nbs/data/05_audio.ipynb #bd8a2e53
+# %% ../../nbs/data/05_audio.ipynb #c551dd37
 def _undecodable(audio: Audio, error: Exception) -> AudioError:
     reason = str(error).rpartition(": ")[2].rstrip(".")
     what = f"is not a recording that can be decoded ({reason})"
@@ -175,7 +175,7 @@ def _undecodable(audio: Audio, error: Exception) -> AudioError:
 
 def decode(
     audio: Audio,  # wav, flac, ogg, opus, mp3
-    max_duration_s: float | None,  # a longer one is refused; None: no limit
+    max_duration_s: float | None,  # a longer one is an error; None: no limit
 ) -> tuple[np.ndarray, int, str]:
     """Samples (samples, channels) float32, their rate in Hz, and libsndfile's name of their
     coding. Raises an `AudioError`.
@@ -196,10 +196,10 @@ def decode(
     _check_samples(audio, samples, rate, container)
     return samples, rate, coding
 
-# %% ../../nbs/data/05_audio.ipynb #f18bb486
+# %% ../../nbs/data/05_audio.ipynb #5bc16209
 def read_audio(
     audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
-    max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
+    max_duration_s: float | None = 30.0,  # a longer one is an error; None: no limit
 ) -> tuple[np.ndarray, int]:
     """The samples of a recording as it is stored, (samples, channels) float32 with 1 or 2
     channels, and their rate in Hz. Raises an `AudioError`.
@@ -237,11 +237,11 @@ def to_mono(
             )
     return mono
 
-# %% ../../nbs/data/05_audio.ipynb #70c5560d
+# %% ../../nbs/data/05_audio.ipynb #8ca94809
 def load_audio(
     audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
     sampling_rate: int = 24000,  # Hz of the result
-    max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
+    max_duration_s: float | None = 30.0,  # a longer one is an error; None: no limit
 ) -> np.ndarray:
     """A recording as a mono waveform (samples,) float32. Raises an `AudioError` that names the
     recording and what to do.

@@ -145,11 +145,11 @@ def _no_targets(conversations: list[Conversation]) -> Iterator[Problem]:
         what = f"none of the {len(conversations)} conversations has a recording to train on"
         yield Problem(what, "add a recording to an assistant turn at or after start_index")
 
-# %% ../../nbs/data/12_corpus_check.ipynb #556a0b60
+# %% ../../nbs/data/12_corpus_check.ipynb #2d274648
 def check_corpus(
     conversations: list[Conversation],  # as `load_corpus` gives them
     sampling_rate: int = 24000,  # Hz that training will use
-    max_duration_s: float | None = 30.0,  # longer recordings are refused; None: no limit
+    max_duration_s: float | None = 30.0,  # a longer recording is an error; None: no limit
     progress: bool = True,  # show a bar
 ) -> CorpusReport:
     """Check all conversations and read all recordings. Raises one `CorpusError` with every

@@ -62,10 +62,10 @@ def _clipped_share(samples: np.ndarray, coding: str) -> float:
         return 0.0
     return float((size >= FULL_SCALE.get(coding, 1 - 2**-15)).mean())
 
-# %% ../../nbs/data/06_measure.ipynb #4a3d782c
+# %% ../../nbs/data/06_measure.ipynb #5b5d0a25
 def measure_audio(
     audio: Audio | str | Path,  # a recording: wav, flac, ogg, opus, mp3
-    max_duration_s: float | None = 30.0,  # a longer one is refused; None: no limit
+    max_duration_s: float | None = 30.0,  # a longer one is an error; None: no limit
 ) -> AudioStats:
     "Read a recording and measure it. Raises an `AudioError`, also if it is silent."
     audio = as_audio(audio)

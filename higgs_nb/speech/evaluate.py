@@ -32,9 +32,9 @@ from transformers.models.whisper.english_normalizer import (
 )
 
 from ..checkpoint.adapter import base_of
-from ..core.files import write_whole
+from ..core.files import file_sha256, write_whole
 from ..core.messages import in_html, plain_text, shown
-from ..data.audio import load_audio
+from ..data.audio import load_audio, silent_share, stored_sha256
 from ..data.codec import Codec
 from ..data.conversation import Conversation
 from ..data.corpus_split import sentence_key
@@ -44,10 +44,9 @@ from .generate import Encoder, Speech, as_mp3, generate_speech
 
 # %% auto #0
 __all__ = ['RATE', 'WHISPER_SHA256', 'WHISPER_FILES', 'VOICE_SHA256', 'METRICS', 'Judges', 'missing_judges', 'default_judges',
-           'sha256_of', 'cached_files', 'package_folder', 'whisper_folder', 'whisper_file', 'voice_weights',
-           'import_webrtcvad', 'distill_mos', 'normalise_english', 'Score', 'silence', 'repetition', 'score_clip',
-           'voice_of', 'interval', 'Evaluation', 'evaluate', 'speech_of', 'ForcedCodes', 'greedy', 'speak_beside',
-           'check_leaks']
+           'cached_files', 'package_folder', 'whisper_folder', 'whisper_file', 'voice_weights', 'import_webrtcvad',
+           'distill_mos', 'normalise_english', 'Score', 'repetition', 'score_clip', 'voice_of', 'interval',
+           'Evaluation', 'evaluate', 'speech_of', 'ForcedCodes', 'greedy', 'speak_beside', 'check_leaks']
 
 # %% ../../nbs/speech/02_evaluate.ipynb #283ee2f0
 RATE = 16000  # Hz that judges hear
@@ -142,12 +141,6 @@ WHISPER_FILES = {  # sha256 of each file of the recogniser
 VOICE_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
 
 
-def sha256_of(path: str | Path) -> str:
-    "The sha256 of a file, in hexadecimal."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def cached_files(
     folder: str | Path,  # is made if it is not there
     digests: Mapping[str, str],  # sha256 by file name
@@ -168,7 +161,7 @@ def cached_files(
             "remove the folder, it is made anew"
         )
     for name, digest in digests.items():
-        if (folder / name).is_file() and sha256_of(folder / name) == digest:
+        if (folder / name).is_file() and file_sha256(folder / name) == digest:
             continue
         content = source(name)
         found = hashlib.sha256(content).hexdigest()
@@ -212,7 +205,7 @@ def voice_weights() -> Path:
     are not those that were tested.
     """
     path = package_folder("resemblyzer") / "pretrained.pt"
-    found = sha256_of(path)
+    found = file_sha256(path)
     if found != VOICE_SHA256:
         raise ValueError(
             f"{path} is not the file that was tested: its sha256 is {found}, not "
@@ -273,18 +266,11 @@ class Score:
     letters: int = 0
     letter_errors: int = 0
     repeated: float = 0.0  # see `repetition`
-    silent: float = 0.0  # share of the time that is 45 dB below the loudest
+    silent: float = 0.0  # share of the time without sound, see `silent_share`
     pace: float | None = None  # duration over that of the recording of the same text
     similarity: float | None = None  # cosine with the target voice
     other: float | None = None  # the largest cosine with another voice
     opinion: float | None = None  # estimated mean opinion score
-
-
-def silence(waveform: np.ndarray, rate: int) -> float:
-    "The share of 20 ms frames that are 45 dB below the loudest, or silent altogether."
-    frames = waveform[: len(waveform) // (rate // 50) * (rate // 50)].reshape(-1, rate // 50)
-    power = np.square(frames, dtype=np.float64).mean(1) if len(frames) else np.zeros(1)
-    return float((power <= power.max() * 10**-4.5).mean())
 
 
 def repetition(heard: list[str], said: list[str]) -> float:
@@ -313,7 +299,7 @@ def score_clip(
         text,
         len(x) / sampling_rate,
         stopped,
-        silent=silence(x, sampling_rate),
+        silent=silent_share(x, sampling_rate, centred=False),
         pace=recorded_s and len(x) / sampling_rate / recorded_s,
     )
     x = soxr.resample(
@@ -637,11 +623,6 @@ def check_leaks(
     are in `train` too.
     """
 
-    def digest(audio):
-        return hashlib.sha256(
-            audio.raw if audio.raw is not None else Path(audio.path).read_bytes()
-        ).hexdigest()
-
     trained = {
         sentence_key(t.text): c.id
         for c in train
@@ -659,13 +640,13 @@ def check_leaks(
         for id, text in said.items()
         if sentence_key(text) in trained
     ]
-    sounds = {digest(a): c.id for c in train for a in c.audio}
+    sounds = {stored_sha256(a): c.id for c in train for a in c.audio}
     leaks += [
-        f"the recording of {h.id!r} is that of {sounds[digest(a)]!r}"
+        f"the recording of {h.id!r} is that of {sounds[stored_sha256(a)]!r}"
         for h in held_out
         if not isinstance(h, str)
         for a in h.audio
-        if digest(a) in sounds
+        if stored_sha256(a) in sounds
     ]
     if leaks:
         raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..core.messages import in_html, visible
-from ..data.audio import load_audio
+from ..data.audio import OUTLIER_BELOW_DB, load_audio
 from ..data.audit import REASONS, LabelAudit, plot_audit
 from ..data.code_store import CodeStore
 from ..data.codec import Codec
@@ -159,7 +159,7 @@ class Clip:
 def silence_share(
     waveform: np.ndarray,  # (samples,)
     sampling_rate: int = 24000,  # Hz
-    below_db: float = 35,  # dB under the loudest window
+    below_db: float = OUTLIER_BELOW_DB,  # dB under the loudest window
 ) -> float:
     """The share of 20 ms windows that are at least `below_db` quieter than the loudest; 1 for
     silence.

@@ -24,9 +24,10 @@ from statistics import median
 import torch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgs_nb.checkpoint.adapter import BASE_KEYS, adapter_state, save_lora_adapters, take_snapshot
+from higgs_nb.checkpoint.adapter import adapter_state, save_lora_adapters, take_snapshot
 from higgs_nb.checkpoint.background import BackgroundSaver
-from higgs_nb.checkpoint.manifest import validate_checkpoint
+from higgs_nb.checkpoint.base import BASE_KEYS
+from higgs_nb.checkpoint.validate import validate_checkpoint
 from higgs_nb.core.files import fsync
 from higgs_nb.model.lora import apply_lora, create_lora_config
 

@@ -22,31 +22,30 @@ from safetensors.torch import load_file
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 import higgs_nb.checkpoint.manifest
+import higgs_nb.checkpoint.pruning
 import higgs_nb.checkpoint.saving
-from higgs_nb.checkpoint.adapter import (
-    adapter_tensors,
-    base_tensors,
-    describe_base,
-    load_lora_adapters,
-    preflight,
-    save_lora_adapters,
-)
-from higgs_nb.checkpoint.manifest import (
-    hidden_name,
-    latest_checkpoint,
-    list_checkpoints,
-    validate_checkpoint,
-    writer_of,
-)
-from higgs_nb.checkpoint.saving import (
-    CheckpointError,
-    prune_checkpoints,
-    remove_directory,
-    same_bits,
-    save_checkpoint,
-)
+import higgs_nb.checkpoint.validate
+import higgs_nb.checkpoint.writing
+import higgs_nb.core.locks
+from higgs_nb.checkpoint.adapter import adapter_tensors, load_lora_adapters, save_lora_adapters
+from higgs_nb.checkpoint.base import base_tensors, describe_base
+from higgs_nb.checkpoint.errors import CheckpointError
+from higgs_nb.checkpoint.manifest import hidden_name, writer_of
+from higgs_nb.checkpoint.preflight import preflight
+from higgs_nb.checkpoint.pruning import prune_checkpoints, remove_directory
+from higgs_nb.checkpoint.saving import save_checkpoint
+from higgs_nb.checkpoint.validate import latest_checkpoint, list_checkpoints, validate_checkpoint
+from higgs_nb.checkpoint.writing import same_bits
 from higgs_nb.model.lora import apply_lora, create_lora_config
 
+SAVER = (  # modules whose lines are counted
+    higgs_nb.checkpoint.saving,
+    higgs_nb.checkpoint.writing,
+    higgs_nb.checkpoint.pruning,
+    higgs_nb.checkpoint.manifest,
+    higgs_nb.checkpoint.validate,
+    higgs_nb.core.locks,
+)
 CONFIG = HiggsAudioV2Config(
     hidden_size=64,
     num_hidden_layers=2,
@@ -118,7 +117,7 @@ def die_at_line(f, fatal: int, seen: Path, first_only: bool):
     """Run `f` and be killed before the `fatal`-th line of the saver; each line of the source
     counts once with `first_only`. The count goes to `seen`.
     """
-    lines, files = [], {higgs_nb.checkpoint.saving.__file__, higgs_nb.checkpoint.manifest.__file__}
+    lines, files = [], {module.__file__ for module in SAVER}
 
     def trace(frame, event, _):
         if frame.f_code.co_filename not in files:
@@ -453,7 +452,7 @@ def test_the_console_script(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys; from higgs_nb.checkpoint.manifest import main; sys.exit(main())",
+            "import sys; from higgs_nb.checkpoint.repair import main; sys.exit(main())",
             *args,
         ],
         capture_output=True,

@@ -22,34 +22,27 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_mode
 from safetensors.torch import load_file, save_file
 from test_checkpoint import make_adapted, make_base, save
 
-import higgs_nb.checkpoint.adapter as checkpoint
+import higgs_nb.checkpoint.peft_config as peft_config
 from higgs_nb.checkpoint.adapter import (
     load_lora_adapters,
-    read_adapter_config,
     restore,
     save_lora_adapters,
     take_snapshot,
 )
-from higgs_nb.checkpoint.manifest import (
+from higgs_nb.checkpoint.base import base_tensors
+from higgs_nb.checkpoint.errors import CheckpointError
+from higgs_nb.checkpoint.loading import load_files
+from higgs_nb.checkpoint.manifest import HIDDEN, MANIFEST, Manifest, hidden_name
+from higgs_nb.checkpoint.peft_config import read_adapter_config
+from higgs_nb.checkpoint.pruning import prune_checkpoints
+from higgs_nb.checkpoint.repair import find_checkpoints, main, move_aside, unsearched
+from higgs_nb.checkpoint.saving import save_checkpoint
+from higgs_nb.checkpoint.validate import (
     BYSTANDERS,
-    HIDDEN,
-    MANIFEST,
-    Manifest,
-    find_checkpoints,
-    hidden_name,
     latest_checkpoint,
     list_checkpoints,
-    main,
     members,
-    move_aside,
-    unsearched,
     validate_checkpoint,
-)
-from higgs_nb.checkpoint.saving import (
-    CheckpointError,
-    load_files,
-    prune_checkpoints,
-    save_checkpoint,
 )
 from higgs_nb.cli.export import source_of, still_to_export
 from higgs_nb.core.files import file_sha256
@@ -305,7 +298,7 @@ ODD = st.one_of(
         ]
     ),
 )
-KEYS = sorted({*LoraConfig().to_dict(), *checkpoint.FORMS, "of_a_later_peft"})
+KEYS = sorted({*LoraConfig().to_dict(), *peft_config.FORMS, "of_a_later_peft"})
 
 
 @settings(
@@ -328,7 +321,7 @@ def test_settings_of_an_adapter_are_taken_in_known_forms_only(adapter, key, valu
         and config.megatron_core == "megatron.core"
         and config.auto_mapping is None
     )
-    assert 0 < config.r <= checkpoint.MAX_RANK and 0 < config.lora_alpha <= checkpoint.MAX_ALPHA
+    assert 0 < config.r <= peft_config.MAX_RANK and 0 < config.lora_alpha <= peft_config.MAX_ALPHA
 
 
 @settings(
@@ -348,9 +341,7 @@ def test_mutated_settings_load_or_are_refused(adapter, tmp_path_factory, key, va
         load_lora_adapters(base, path)
     except CheckpointError:
         pass
-    assert all(
-        torch.equal(before[name], tensor) for name, tensor in checkpoint.base_tensors(base).items()
-    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in base_tensors(base).items())
 
 
 @pytest.mark.parametrize(
@@ -575,7 +566,7 @@ HOSTILE = st.text(
 @settings(max_examples=40, deadline=None)
 @given(name=HOSTILE)
 def test_names_reach_no_terminal_as_they_are(name):
-    from higgs_nb.checkpoint.manifest import CheckpointReport, Fault, Reports
+    from higgs_nb.checkpoint.validate import CheckpointReport, Fault, Reports
 
     text = str(Reports([CheckpointReport(Path(name), (Fault("corrupt", name, "x"),))])) + repr(
         CheckpointReport(Path(name))
@@ -604,7 +595,7 @@ def test_words_in_a_card_are_plain_text(text):
 
 def test_python_m(adapter):
     done = subprocess.run(
-        [sys.executable, "-m", "higgs_nb.checkpoint.manifest", str(adapter)],
+        [sys.executable, "-m", "higgs_nb.checkpoint.repair", str(adapter)],
         capture_output=True,
         text=True,
     )

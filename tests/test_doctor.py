@@ -245,7 +245,7 @@ import transformers
 
 sys.argv = ["higgs", "--out", os.devnull]
 for missing in ("fcntl", "resource", "SIGUSR1"):
-    commands = ("cli.run", "checkpoint.manifest", "cli.sweep", "cli.launch", "cli.doctor")
+    commands = ("cli.run", "checkpoint.repair", "cli.sweep", "cli.launch", "cli.doctor")
     for name in commands[: 5 if missing == "fcntl" else 4]:
         print(f"== {missing} {name}", file=sys.stderr, flush=True)
         if os.fork() == 0:

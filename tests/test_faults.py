@@ -15,25 +15,16 @@ import pytest
 import torch
 from resume_job import make_trainer, whole_state
 
-import higgs_nb.checkpoint.saving as saving
+import higgs_nb.checkpoint.writing as writing
 from higgs_nb.checkpoint.background import BackgroundSaver
-from higgs_nb.checkpoint.manifest import (
-    MANIFEST,
-    Manifest,
-    latest_checkpoint,
-    list_checkpoints,
-    main,
-    validate_checkpoint,
-    writer_of,
-)
-from higgs_nb.checkpoint.saving import (
-    CheckpointError,
-    Snapshot,
-    load_files,
-    prune_checkpoints,
-    same_bits,
-    staging_directory,
-)
+from higgs_nb.checkpoint.errors import CheckpointError
+from higgs_nb.checkpoint.loading import load_files
+from higgs_nb.checkpoint.manifest import MANIFEST, Manifest, writer_of
+from higgs_nb.checkpoint.pruning import prune_checkpoints
+from higgs_nb.checkpoint.repair import main
+from higgs_nb.checkpoint.saving import Snapshot, staging_directory
+from higgs_nb.checkpoint.validate import latest_checkpoint, list_checkpoints, validate_checkpoint
+from higgs_nb.checkpoint.writing import same_bits
 from higgs_nb.core.files import file_sha256
 
 STEPS = ("write", "fsync", "rename")
@@ -42,7 +33,7 @@ STEPS = ("write", "fsync", "rename")
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     "Many writes a file, and no pool of threads that a forked child would lack."
-    monkeypatch.setattr(saving, "CHUNK", 64)
+    monkeypatch.setattr(writing, "CHUNK", 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -329,7 +320,7 @@ def test_training_goes_on_after_each_kind_of_fault(trained, tmp_path, monkeypatc
     "From the newest whole checkpoint, over the place of the broken one, to the same bits."
     run = shutil.copytree(trained, tmp_path / "run")
     CLASSES[fault](run / "checkpoint-2")
-    monkeypatch.setattr(saving, "CHUNK", 2**16)
+    monkeypatch.setattr(writing, "CHUNK", 2**16)
     assert short_run(run).train("auto").global_step == 2
     assert [r.step for r in list_checkpoints(run) if r.whole] == [1, 2] and whole_state(
         run / "checkpoint-2"

@@ -5,7 +5,7 @@ import resume_job
 import torch
 from safetensors.torch import load_file
 
-from higgs_nb.checkpoint.manifest import validate_checkpoint
+from higgs_nb.checkpoint.validate import validate_checkpoint
 from higgs_nb.data.prompt import byte_tokenizer
 from higgs_nb.model.fused import attend, attend_to_itself
 from higgs_nb.model.model import tiny_model

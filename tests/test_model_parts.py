@@ -13,13 +13,9 @@ import soundfile
 import torch
 from transformers import HiggsAudioV2ForConditionalGeneration, WhisperConfig, WhisperModel
 
-from higgs_nb.checkpoint.adapter import (
-    adapter_tensors,
-    describe_base,
-    load_lora_adapters,
-    save_lora_adapters,
-)
-from higgs_nb.checkpoint.saving import CheckpointError
+from higgs_nb.checkpoint.adapter import adapter_tensors, load_lora_adapters, save_lora_adapters
+from higgs_nb.checkpoint.base import describe_base
+from higgs_nb.checkpoint.errors import CheckpointError
 from higgs_nb.data.collator import PackedCollator
 from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer

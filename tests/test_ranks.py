@@ -14,8 +14,8 @@ import pytest
 from resume_job import log, make_trainer, run, said, whole_state
 from safetensors.torch import load_file
 
-from higgs_nb.checkpoint.manifest import list_checkpoints
-from higgs_nb.checkpoint.manifest import main as higgs_validate
+from higgs_nb.checkpoint.repair import main as higgs_validate
+from higgs_nb.checkpoint.validate import list_checkpoints
 from higgs_nb.data.collator import PackedBatchSampler
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM

@@ -16,8 +16,8 @@ from resume_job import Melodies, log, sentence
 from safetensors.torch import save_file
 from transformers import HiggsAudioV2Config
 
-from higgs_nb.checkpoint.manifest import list_checkpoints
-from higgs_nb.checkpoint.manifest import main as higgs_validate
+from higgs_nb.checkpoint.repair import main as higgs_validate
+from higgs_nb.checkpoint.validate import list_checkpoints
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import SampleDataset
 from higgs_nb.model.lora import apply_lora, create_lora_config

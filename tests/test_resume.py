@@ -21,9 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import BitsAndBytesConfig, WhisperFeatureExtractor
 
 from higgs_nb.checkpoint.adapter import adapter_tensors, load_lora_adapters, save_lora_adapters
-from higgs_nb.checkpoint.manifest import list_checkpoints
-from higgs_nb.checkpoint.manifest import main as higgs_validate
-from higgs_nb.checkpoint.saving import CheckpointError
+from higgs_nb.checkpoint.errors import CheckpointError
+from higgs_nb.checkpoint.repair import main as higgs_validate
+from higgs_nb.checkpoint.validate import list_checkpoints
 from higgs_nb.data.corpus import embedded_corpus
 from higgs_nb.model.lora import merge_lora
 from higgs_nb.model.model import load_model

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
 from higgs_nb.checkpoint.adapter import load_lora_adapters
-from higgs_nb.checkpoint.manifest import main as higgs_validate
-from higgs_nb.checkpoint.saving import CheckpointError
+from higgs_nb.checkpoint.errors import CheckpointError
+from higgs_nb.checkpoint.repair import main as higgs_validate
 from higgs_nb.cli.export import answers, compare, export_model
 from higgs_nb.cli.run import is_done, occupy
 from higgs_nb.cli.run import main as higgs_run

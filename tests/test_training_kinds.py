@@ -27,8 +27,9 @@ from higgs_nb.checkpoint.adapter import (
     save_lora_adapters,
     take_snapshot,
 )
-from higgs_nb.checkpoint.manifest import Manifest, list_checkpoints, validate_checkpoint
-from higgs_nb.checkpoint.saving import CheckpointError
+from higgs_nb.checkpoint.errors import CheckpointError
+from higgs_nb.checkpoint.manifest import Manifest
+from higgs_nb.checkpoint.validate import list_checkpoints, validate_checkpoint
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
 from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer, fit_tokenizer

@@ -29,12 +29,13 @@ from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from higgs_nb.checkpoint.manifest import CheckpointReport, Fault, Reports
-from higgs_nb.checkpoint.saving import CheckpointError
+from higgs_nb.checkpoint.errors import CheckpointError
+from higgs_nb.checkpoint.validate import CheckpointReport, Fault, Reports
 from higgs_nb.cli.doctor import Finding
 from higgs_nb.cli.doctor import main as higgs_doctor
-from higgs_nb.cli.run import HELD, claim, lock
+from higgs_nb.cli.run import HELD, claim
 from higgs_nb.cli.sweep import SweepRun
+from higgs_nb.core.locks import lock_directory
 from higgs_nb.core.messages import plain_text
 from higgs_nb.data.audit import audit
 from higgs_nb.data.collator import PackedCollator
@@ -244,7 +245,7 @@ def test_a_corpus_is_not_replaced_while_it_is_read(tmp_path, monkeypatch):
     while HELD:
         os.close(HELD.pop())
     monkeypatch.setattr("higgs_nb.cli.run.claim", lambda out: claim(out, patience_s=0))
-    reader = lock(data, alone=False)
+    reader = lock_directory(data, alone=False)
     with pytest.raises(BlockingIOError, match="a run reads"):
         execute(data, until="load_codec(codec)", notebook="prepare", data="")
     os.close(reader)

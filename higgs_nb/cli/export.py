@@ -21,9 +21,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
-from ..checkpoint.adapter import base_of, is_stock, take_snapshot
-from ..checkpoint.manifest import ADAPTER_FILES, CheckpointReport, validate_checkpoint
-from ..checkpoint.saving import CheckpointError, Snapshot, explained, staging_directory
+from ..checkpoint.adapter import take_snapshot
+from ..checkpoint.base import base_of
+from ..checkpoint.errors import CheckpointError, explained
+from ..checkpoint.manifest import ADAPTER_FILES
+from ..checkpoint.saving import Snapshot, staging_directory
+from ..checkpoint.validate import CheckpointReport, validate_checkpoint
+from ..checkpoint.whole_model import is_stock
 from ..core.files import fsync
 from ..core.messages import in_markdown
 from ..data.collator import PaddedCollator

@@ -34,21 +34,19 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import papermill_io
 
-from ..checkpoint.manifest import NO_LOCKS, latest_checkpoint
+from ..checkpoint.validate import latest_checkpoint
 from ..core.files import check_plain, load_json, write_json, write_whole
+from ..core.locks import lock_directory, lock_open_file, lock_state
 from ..core.messages import did_you_mean, shown
-from ..core.system import unix_module
-
-fcntl = unix_module("fcntl")
 
 # %% auto #0
-__all__ = ['fcntl', 'RUNS', 'TYPES', 'PATHS', 'SEVERAL_PATHS', 'CHOICES', 'WORDS', 'COUNT', 'NUMBER', 'POSITIVE', 'SHARE',
-           'RANGES', 'RESULTS', 'HELD', 'CLAIM', 'STOP_FILE', 'TRY_AGAIN', 'MAX_PARTS', 'run_notebooks', 'notebook_of',
+__all__ = ['RUNS', 'TYPES', 'PATHS', 'SEVERAL_PATHS', 'CHOICES', 'WORDS', 'COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'RANGES',
+           'RESULTS', 'HELD', 'CLAIM', 'STOP_FILE', 'TRY_AGAIN', 'MAX_PARTS', 'run_notebooks', 'notebook_of',
            'parameters_of', 'leaves', 'check_leaves', 'typed', 'check_value', 'path_text', 'check_parameters',
            'check_choice', 'range_of', 'in_range', 'check_range', 'parameters', 'describe', 'summary', 'set_aside',
-           'lock', 'occupied', 'is_same', 'claim', 'inherited', 'occupy', 'reading', 'read_noted', 'interrupted',
-           'goes_on', 'said_by', 'git', 'git_state', 'git_states', 'surroundings', 'append_line', 'WholeNotebook',
-           'defaults_of', 'place', 'kernel_environment', 'kernel_manager', 'execute', 'run', 'is_done', 'StopSignals',
+           'occupied', 'is_same', 'claim', 'inherited', 'occupy', 'reading', 'read_noted', 'interrupted', 'goes_on',
+           'said_by', 'git', 'git_state', 'git_states', 'surroundings', 'append_line', 'WholeNotebook', 'defaults_of',
+           'place', 'kernel_environment', 'kernel_manager', 'execute', 'run', 'is_done', 'StopSignals',
            'split_assignments', 'PlainLoader', 'plain_number', 'plain_mapping', 'check_size', 'load_yaml', 'read_yaml',
            'read_pair', 'read_parameters', 'tell', 'main']
 
@@ -422,30 +420,9 @@ HELD = []  # files whose locks this process keeps until it ends
 CLAIM = "HIGGS_NB_CLAIM"
 
 
-def lock(out: Path, alone: bool) -> int:
-    """A file number that holds a lock on a directory, shared or `alone`; `BlockingIOError` if
-    another process's forbids that. A file system without locks gives it to everybody.
-    """
-    fd = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return fd
-        os.close(fd)
-        raise
-    return fd
-
-
 def occupied(out: Path) -> bool:
     "Whether a run goes on in the directory `out`. Looks with a shared lock, and delays nothing."
-    if not out.is_dir():
-        return False
-    try:
-        os.close(lock(out, alone=False))
-    except BlockingIOError:
-        return True
-    return False
+    return out.is_dir() and lock_state(out) == "held"
 
 
 def is_same(fd: int, out: Path) -> bool:
@@ -467,7 +444,7 @@ def claim(
     until = time.monotonic() + patience_s
     while True:
         try:
-            return lock(out, alone=True)
+            return lock_directory(out)
         except BlockingIOError as error:
             if time.monotonic() < until:
                 time.sleep(0.05)
@@ -500,9 +477,7 @@ def occupy(out: Path) -> None:  # directory of a run, made if it is not there
     if fd is None:
         fd = claim(out)
     else:
-        fcntl.flock(
-            fd, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # higgs_run's own lock, so this changes nothing
+        lock_open_file(fd)  # higgs_run's own lock, so this changes nothing
     HELD.append(fd)
 
 
@@ -515,7 +490,7 @@ def reading(source: str | Path) -> None:  # directory that is read, or a file in
     if any(is_same(fd, folder) for fd in HELD):
         return
     try:
-        HELD.append(lock(folder, alone=False))
+        HELD.append(lock_directory(folder, alone=False))
     except PermissionError:
         return  # it cannot be opened: files in it are read by their names
     except BlockingIOError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
 from importlib.resources import files
@@ -87,7 +86,7 @@ def extended(features: np.ndarray, net: WorldVQ) -> np.ndarray:
 @patch(cls_method=True)
 def fit(
     cls: WorldCodec,
-    waveforms: Iterable[np.ndarray],  # (samples,) each, mono, at the config's sampling rate
+    waveforms: list[np.ndarray],  # (samples,) each, mono, at the config's sampling rate
     config: WorldConfig = STANDARD,
     steps: int = 2400,  # see `fit_world_vq`
     seed: int = 0,

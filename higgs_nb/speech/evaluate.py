@@ -31,7 +31,7 @@ from transformers.models.whisper.english_normalizer import (
     EnglishTextNormalizer,
 )
 
-from ..checkpoint.adapter import base_of
+from ..checkpoint.base import base_of
 from ..core.files import file_sha256, write_whole
 from ..core.messages import in_html, plain_text, shown
 from ..data.audio import load_audio, silent_share, stored_sha256

@@ -14,8 +14,9 @@ import torch
 
 from ..checkpoint.adapter import restore, take_snapshot
 from ..checkpoint.background import BackgroundSaver
-from ..checkpoint.manifest import CheckpointReport, validate_checkpoint
-from ..checkpoint.saving import CheckpointError, prune_checkpoints
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.pruning import prune_checkpoints
+from ..checkpoint.validate import CheckpointReport, validate_checkpoint
 from .callbacks import Callback, EarlyStoppingCallback
 from .probe import OffsetProbe
 from .processes import any_process, of_every_process, on_first_process

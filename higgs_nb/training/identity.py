@@ -13,7 +13,8 @@ from pathlib import Path
 from peft import PeftModel
 from torch import nn
 
-from ..checkpoint.adapter import adapter_config, base_of
+from ..checkpoint.base import base_of
+from ..checkpoint.peft_config import adapter_config
 from ..data.conversation import Audio, Conversation, Text
 
 # %% auto #0

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from ..checkpoint.saving import CheckpointError
+from ..checkpoint.errors import CheckpointError
 
 # %% auto #0
 __all__ = ['device_module', 'processes_of', 'device_of', 'chosen_precision', 'host_group', 'several_processes', 'any_process',

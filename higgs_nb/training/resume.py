@@ -10,15 +10,16 @@ import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from higgs_nb.checkpoint.manifest import (
+from ..checkpoint.errors import CheckpointError, explained
+from ..checkpoint.loading import load_files, verified
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.repair import move_aside
+from higgs_nb.checkpoint.validate import (
     CheckpointReport,
-    Manifest,
     latest_checkpoint,
     members,
-    move_aside,
     validate_checkpoint,
 )
-from ..checkpoint.saving import CheckpointError, explained, load_files, verified
 from ..core.files import check_plain
 from ..core.messages import shown
 from .callbacks import Callback, RunState

@@ -16,15 +16,11 @@ from peft import PeftModel
 from torch import nn
 from transformers.trainer_utils import enable_full_determinism, set_seed
 
-from higgs_nb.checkpoint.adapter import (
-    base_of,
-    describe_base,
-    empty_base,
-    preflight,
-    stable_config,
-    trained_state,
-)
-from ..checkpoint.saving import explained, make_dirs
+from ..checkpoint.adapter import trained_state
+from ..checkpoint.base import base_of, describe_base, stable_config
+from ..checkpoint.errors import explained
+from ..checkpoint.preflight import empty_base, preflight
+from ..checkpoint.saving import make_dirs
 from ..data.audit import audit
 from ..model.lora import freeze_silent, only_lora
 from ..model.model import LossWeights, check_tokenizer, tokenizer_fingerprint

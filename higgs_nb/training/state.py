@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.manifest import CheckpointReport
-from ..checkpoint.saving import CheckpointError, check_finite, load_files
+from ..checkpoint.errors import CheckpointError
+from ..checkpoint.loading import check_finite, load_files
+from ..checkpoint.validate import CheckpointReport
 from .processes import device_module
 
 # %% auto #0

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 from matplotlib.figure import Figure
 
-from ..checkpoint.manifest import members, validate_checkpoint
+from ..checkpoint.validate import members, validate_checkpoint
 from ..core.files import load_json, within
 from ..core.messages import in_html, shown
 from ..data.audio import load_audio

@@ -22,15 +22,10 @@ from higgs_nb.data.codec import load_codec
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.model.model import base_path
 from higgs_nb.small.world import world_features, world_synthesis
-from higgs_nb.speech.evaluate import (
-    Evaluation,
-    Score,
-    default_judges,
-    evaluate,
-    speech_of,
-    voice_of,
-)
-from higgs_nb.speech.generate import Speech
+from higgs_nb.speech.clips import Speech, speech_of
+from higgs_nb.speech.evaluate import Evaluation, evaluate
+from higgs_nb.speech.judges import default_judges
+from higgs_nb.speech.score import Score, voice_of
 
 RESULTS = Path(__file__).parent / "results" / "small_base.json"
 PROMPTS = 104  # the first lines of the base's held_out.txt; what other services say follows

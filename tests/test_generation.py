@@ -33,20 +33,10 @@ from higgs_nb.data.prompt import AudioTokens, byte_tokenizer, fit_tokenizer
 from higgs_nb.data.samples import encode_conversation, expand
 from higgs_nb.model.layers import CACHE, cache_argument
 from higgs_nb.model.model import check_directory, load_model, tiny_model, tokenizer_fingerprint
-from higgs_nb.speech.evaluate import ForcedCodes, speak_beside, speech_of
-from higgs_nb.speech.generate import (
-    HONOURED,
-    OF_REPEATS,
-    OF_SAMPLING,
-    REFUSED,
-    SET_HERE,
-    Encoder,
-    Speech,
-    generate_codes,
-    generate_speech,
-    prompt_of,
-    save_clips,
-)
+from higgs_nb.speech.clips import Speech, save_clips, speech_of
+from higgs_nb.speech.forced import ForcedCodes, speak_beside
+from higgs_nb.speech.generate import Encoder, generate_codes, generate_speech, prompt_of
+from higgs_nb.speech.options import HONOURED, OF_REPEATS, OF_SAMPLING, REFUSED, SET_HERE
 
 TOKENIZER = byte_tokenizer()
 

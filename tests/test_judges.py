@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from higgs_nb.core.files import file_sha256
-from higgs_nb.speech.evaluate import (
+from higgs_nb.speech.judges import (
     WHISPER_FILES,
     cached_files,
     default_judges,
@@ -97,7 +97,7 @@ def test_webrtcvad_without_pkg_resources(tmp_path):
         import importlib.util
         found = importlib.util.find_spec
         importlib.util.find_spec = lambda name, *a: None if name == "pkg_resources" else found(name, *a)
-        from higgs_nb.speech.evaluate import import_webrtcvad
+        from higgs_nb.speech.judges import import_webrtcvad
         import_webrtcvad()
         import numpy, sys, webrtcvad
         assert webrtcvad.__version__ == numpy.__version__
@@ -108,10 +108,10 @@ def test_webrtcvad_without_pkg_resources(tmp_path):
 
 @installed
 def test_the_installed_packages_are_those_that_were_tested(tmp_path):
-    judges = default_judges(tmp_path)
+    loaded = default_judges(tmp_path)
     folder = whisper_folder(tmp_path)
     (folder / "model.bin").write_bytes(b"")
     (folder / "tokenizer.json").write_bytes(b"{}")
     whisper_folder(tmp_path)
     assert {f.name: file_sha256(f) for f in folder.iterdir()} == WHISPER_FILES
-    assert judges.transcribe and judges.embed
+    assert loaded.transcribe and loaded.embed

@@ -138,11 +138,18 @@ WHOLE = (
     "data.corpus_check",
     "data.corpus_split",
     "cli.export",
+    "speech.clips",
     "speech.generate",
+    "speech.options",
     "model.lora",
+    "view.codes_explorer",
+    "view.corpus_explorer",
+    "view.label_explorer",
+    "view.listener",
     "view.monitor",
+    "view.panel",
     "view.plots",
-    "view.explorers",
+    "view.run_files",
 )  # all of these is for users
 
 

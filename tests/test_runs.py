@@ -34,7 +34,7 @@ from higgs_nb.data.codec import load_codec
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.model.lora import merge_lora
 from higgs_nb.model.model import load_model
-from higgs_nb.speech.evaluate import missing_judges
+from higgs_nb.speech.judges import missing_judges
 
 RUNS = {
     file.name: ROOT / file

@@ -46,22 +46,21 @@ from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import encode_conversation, expand
 from higgs_nb.model.model import tiny_config
 from higgs_nb.speech import generate, model
-from higgs_nb.speech.evaluate import Evaluation, Score
-from higgs_nb.speech.generate import Speech, save_clips
-from higgs_nb.view.explorers import CodesExplorer, CorpusExplorer, LabelExplorer, measure_clips
-from higgs_nb.view.monitor import (
-    ABListener,
-    checkpoint_rows,
-    read_log_lines,
-    run_monitor,
-    samples_of,
-)
+from higgs_nb.speech.clips import Speech, save_clips
+from higgs_nb.speech.evaluate import Evaluation
+from higgs_nb.speech.score import Score
+from higgs_nb.view.codes_explorer import CodesExplorer
+from higgs_nb.view.corpus_explorer import CorpusExplorer, measure_clips
+from higgs_nb.view.label_explorer import LabelExplorer
+from higgs_nb.view.listener import ABListener
+from higgs_nb.view.monitor import run_monitor
+from higgs_nb.view.run_files import checkpoint_rows, read_log_lines, samples_of
 
 
 @pytest.fixture(autouse=True)
 def without_judges(monkeypatch):
     "As where the extra `eval` is not installed: its models take half a minute to load."
-    monkeypatch.setattr("higgs_nb.speech.evaluate.missing_judges", lambda: ["everything"])
+    monkeypatch.setattr("higgs_nb.speech.judges.missing_judges", lambda: ["everything"])
 
 
 @pytest.fixture(autouse=True)
@@ -560,7 +559,7 @@ def test_what_is_listed_is_what_is_shown(monkeypatch, steps):
     """After any steps the panel shows the recording that the list has chosen, and each message to
     the browser has options and choice together. Its picture is not drawn here.
     """
-    monkeypatch.setattr("higgs_nb.view.explorers.picture", lambda figure, words: words)
+    monkeypatch.setattr("higgs_nb.view.corpus_explorer.picture", lambda figure, words: words)
     monkeypatch.setattr(CorpusExplorer, "figure", lambda explorer, waveform: None)
     explorer = CorpusExplorer(CLIPS, 3.5)
     sent = Sent(explorer.pick)

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from ..data.conversation import Audio, Conversation, tts_conversation
 from .world_codec import WorldCodec
-from .world_vq import WorldVQ
 
 # %% auto #0
 __all__ = ['VoiceStatistics', 'converted', 'nearer', 'varied', 'random_variation', 'codes_of', 'Rehearsal', 'Codes']
@@ -77,7 +76,7 @@ def converted(
 def nearer(
     features: np.ndarray,  # (rows, features), complete frames, already `converted`
     frames: Tensor,  # (n, dim) envelopes of the wanted voice, see `WorldVQ.split`
-    net: WorldVQ,  # of the codec
+    net,  # `WorldVQ` of the codec
     neighbours: int = 4,
     share: float = 0.5,  # of the way; 1: to the mean of the neighbours
 ) -> np.ndarray:

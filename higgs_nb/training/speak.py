@@ -15,8 +15,10 @@ from ..core.files import write_json
 from ..data.codec import Codec
 from ..data.conversation import Conversation
 from ..model.shard import is_sharded
-from ..speech.evaluate import Evaluation, Judges, evaluate
-from ..speech.generate import Speech, generate_speech, save_clips
+from ..speech.clips import Speech, save_clips
+from ..speech.evaluate import Evaluation, evaluate
+from ..speech.generate import generate_speech
+from ..speech.judges import Judges
 from .callbacks import Callback
 
 # %% auto #0

@@ -9,7 +9,7 @@ import {SHOTS, launch, serious, serve, watch} from "./common.mjs"
 const SITE = process.env.SITE ?? "_docs"
 const walk = folder => readdirSync(folder).flatMap(name => statSync(join(folder, name)).isDirectory() ? walk(join(folder, name)) : [join(folder, name)])
 const PAGES = walk(SITE).filter(f => f.endsWith(".html")).map(f => relative(SITE, f)).filter(f => !process.env.ONLY_PAGES || process.env.ONLY_PAGES.split(",").includes(f)).sort()
-const SHOT = ["index.html", "view/02_explorers.html", "data/12_audit.html", "explanations/labels.html", "tutorials/read_a_run.html"]
+const SHOT = ["index.html", "view/04_label_explorer.html", "data/12_audit.html", "explanations/labels.html", "tutorials/read_a_run.html"]
 let browser, context, site
 assert.ok(PAGES.length > (process.env.ONLY_PAGES ? 0 : 30), `only ${PAGES.length} pages in ${SITE}: is this the site?`)
 

@@ -20,7 +20,7 @@ from higgs_nb.core.files import load_json, write_json, write_whole
 from higgs_nb.data.audio import load_audio
 from higgs_nb.data.codec import load_codec
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
-from higgs_nb.model.model import base_path
+from higgs_nb.model.load import base_path
 from higgs_nb.small.world import world_features, world_synthesis
 from higgs_nb.speech.clips import Speech, speech_of
 from higgs_nb.speech.evaluate import Evaluation, evaluate

@@ -19,8 +19,9 @@ from higgs_nb.data.codec import load_codec
 from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import SampleDataset
+from higgs_nb.model.load import load_model
 from higgs_nb.model.lora import apply_lora, create_lora_config
-from higgs_nb.model.model import HiggsAudioForTraining, load_model, tiny_config
+from higgs_nb.model.model import HiggsAudioForTraining, tiny_config
 from higgs_nb.training.arguments import HiggsTrainingArguments
 from higgs_nb.training.callbacks import Callback, EarlyStoppingCallback
 from higgs_nb.training.loop import HiggsTrainer

@@ -11,7 +11,8 @@ from higgs_nb.data.delay import IGNORE, delay_pattern
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import Sample
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config
-from higgs_nb.model.model import LossWeights, target_counts, tiny_model
+from higgs_nb.model.loss import LossChunks, LossWeights, target_counts
+from higgs_nb.model.model import tiny_model
 
 TOKENIZER = byte_tokenizer()
 WAITS = (
@@ -117,10 +118,9 @@ def test_nothing_waits(model):
     )
 
 
-def test_full_logits_never_exist(model, monkeypatch):
-    monkeypatch.setattr(
-        "higgs_nb.model.fused.CHUNK", 2 * model.config.vocab_size
-    )  # two rows of text at a time
+def test_full_logits_never_exist(model):
+    # two rows of text at a time
+    model.get_base_model().loss_chunks = LossChunks(logits=2 * model.config.vocab_size)
     made, tokens = samples(model.config)
     batch = PackedCollator(tokens)(made)
     rows, vocab = len(batch["text_rows"]), model.config.vocab_size

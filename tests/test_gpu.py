@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from higgs_nb.checkpoint.validate import validate_checkpoint
 from higgs_nb.data.prompt import byte_tokenizer
-from higgs_nb.model.fused import attend, attend_to_itself
+from higgs_nb.model.attention import attend, attend_to_itself
 from higgs_nb.model.model import tiny_model
 from higgs_nb.speech.generate import generate_speech
 

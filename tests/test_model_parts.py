@@ -21,8 +21,9 @@ from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import SampleDataset, encode_conversation, expand
 from higgs_nb.data.whisper_inputs import whisper_extractor
+from higgs_nb.model.load import load_model
 from higgs_nb.model.lora import apply_lora, create_lora_config
-from higgs_nb.model.model import load_model, tiny_model
+from higgs_nb.model.model import tiny_model
 from higgs_nb.speech.generate import generate_speech
 from higgs_nb.training.arguments import HiggsTrainingArguments
 from higgs_nb.training.loop import HiggsTrainer

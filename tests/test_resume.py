@@ -25,8 +25,8 @@ from higgs_nb.checkpoint.errors import CheckpointError
 from higgs_nb.checkpoint.repair import main as higgs_validate
 from higgs_nb.checkpoint.validate import list_checkpoints
 from higgs_nb.data.corpus import embedded_corpus
-from higgs_nb.model.lora import merge_lora
-from higgs_nb.model.model import load_model
+from higgs_nb.model.load import load_model
+from higgs_nb.model.merge import merge_lora
 from higgs_nb.training.callbacks import Callback, EarlyStoppingCallback, Preempted
 from higgs_nb.training.identity import describe_data, differences
 from higgs_nb.training.loop import HiggsTrainer
@@ -376,7 +376,7 @@ import importlib.util, sys
 true = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *args: None if name in ("bitsandbytes", "tensorboard", "tensorboardX") else true(name, *args)
 from resume_job import make_trainer, train
-from higgs_nb.model.model import load_model
+from higgs_nb.model.load import load_model
 from transformers import BitsAndBytesConfig
 folder = sys.argv[1]
 make_trainer(folder + "/any", adapter=None).model.save_pretrained(folder + "/base")

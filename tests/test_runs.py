@@ -32,8 +32,8 @@ from higgs_nb.cli.sweep import main as higgs_sweep
 from higgs_nb.data.audio import load_audio
 from higgs_nb.data.codec import load_codec
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
-from higgs_nb.model.lora import merge_lora
-from higgs_nb.model.model import load_model
+from higgs_nb.model.load import load_model
+from higgs_nb.model.merge import merge_lora
 from higgs_nb.speech.judges import missing_judges
 
 RUNS = {

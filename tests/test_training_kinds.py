@@ -34,9 +34,11 @@ from higgs_nb.data.collator import PackedCollator, PaddedCollator
 from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer, fit_tokenizer
 from higgs_nb.data.samples import SampleDataset
-from higgs_nb.model.fused import HALF
-from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config, merge_lora
-from higgs_nb.model.model import load_model, tiny_config, tiny_model
+from higgs_nb.model.load import load_model
+from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config
+from higgs_nb.model.merge import merge_lora
+from higgs_nb.model.model import tiny_config, tiny_model
+from higgs_nb.model.modules import HALF
 from higgs_nb.speech.generate import generate_speech
 from higgs_nb.training import checkpoints
 from higgs_nb.training.arguments import AT_LEAST, BELOW_ONE, REFUSED, HiggsTrainingArguments

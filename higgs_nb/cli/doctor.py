@@ -393,7 +393,7 @@ def check_base_directory(path: Path) -> Finding:
     if not path.is_dir():
         return Finding("base", "problem", f"{path} is a file", BASE_FORMS)
     try:
-        from higgs_nb.model.model import check_source
+        from higgs_nb.model.load import check_source
 
         check_source(path)
         missing = missing_files(path)

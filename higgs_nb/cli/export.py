@@ -35,7 +35,7 @@ from ..data.conversation import Audio, tts_conversation
 from ..data.prompt import AudioTokens
 from ..data.samples import SampleDataset, sample_options, write_clip
 from ..family import HIGGS_V2
-from ..model.model import load_model
+from ..model.load import load_model
 from ..speech.generate import generate_speech, prompt_of
 
 # %% auto #0
@@ -388,7 +388,7 @@ def model_card(
         f"HiggsAudioV2ForConditionalGeneration.from_pretrained({where}, "
         "use_text_head=True)  # of transformers"
         if stock
-        else f"load_model({where})  # of higgs_nb.model.model"
+        else f"load_model({where})  # of higgs_nb.model.load"
     )
     losses = "\n".join(loss_row(k, run[f"held_out_{k}_loss"]) for k in ("audio", "text"))
     names = {"small": "the small base of higgs_nb", "tiny": "a small model with random weights"}

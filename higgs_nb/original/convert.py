@@ -19,7 +19,8 @@ from transformers import HiggsAudioV2Config, LlamaConfig, WhisperConfig
 from ..data.collator import target_index
 from ..data.delay import IGNORE
 from ..family import HIGGS_V2
-from ..model.model import WHISPER_FIELDS, HiggsAudioForTraining, whisper_settings
+from ..model.model import HiggsAudioForTraining
+from ..model.whisper import WHISPER_FIELDS, whisper_settings
 
 # %% auto #0
 __all__ = ['RENAMED', 'FIXED', 'TEXT_FIELDS', 'ENCODER_DEFAULTS', 'DELAY_BEFORE_OUT', 'WMULTIPLES', 'MULTIPLE', 'convert_name',

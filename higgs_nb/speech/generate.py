@@ -23,7 +23,7 @@ from ..data.delay import undelay
 from ..data.prompt import AudioTokens
 from ..data.samples import Sample, encode_with, expand, sample_options
 from ..family import HIGGS_V2
-from ..model.model import check_tokenizer
+from ..model.load import check_tokenizer
 from ..model.shard import is_sharded
 from .clips import Speech
 from .options import check_options

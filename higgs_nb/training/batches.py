@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.collator import PackedBatchSampler, PackedCollator
 from ..data.conversation import Audio
 from ..data.delay import IGNORE
-from ..model.model import target_counts
+from ..model.loss import target_counts
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.delay import IGNORE
-from ..model.model import codebook_loss_sums
+from ..model.loss import codebook_loss_sums
 
 # %% auto #0
 __all__ = ['OFFSETS', 'EXPLAIN', 'probe_index', 'copy_floor', 'OffsetProbe', 'offset_probe']

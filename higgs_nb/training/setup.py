@@ -22,8 +22,9 @@ from ..checkpoint.errors import explained
 from ..checkpoint.preflight import empty_base, preflight
 from ..checkpoint.saving import make_dirs
 from ..data.audit import audit
+from ..model.load import check_tokenizer, tokenizer_fingerprint
 from ..model.lora import freeze_silent, only_lora
-from ..model.model import LossWeights, check_tokenizer, tokenizer_fingerprint
+from ..model.loss import LossWeights
 from ..model.shard import is_sharded, shard_base
 from .arguments import DIVIDED, HiggsTrainingArguments
 from .batches import check_hearing

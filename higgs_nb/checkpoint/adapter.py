@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 from peft import (
@@ -28,7 +27,7 @@ from higgs_nb.checkpoint.base import (
 )
 from .errors import CheckpointError
 from .loading import check_finite, load_files, read_verified, verified
-from .manifest import ADAPTER_FILES, Manifest
+from .manifest import ADAPTER_FILES, Manifest, library_versions
 from .peft_config import adapter_config_bytes, read_adapter_config
 from .saving import Snapshot, on_cpu
 from .validate import CheckpointReport, validate_checkpoint
@@ -39,9 +38,9 @@ from ..model.lora import keep_float32
 # %% auto #0
 __all__ = ['MOVES_BASE', 'MISFITS', 'adapter_state', 'trained_state', 'check_tuner', 'check_base_untouched',
            'check_all_trained_saved', 'adapter_tensors', 'adapter_files', 'copied', 'with_files',
-           'check_contents_finite', 'library_versions', 'take_snapshot', 'save_lora_adapters', 'load_adapter',
-           'check_keys', 'is_rounded', 'check_arrival', 'all_float32', 'any_float32_module', 'put_on_base',
-           'load_lora_adapters', 'tensor_kind', 'check_same_kinds', 'restore']
+           'check_contents_finite', 'take_snapshot', 'save_lora_adapters', 'load_adapter', 'check_keys', 'is_rounded',
+           'check_arrival', 'all_float32', 'any_float32_module', 'put_on_base', 'load_lora_adapters', 'tensor_kind',
+           'check_same_kinds', 'restore']
 
 # %% ../../nbs/checkpoint/13_adapter.ipynb #40217514
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
@@ -142,11 +141,6 @@ def check_contents_finite(contents: Mapping[str, Content], step: int | None) -> 
     for content in contents.values():
         if isinstance(content, Mapping):
             check_finite(content, f"checkpoint{of_step} not saved")
-
-# %% ../../nbs/checkpoint/13_adapter.ipynb #c6bf7865
-def library_versions() -> dict[str, str]:
-    "Versions of the libraries that decide how a checkpoint is written."
-    return {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
 
 # %% ../../nbs/checkpoint/13_adapter.ipynb #cfe54898
 def take_snapshot(
@@ -259,7 +253,7 @@ def any_float32_module(tensors: Mapping[str, Tensor]) -> bool:
 def put_on_base(
     base_model: nn.Module, config: LoraConfig, saved: dict[str, Tensor], path: Path
 ) -> PeftModel:
-    "The base with the layers of `config` and the values of `saved`; `CheckpointError` on a misfit."
+    "The base with layers of `config` and values of `saved`; `CheckpointError` on a misfit."
     try:
         model = get_peft_model(base_model, config, autocast_adapter_dtype=all_float32(saved))
         if not config.inference_mode or any_float32_module(saved):
@@ -283,9 +277,9 @@ def load_lora_adapters(
     trainable: bool = False,  # to continue its training
     tokenizer=None,  # to be compared with that of training; None: compared at generation
 ) -> PeftModel:
-    """Load an adapter that `save_lora_adapters` saved onto the base that it was trained on, in the
-    precision of that base. `CheckpointError` if the checkpoint is not whole, the base or the
-    tokenizer is another, or a tensor did not arrive; a warning if a tensor is rounded.
+    """Load an adapter that `save_lora_adapters` saved onto the base that it was trained on, in
+    the precision of that base. `CheckpointError` if the checkpoint is not whole, the base or
+    the tokenizer is another, or a tensor did not arrive; a warning if a tensor is rounded.
     """
     if isinstance(base_model, PeftModel):
         remedy = "load the base anew, or see `restore`"
@@ -337,9 +331,9 @@ def restore(
     path: Path | str | CheckpointReport,  # a directory, or the report on it
     base: dict | None = None,  # `describe_base` of `model`; None: computed, which is slow
 ) -> CheckpointReport:
-    """Put the values of a checkpoint into the adapter of `model`, or into a model without one, in
-    place. `CheckpointError` if the checkpoint is not whole, the base is another, or its tensors
-    are not those of `model`: then nothing is changed.
+    """Put the values of a checkpoint into the adapter of `model`, or into a model without one,
+    in place. `CheckpointError` if the checkpoint is not whole, the base is another, or its
+    tensors are not those of `model`: then nothing is changed.
     """
     if isinstance(model, PeftModel):
         report, saved = load_adapter(model, path, base)

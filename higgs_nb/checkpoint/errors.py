@@ -46,8 +46,8 @@ def errno_of(error: BaseException | None) -> int | None:
 
 # %% ../../nbs/checkpoint/04_errors.ipynb #8890d123
 def free_bytes(path: Path) -> int | None:
-    """Bytes free for us on the disk of `path`, or of its nearest parent that exists; None if they
-    cannot be found out.
+    """Bytes free for us on the disk of `path`, or of its nearest parent that exists; None if
+    they cannot be found out.
     """
     for candidate in (path, *path.absolute().parents):
         try:
@@ -71,8 +71,8 @@ def place_of(path: Path | None, free: int | None) -> str | None:
 
 # %% ../../nbs/checkpoint/04_errors.ipynb #3c1dc90e
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be saved, or must not be loaded. `errno` is that of the cause, `free`
-    the bytes free on the disk of `path`; all but `what` may be None.
+    """A checkpoint could not be saved, or must not be loaded. `errno` is that of the cause,
+    `free` the bytes free on the disk of `path`; all but `what` may be None.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class CheckpointError(RuntimeError):
 # %% ../../nbs/checkpoint/04_errors.ipynb #fcaa41b8
 @contextmanager
 def explained(what: str, path: Path) -> Iterator[None]:
-    "Turns an error of the disk or of a format into a `CheckpointError` about `what` and `path`."
+    "Turns an error of the disk or a format into a `CheckpointError` about `what` and `path`."
     try:
         yield
     except (OSError, SafetensorError, ValueError) as error:

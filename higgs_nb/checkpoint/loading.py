@@ -83,7 +83,7 @@ def check_finite(
 
 # %% ../../nbs/checkpoint/08_loading.ipynb #e0c60ee1
 def read_verified(report: CheckpointReport, name: str) -> bytes:
-    "The bytes of a file of a whole checkpoint; `CheckpointError` if they are not what was saved."
+    "The bytes of a file of a checkpoint; `CheckpointError` if they are not what was saved."
     files = report.manifest.files
     if name not in files:
         raise CheckpointError(f"{name} not loaded: its manifest names {sorted(files)}", report.path)

@@ -11,6 +11,7 @@ import platform
 import re
 import uuid
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
@@ -20,8 +21,8 @@ from ..core.locks import lock_state
 
 # %% auto #0
 __all__ = ['MANIFEST', 'FORMAT', 'ADAPTER_FILES', 'MODEL_FILE', 'PICKLE_SUFFIXES', 'PICKLE_STARTS', 'MAX_HEADER', 'MACHINE',
-           'HIDDEN', 'is_plain_path', 'json_sha256', 'check_entry', 'Manifest', 'is_pickle', 'holds_pickle',
-           'safetensors_errno', 'tensor_table', 'hidden_name', 'writer_of']
+           'HIDDEN', 'is_plain_path', 'json_sha256', 'check_entry', 'Manifest', 'library_versions', 'is_pickle',
+           'holds_pickle', 'safetensors_errno', 'tensor_table', 'hidden_name', 'writer_of']
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #abaf5180
 MANIFEST = "manifest.json"
@@ -33,8 +34,8 @@ MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #ba7d422a
 def is_plain_path(name: str) -> bool:
-    """Whether `name` is a relative path in plain form that stays inside its directory and is not
-    the manifest's own.
+    """Whether `name` is a relative path in plain form that stays inside its directory and is
+    not the manifest's own.
     """
     path = PurePosixPath(name)
     if not name.isprintable() or "\\" in name or name in (".", MANIFEST):
@@ -48,7 +49,7 @@ def json_sha256(value) -> str:
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #eea31ca9
 def check_entry(name: str, entry) -> None:
-    "`ValueError` unless `name` is a plain path and `entry` gives the size and sha256 of a file."
+    "`ValueError` unless `name` is a plain path and `entry` gives the size and sha256."
     if not is_plain_path(name):
         raise ValueError(f"{name!r} is no plain path inside the checkpoint")
     given = entry if isinstance(entry, dict) else {}
@@ -62,7 +63,7 @@ def check_entry(name: str, entry) -> None:
 class Manifest:
     "What a checkpoint promises to hold."
 
-    # relative path -> {"size", "sha256"}, and for safetensors "tensors": name -> {"dtype", "shape"}
+    # relative path -> size and sha256; for safetensors also "tensors": name -> dtype and shape
     files: dict[str, dict]
     meta: dict  # what the saver noted: the kind, the base model, the step
 
@@ -86,6 +87,11 @@ class Manifest:
             raise ValueError("it is not as it was written: its own sha256 or its form differs")
         return manifest
 
+# %% ../../nbs/checkpoint/01_manifest.ipynb #c6bf7865
+def library_versions() -> dict[str, str]:
+    "Versions of the libraries that decide how a checkpoint is written."
+    return {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
+
 # %% ../../nbs/checkpoint/01_manifest.ipynb #50641080
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 PICKLE_STARTS = (b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
@@ -105,7 +111,7 @@ def holds_pickle(path: Path) -> bool:
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #86c4c0b6
 def safetensors_errno(error: SafetensorError) -> int | None:
-    "The error number of the operating system in the message of safetensors; None if there is none."
+    "The error number of the operating system in an error of safetensors, or None."
     number = re.search(r"os error (\d+)", str(error))
     return int(number[1]) if number else None
 
@@ -114,8 +120,8 @@ MAX_HEADER = 2**24  # bytes of the header of a safetensors file
 
 
 def tensor_table(path: Path) -> dict[str, dict]:
-    """Name -> {'dtype', 'shape'} of each tensor of a safetensors file. `ValueError` if it is not
-    one; `OSError` if it cannot be read.
+    """Name -> {'dtype', 'shape'} of each tensor of a safetensors file. `ValueError` if it is
+    not one; `OSError` if it cannot be read.
     """
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")

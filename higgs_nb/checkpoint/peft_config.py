@@ -228,8 +228,8 @@ def read_adapter_config(
     path: Path | None = None,  # of the checkpoint, for the error
     what: str = "adapter not loaded",
 ) -> LoraConfig:
-    """PEFT's configuration from the bytes of its file. `CheckpointError` names the first key with a
-    value that is not accepted.
+    """PEFT's configuration from the bytes of its file. `CheckpointError` names the first key
+    with a value that is not accepted.
     """
     settings = parse_settings(data, path, what)
     for key, value in {"peft_type": None, **settings}.items():
@@ -242,7 +242,7 @@ def read_adapter_config(
 
 # %% ../../nbs/checkpoint/11_peft_config.ipynb #95e3fc43
 def adapter_config(model: PeftModel, base: dict) -> PeftConfig:
-    "PEFT's configuration of the adapter of `model` on `base` (of `describe_base`), for the disk."
+    "PEFT's configuration of the adapter of `model` as it goes to disk; see `describe_base`."
     config = copy.copy(next(iter(model.peft_config.values())))
     config.inference_mode = True
     config.base_model_name_or_path = base.get("id")

@@ -66,7 +66,7 @@ def try_on_fresh_base(
 
 # %% ../../nbs/checkpoint/14_preflight.ipynb #c9a7b366
 def try_whole_model(model: nn.Module, path: Path) -> None:
-    "`CheckpointError` if the checkpoint `path` of `model` cannot be loaded, or is not the same."
+    "`CheckpointError` if the checkpoint `path` of `model` does not load as the same model."
     options = {"use_text_head": True} if type(model) is stock_class(model) else {}
     options |= dict(dtype="auto", use_safetensors=True)
     with explained("the model would be saved, and could not be loaded", path):
@@ -131,10 +131,10 @@ def preflight(
     bytes_needed: int,  # for `save_total_limit + 2` checkpoints with the optimizer's state
     model: PeftModel | nn.Module | None = None,  # to rehearse with; None: with a small tensor
     base: dict | None = None,  # of `describe_base`, as for `save_lora_adapters`
-    fresh: nn.Module | None = None,  # of `empty_base`; None: made of `model`, which must be whole
+    fresh: nn.Module | None = None,  # of `empty_base`; None: made of `model`
 ) -> int | None:
-    """Save, verify, rename, load and remove a checkpoint in `output_dir`; returns the free bytes.
-    `CheckpointError` says what failed.
+    """Save, verify, rename, load and remove a checkpoint in `output_dir`; returns the free
+    bytes. `CheckpointError` says what failed.
     """
     output_dir = Path(output_dir)
     free = check_space(output_dir, bytes_needed)

@@ -59,10 +59,10 @@ class Pruning:
 def prune_checkpoints(
     run_dir: Path | str,  # output directory of a run
     keep: int,  # newest whole checkpoints that stay, at least 1
-    protect: Iterable[Path | str] = (),  # checkpoints that stay in any case, such as the best one
+    protect: Iterable[Path | str] = (),  # checkpoints that stay, such as the best one
 ) -> list[Path]:
-    """Remove the checkpoints older than the newest `keep` whole ones, and unfinished saves whose
-    writers are gone. Returns what was removed.
+    """Remove the checkpoints older than the newest `keep` whole ones, and unfinished saves
+    whose writers are gone. Returns what was removed.
     """
     if keep < 1:
         raise ValueError(f"keep = {keep}: at least one checkpoint must stay")

@@ -79,7 +79,7 @@ def write_files(directory: Path, contents: Mapping[str, Content], meta: dict) ->
 
 # %% ../../nbs/checkpoint/06_saving.ipynb #9a8fff12
 def fits_name(name: str, content: Content) -> bool:
-    "Whether a file may have this name: a plain path, .safetensors for tensors and nothing else."
+    "Whether `name` is a plain path that ends in .safetensors for tensors, and only for them."
     return is_plain_path(name) and name.endswith(".safetensors") == isinstance(content, Mapping)
 
 # %% ../../nbs/checkpoint/06_saving.ipynb #554b9d13
@@ -119,9 +119,9 @@ def save_checkpoint(
     *,
     meta: dict,  # for the manifest; anything that JSON can hold
 ) -> Manifest:
-    """Save a checkpoint that is complete or absent. `CheckpointError` if the disk fails or holds
-    something else than was meant. Then nothing has the name `path`, unless only the last line
-    failed: the checkpoint is whole, and may vanish if the power fails now.
+    """Save a checkpoint that is complete or absent. `CheckpointError` if the disk fails or
+    holds something else than was meant. Then nothing has the name `path`, unless only the last
+    line failed: the checkpoint is whole, and may vanish if the power fails now.
     """
     path, meta = Path(path), json.loads(json.dumps(meta))
     check_contents(contents, path)

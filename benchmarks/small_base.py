@@ -1,4 +1,4 @@
-"""The figures of README's table and of the page on the small base, measured again.
+"""The scores on the page of the small base, measured again.
 
     python benchmarks/small_base.py                         # into runs/scores: hours of two cores
     python benchmarks/small_base.py --clips 4 --steps 20    # a small run, to see that all of it works

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from higgs_nb.cli.doctor import check_hub, check_place, check_python
+from higgs_nb.cli.doctor import check_hub
 from higgs_nb.cli.doctor import main as higgs_doctor
+from higgs_nb.cli.machine import check_place, check_python
 
 
 def finding(check, given="", path=(), **env):

@@ -21,32 +21,24 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
 from papermill.translators import PythonTranslator
 
-from higgs_nb.cli import run as runs
-from higgs_nb.cli.run import (
-    CHOICES,
-    HELD,
+from higgs_nb.cli import directory, execution
+from higgs_nb.cli.directory import HELD, claim, goes_on, is_same, occupied, reading
+from higgs_nb.cli.execution import is_done
+from higgs_nb.cli.limits import CHOICES, RANGES, WORDS, check_choice, in_range, range_of
+from higgs_nb.cli.notebooks import notebook_of, parameters_of, run_notebooks
+from higgs_nb.cli.parameters import (
     PATHS,
-    RANGES,
     SEVERAL_PATHS,
-    WORDS,
-    check_choice,
+    check_leaves,
     check_parameters,
-    claim,
-    goes_on,
-    in_range,
-    is_done,
-    load_yaml,
-    occupied,
-    parameters_of,
-    range_of,
     read_parameters,
-    reading,
-    run_notebooks,
-    surroundings,
 )
+from higgs_nb.cli.plain_yaml import load_yaml
+from higgs_nb.cli.record import surroundings
 from higgs_nb.cli.run import main as higgs_run
+from higgs_nb.cli.run import print_error
 from higgs_nb.cli.sweep import main as higgs_sweep
-from higgs_nb.cli.sweep import read_sweep
+from higgs_nb.cli.sweep_file import read_sweep
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 HOSTILE = '"]; open("TRACE", "w") #'
@@ -142,7 +134,7 @@ def test_plain_values_arrive_in_the_notebook_as_they_are(value):
         )  # the check is by name below
     except ValueError as error:
         pytest.fail(str(error))
-    value = runs.check_leaves(value, "value")
+    value = check_leaves(value, "value")
     [_, assigned] = PythonTranslator.codify(dict(value=value, **{})).split("\n", 1)
     [statement] = ast.parse(assigned).body
     assert ast.literal_eval(statement.value) == value and checked["rank_pattern"] == {"x": 1}
@@ -232,7 +224,7 @@ def test_yaml_is_plain_data_or_a_sentence(tag, form, nested):
     ],
 )
 def test_a_parameter_file_that_cannot_be_is_a_sentence(text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "execute", lambda *given: pytest.fail("a run was started"))
+    monkeypatch.setattr(execution, "execute", lambda *given: pytest.fail("a run was started"))
     file = tmp_path / "given.yaml"
     file.write_text(text)
     assert higgs_run(["train", "-f", str(file), "--out", str(tmp_path / "out")]) == 2
@@ -317,7 +309,7 @@ def test_names_beside_the_words(tmp_path, monkeypatch):
         dict(targets="q_proj", train_in_full="audio_lm_head,text_lm_head"),
     ):
         assert check_parameters("train", given) == given
-    monkeypatch.setattr(runs, "execute", lambda *given: pytest.fail("a kernel starts"))
+    monkeypatch.setattr(execution, "execute", lambda *given: pytest.fail("a kernel starts"))
     assert higgs_run(["train", "--out", str(tmp_path / "out"), "-p", "targets=al"]) == 2
     assert not (tmp_path / "out").exists()
 
@@ -381,7 +373,7 @@ def test_the_ends_of_ranges(key, inside, outside):
 
 
 def test_octal_empty_and_home(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "execute", lambda *given: pytest.fail("a run was started"))
+    monkeypatch.setattr(execution, "execute", lambda *given: pytest.fail("a run was started"))
     for pair in (["steps", "010"], ["steps", "1:30"], ["data", ""], ["data", " "], ["base", ""]):
         with pytest.raises(ValueError, match=pair[0] + "|" + pair[1]):
             check_parameters("train", read_parameters("train", None, [pair]))
@@ -395,7 +387,7 @@ def test_octal_empty_and_home(tmp_path, monkeypatch):
 
 HOLDER = """import sys, time
 from pathlib import Path
-from higgs_nb.cli.run import claim, occupied
+from higgs_nb.cli.directory import claim, occupied
 go = Path(sys.argv[1])
 print("ready", flush=True)
 for k in range(4):
@@ -433,7 +425,7 @@ def test_the_kernel_of_a_killed_run_keeps_its_directory(tmp_path, notebook, begi
     cell.
     """
     work = notebook(
-        "import os, time\nfrom pathlib import Path\nfrom higgs_nb.cli.run import HELD, "
+        "import os, time\nfrom pathlib import Path\nfrom higgs_nb.cli.directory import HELD, "
         "occupy\noccupy(Path(out))\nassert len(HELD) == 1\n"
         "Path(out, 'pid').write_text(str(os.getpid()))\ntime.sleep(60)"
     )
@@ -459,7 +451,7 @@ def test_a_directory_is_held_before_its_kernel_starts(tmp_path, monkeypatch):
     "And let go at the end."
     out, held = tmp_path / "out", []
     monkeypatch.setattr(
-        runs, "execute", lambda *given: held.append((occupied(out), runs.is_same(given[-1], out)))
+        execution, "execute", lambda *given: held.append((occupied(out), is_same(given[-1], out)))
     )
     assert higgs_run(["train", "--out", str(out)]) == 0
     assert held == [(True, True)] and not occupied(out)
@@ -470,8 +462,8 @@ def test_what_is_read_is_not_replaced(tmp_path, capsys, monkeypatch):
     (tmp_path / "metadata.json").touch()
     reading(tmp_path / "metadata.json")
     reading(tmp_path)
-    assert len([fd for fd in HELD if runs.is_same(fd, tmp_path)]) == 1 and not occupied(tmp_path)
-    monkeypatch.setattr(runs, "claim", lambda out: claim(out, patience_s=0.1))
+    assert len([fd for fd in HELD if is_same(fd, tmp_path)]) == 1 and not occupied(tmp_path)
+    monkeypatch.setattr(execution, "claim", lambda out: claim(out, patience_s=0.1))
     try:
         assert (
             higgs_run(["prepare", "--out", str(tmp_path)]) == 2
@@ -526,7 +518,7 @@ def test_notes_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_run_notebooks_write_no_json_in_place():
     "A file that is cut off while it is written would end each further start: see `write_json`."
     for name in run_notebooks():
-        code = "".join(c.source for c in nbformat.read(runs.notebook_of(name), 4).cells)
+        code = "".join(c.source for c in nbformat.read(notebook_of(name), 4).cells)
         assert not re.search(r"""\.json["']\)?\.write_text|json\.dump\(""", code), name
 
 
@@ -537,7 +529,7 @@ def test_a_checkpoint_that_cannot_be_read_now_moves_nothing(tmp_path, monkeypatc
     def unreadable(out):
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr(runs, "latest_checkpoint", unreadable)
+    monkeypatch.setattr(directory, "latest_checkpoint", unreadable)
     with pytest.raises(OSError, match="Stale"):
         goes_on(tmp_path, dict(steps=3))
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "parameters.json"]
@@ -576,14 +568,14 @@ def test_a_working_directory_runs_no_code(tmp_path, notebook, monkeypatch):
     monkeypatch.chdir(folder)
     assert len(surroundings()["git"]["cwd"]["commit"]) == 40
     assert not (tmp_path / "TRACE").exists()
-    monkeypatch.setattr(runs, "RUNS", tmp_path)  # this one is of the package
+    monkeypatch.setattr(execution, "RUNS", tmp_path)  # this one is of the package
     notebook(
         "import sys\nassert '' not in sys.path and sys.flags.safe_path\nimport "
         "soundfile\nassert hasattr(soundfile, 'SoundFile')",
         "packaged.ipynb",
     )
-    monkeypatch.setenv("PYTHONPATH", str(Path(runs.__file__).parents[1]))
-    runs.execute(
+    monkeypatch.setenv("PYTHONPATH", str(Path(execution.__file__).parents[1]))
+    execution.execute(
         tmp_path / "packaged.ipynb", tmp_path / "done.ipynb", {}, os.open(tmp_path, os.O_RDONLY)
     )
     assert not (tmp_path / "TRACE").exists()
@@ -653,7 +645,7 @@ def test_ctrl_c_saves_and_stops(tmp_path, notebook, begin):
 
 
 def test_messages_leave_a_terminal_alone(capsys):
-    runs.tell("one\x1b]52;c;\x07\ntwo\x9b")
+    print_error("one\x1b]52;c;\x07\ntwo\x9b")
     assert capsys.readouterr().err == "one\\x1b]52;c;\\x07\ntwo\\x9b\n"
 
 
@@ -664,14 +656,14 @@ def test_a_directory_that_was_moved_is_named(tmp_path, monkeypatch, capsys):
         (tmp_path / "out").rename(tmp_path / "moved")
         (tmp_path / "out").mkdir()
 
-    monkeypatch.setattr(runs, "execute", moving)
+    monkeypatch.setattr(execution, "execute", moving)
     assert higgs_run(["train", "--out", str(tmp_path / "out")]) == 1
     assert "was moved while the run went on" in capsys.readouterr().err
 
 
 def test_no_run_executes_the_code_of_a_repository():
     for name in run_notebooks():
-        cells = nbformat.read(runs.notebook_of(name), 4).cells
+        cells = nbformat.read(notebook_of(name), 4).cells
         code = "\n".join(c.source for c in cells if c.cell_type == "code")
         for call in (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)):
             if re.match(r"Auto\w+\.from_pretrained$", ast.unparse(call.func)):
@@ -695,7 +687,7 @@ def test_exit_codes_and_the_cause(tmp_path, monkeypatch, capsys):
         (tmp_path / "out" / "STOP").mkdir()  # unlink fails
         raise OSError(28, "No space left on device", "a\x1b]52;")
 
-    monkeypatch.setattr(runs, "execute", full)
+    monkeypatch.setattr(execution, "execute", full)
     assert higgs_run(["train", "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert "No space left" in said and "STOP was not removed" in said and "\x1b" not in said
@@ -846,12 +838,12 @@ def test_an_executed_notebook_is_never_half_written(notebook, tmp_path, monkeypa
     """
     out = tmp_path / "out"
     file = Path(notebook("print(6 * 7)"))
-    runs.run(str(file), out)
+    execution.run(str(file), out)
     executed = out / file.name
     before = executed.read_bytes()
     assert b"42" in before and nbformat.reads(before.decode(), 4).metadata["papermill"]
     os.link(executed, tmp_path / "earlier")
-    runs.run(str(file), out, {"n": 2})
+    execution.run(str(file), out, {"n": 2})
     assert (tmp_path / "earlier").read_bytes() == before != executed.read_bytes()
     assert not [f for f in os.listdir(out) if f.endswith(".new")]
     kept = executed.read_bytes()
@@ -861,5 +853,5 @@ def test_an_executed_notebook_is_never_half_written(notebook, tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        runs.WholeNotebook(executed).write("{" * 100, str(executed))
+        execution.WholeNotebook(executed).write("{" * 100, str(executed))
     assert executed.read_bytes() == kept

@@ -25,8 +25,10 @@ from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 from higgs_nb.checkpoint.adapter import load_lora_adapters
 from higgs_nb.checkpoint.errors import CheckpointError
 from higgs_nb.checkpoint.repair import main as higgs_validate
-from higgs_nb.cli.export import answers, compare, export_model
-from higgs_nb.cli.run import is_done, occupy
+from higgs_nb.cli.answers import answers, compare
+from higgs_nb.cli.directory import occupy
+from higgs_nb.cli.execution import is_done
+from higgs_nb.cli.export import export_model
 from higgs_nb.cli.run import main as higgs_run
 from higgs_nb.cli.sweep import main as higgs_sweep
 from higgs_nb.data.audio import load_audio

@@ -18,7 +18,7 @@ from distributed import LocalCluster
 from nbformat.v4 import new_code_cell, new_notebook
 
 from higgs_nb.cli.sweep import main as higgs_sweep
-from higgs_nb.cli.sweep import read_sweep
+from higgs_nb.cli.sweep_file import read_sweep
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 PARAMETERS = """n: int = 0  # number of the run
@@ -27,7 +27,7 @@ out: str = ""  # its directory
 diary: str = ""  # file that says what happened"""
 WORK = """import json, time
 from pathlib import Path
-from higgs_nb.cli.run import occupy
+from higgs_nb.cli.directory import occupy
 occupy(Path(out))
 def note(what):
     with open(diary, "a") as f: f.write(f"{what} {n}\\n")

@@ -31,10 +31,10 @@ from matplotlib.figure import Figure
 
 from higgs_nb.checkpoint.errors import CheckpointError
 from higgs_nb.checkpoint.validate import CheckpointReport, Fault, Reports
-from higgs_nb.cli.doctor import Finding
+from higgs_nb.cli.directory import HELD, claim
 from higgs_nb.cli.doctor import main as higgs_doctor
-from higgs_nb.cli.run import HELD, claim
-from higgs_nb.cli.sweep import SweepRun
+from higgs_nb.cli.machine import Finding
+from higgs_nb.cli.sweep_file import SweepRun
 from higgs_nb.core.locks import lock_directory
 from higgs_nb.core.messages import plain_text
 from higgs_nb.data.audit import audit
@@ -243,7 +243,7 @@ def test_a_corpus_is_not_replaced_while_it_is_read(tmp_path, monkeypatch):
         claim(data, patience_s=0)
     while HELD:
         os.close(HELD.pop())
-    monkeypatch.setattr("higgs_nb.cli.run.claim", lambda out: claim(out, patience_s=0))
+    monkeypatch.setattr("higgs_nb.cli.directory.claim", lambda out: claim(out, patience_s=0))
     reader = lock_directory(data, alone=False)
     with pytest.raises(BlockingIOError, match="a run reads"):
         execute(data, until="load_codec(codec)", notebook="prepare", data="")
@@ -745,9 +745,9 @@ def test_a_comparison_of_hostile_runs(tmp_path_factory, text):
     space = {"__name__": "__main__", "display": shown.append}
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr("higgs_nb.cli.sweep.read_sweep", lambda path: runs)
+        patch.setattr("higgs_nb.cli.sweep_file.read_sweep", lambda path: runs)
         patch.setattr(SweepRun, "state", "done")
-        patch.setattr("higgs_nb.cli.run.parameters", lambda *given: None)
+        patch.setattr("higgs_nb.cli.parameters.parameters", lambda *given: None)
         patch.setattr("IPython.display.display", shown.append)
         for cell in nbformat.read(ROOT / "nbs/runs/compare.ipynb", 4).cells:
             if cell.cell_type == "code":

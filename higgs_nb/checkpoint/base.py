@@ -76,7 +76,7 @@ def without_volatile(value):
 
 # %% ../../nbs/checkpoint/10_base.ipynb #7300860b
 def stable_config(model: nn.Module) -> dict:
-    "The configuration of a model, or of the base of a PeftModel, that decides what it computes."
+    "The configuration of a model, or of a PeftModel's base, that decides what it computes."
     return without_volatile(json.loads(base_of(model).config.to_json_string()))
 
 
@@ -86,7 +86,7 @@ def config_fingerprint(model: nn.Module) -> str:
 
 # %% ../../nbs/checkpoint/10_base.ipynb #d68fc5f0
 def fingerprint_line(item: tuple[str, Tensor]) -> str:
-    "Name, shape and sha256 of the bfloat16 value of a tensor (of its own dtype if it is integer)."
+    "Name, shape and sha256 of a tensor, with floating values rounded to bfloat16."
     name, tensor = item
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     rounded = tensor.detach().to("cpu", dtype)
@@ -112,8 +112,8 @@ def describe_base(
     without: list[str] | None = None,
     tokenizer=None,  # that it is trained with; None: the manifest does not name one
 ) -> dict:
-    """What a manifest says about a base model: its origin, configuration, fingerprints, and numbers
-    of tensors and parameters.
+    """What a manifest says about a base model: its origin, configuration, fingerprints, and
+    numbers of tensors and parameters.
     """
     tensors = base_tensors(model)
     without = replaced_tensors(model) if without is None else without
@@ -189,8 +189,8 @@ def check_trained_tokenizer(
     tokenizer,  # that the adapter is to be used with
     path: Path,  # of the checkpoint, for the error
 ) -> None:
-    """`CheckpointError` if the manifest of an adapter names another tokenizer; a warning if it is
-    older and names none.
+    """`CheckpointError` if the manifest of an adapter names another tokenizer; a warning if it
+    is older and names none.
     """
     noted = base.get("tokenizer_fingerprint")
     if noted is None:

@@ -87,8 +87,8 @@ def find_checkpoints(
     path: Path,  # a checkpoint, a run, or a folder of runs
     depth: int = DEPTH,  # how many folders deep
 ) -> list[Path]:
-    """The checkpoints and unfinished saves in a folder and in the folders below it, and the folder
-    itself if it is a checkpoint or cannot be read. No link is followed.
+    """The checkpoints and unfinished saves in a folder and in the folders below it, and the
+    folder itself if it is a checkpoint or cannot be read. No link is followed.
     """
     try:
         return checkpoints_below(path, depth)
@@ -151,8 +151,8 @@ def is_broken(report: CheckpointReport) -> bool:
 
 # %% ../../nbs/checkpoint/03_repair.ipynb #b42b7a56
 def move_aside(report: CheckpointReport) -> Path | None:
-    """Move a broken checkpoint into a folder `broken-N` beside it; its new path, or None if it is
-    whole, unverified, gone, or its writer may be alive.
+    """Move a broken checkpoint into a folder `broken-N` beside it; its new path, or None if it
+    is whole, unverified, gone, or its writer may be alive.
     """
     path = report.path
     if not is_broken(report) or not is_there(path):

@@ -379,8 +379,8 @@ def unfinished(path: Path) -> Fault:
 def validate_checkpoint(
     path: Path | str,  # the directory of a checkpoint, an adapter or an export
 ) -> CheckpointReport:
-    """Compare a directory with its manifest. Reads each file once, runs nothing, writes nothing,
-    and raises no error for any content.
+    """Compare a directory with its manifest. Reads each file once, runs nothing, writes
+    nothing, and raises no error for any content.
     """
     path = Path(path)
     try:
@@ -400,8 +400,8 @@ def validate_checkpoint(
 
 # %% ../../nbs/checkpoint/02_validate.ipynb #c2feeae7
 def members(run_dir: Path | str) -> list[CheckpointReport]:
-    """Everything in `run_dir` that has the name of a checkpoint, by step and then name, as reports
-    that are not yet filled. Empty if the run has not begun.
+    """Everything in `run_dir` that has the name of a checkpoint, by step and then name, as
+    reports that are not yet filled. Empty if the run has not begun.
     """
     try:
         reports = [CheckpointReport(path) for path in Path(run_dir).iterdir()]
@@ -419,8 +419,8 @@ def list_checkpoints(run_dir: Path | str) -> Reports:
 def latest_checkpoint(
     run_dir: Path | str,  # output directory of a run
 ) -> tuple[CheckpointReport | None, Reports]:
-    """The newest whole checkpoint of a run (None if there is none), and the newer ones that were
-    passed over. `OSError` with errno and path if one cannot be read, because it may be the
+    """The newest whole checkpoint of a run (None if there is none), and the newer ones that
+    were passed over. `OSError` with errno and path if one cannot be read, because it may be the
     newest.
     """
     passed = Reports()

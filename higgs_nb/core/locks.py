@@ -43,8 +43,8 @@ def lock_directory(
     alone: bool = True,  # exclusive; False: shared with others
     wait: bool = False,  # until it is free
 ) -> int:
-    """A descriptor of `directory` that holds a lock on it (none on a file system without locks);
-    `BlockingIOError` if another process's lock forbids it.
+    """A descriptor of `directory` that holds a lock on it (none on a file system without
+    locks); `BlockingIOError` if another process's lock forbids it.
     """
     fd = os.open(directory, os.O_RDONLY)
     try:
@@ -56,8 +56,8 @@ def lock_directory(
 
 # %% ../../nbs/core/04_locks.ipynb #573448bf
 def lock_state(directory: Path | str) -> str:
-    """Whether another open file holds an exclusive lock on `directory`: "held" or "free"; "unknown"
-    on a file system without locks.
+    """Whether another open file holds an exclusive lock on `directory`: "held" or "free";
+    "unknown" on a file system without locks.
     """
     fd = os.open(directory, os.O_RDONLY)
     try:

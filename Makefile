@@ -15,27 +15,27 @@ TOOLS = $(call quote,$(BIN))
 .PHONY: help train base test test-bits test-newest test-released test-browser lint lab docs bench scores prepare readme clean
 
 define HELP
-make train     train an adapter on the embedded corpus: runs/train holds it and the executed notebook
-make base      pretrain the small base model: hours, and runs/voices must hold the speech that nbs/runs/voices.ipynb makes
-make test      run every test, the notebooks among them
-make test-bits  the tests of quantised bases and 8-bit optimizers, with bitsandbytes beside the virtual environment
-make test-newest  the tests with the newest transformers, peft and accelerate that settings.ini allows
-make test-released  train the released configuration with random weights: seven minutes, 24 GB of memory, 14 GB of disk
-make test-browser  the site and the widgets in a headless Chromium; needs chromium, node and npm
-make lint      formatter and linter over notebooks, tests and scripts; the counts of the pages
-make lab       open the notebooks in JupyterLab
-make docs      build the site into _docs, with Quarto if it is installed, else with smalldocs
-make bench     run every benchmark in benchmarks/
-make scores    measure the figures of README's table again, into runs/scores: hours; needs the extra eval
-make prepare   after an edit in nbs/: export the package, clean the notebooks, make README.md
-make clean     remove what was built; .venv and runs/ stay
+make train         train an adapter on the recordings in the package; runs/train holds it and the executed notebook
+make base          pretrain the small base, in hours; needs the speech that nbs/runs/voices.ipynb makes in runs/voices
+make test          run every test and every notebook
+make test-bits     test quantised bases and 8-bit optimizers, with bitsandbytes beside the virtual environment
+make test-newest   test with the newest transformers, peft and accelerate that settings.ini allows
+make test-released train the released configuration with random weights: 7 minutes, 24 GB of memory, 14 GB of disk
+make test-browser  test the site and the widgets in a headless Chromium; needs chromium, node and npm
+make lint          run formatter and linter, and check the floors and the counts of the pages
+make lab           open the notebooks in JupyterLab
+make docs          build the site into _docs, with Quarto if it is installed, else with smalldocs
+make bench         run every benchmark in benchmarks/
+make scores        measure the scores of the small base again, into runs/scores: hours; needs the extra eval
+make prepare       after an edit in nbs/: export the package, clean the notebooks, write README.md
+make clean         remove what was built; .venv and runs/ stay
 
-Each sets up .venv by itself, and again when settings.ini, setup.py or constraints.txt has changed.
+Each target sets up .venv if it is missing, or if settings.ini, setup.py or constraints.txt has changed.
   ARGS="..."           more arguments, e.g. make test ARGS="-k codec -x"
-  WORKERS=0            make test in one process, which shows tests as they go
-  PYTHON=python3.12    the Python that .venv is made with (remove .venv to change it)
-  CONSTRAINTS=         without the tested versions, e.g. for the torch of your GPU: make CONSTRAINTS= train
-On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares you several GB of CUDA libraries.
+  WORKERS=0            run make test in one process, which shows tests as they go
+  PYTHON=python3.12    the Python that makes .venv (remove .venv to change it)
+  CONSTRAINTS=         install other versions than the tested ones, e.g. for your GPU: make CONSTRAINTS= train
+On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves several GB of CUDA libraries.
 endef
 
 help:
@@ -43,7 +43,7 @@ help:
 	@:
 
 $(SETUP): settings.ini setup.py $(CONSTRAINTS)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "higgs_nb needs Python 3.11 or newer, found " + sys.version)'
+	@$(PYTHON) tools/python_version.py
 	@echo "setting up $(VENV): the first time this takes a few minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.installed*
@@ -101,10 +101,9 @@ lint: $(SETUP)
 lab: $(SETUP)
 	$(TOOLS)/jupyter-lab nbs $(ARGS)
 
-# nbdev writes into _proc what a page shows, tools/pages.py adds what it lacks, and Quarto or smalldocs makes HTML of it.
+# tools/pages.py writes the pages into _proc, with nbdev, and Quarto or smalldocs makes HTML of them.
 docs: $(SETUP)
-	PYTHONWARNINGS=ignore::UserWarning $(TOOLS)/python -c "from nbdev.quarto import refresh_quarto_yml as yml; from nbdev.serve import proc_nbs; yml(); proc_nbs(force=True)"
-	$(TOOLS)/python tools/pages.py
+	PYTHONWARNINGS=ignore::UserWarning $(TOOLS)/python tools/pages.py
 	if command -v quarto >/dev/null; then quarto render _proc --no-execute; else $(TOOLS)/smalldocs render _proc; fi
 	rm -rf _docs && mv _proc/_docs _docs
 	@echo "the site is in _docs: $(PYTHON) -m http.server -d _docs"

@@ -1,4 +1,4 @@
-"""Prepare what `make docs` renders: the notebooks that nbdev has written into `_proc`.
+"""Write the notebooks that `make docs` renders into `_proc`.
 
 nbdev adds API entries, drops exported code and links to where it expects the site to be
 published. Here these links become links to notebooks, links inside signatures become plain
@@ -8,6 +8,9 @@ text, and each figure gets a description, the sentence before it.
 import json
 import re
 from pathlib import Path
+
+from nbdev.quarto import refresh_quarto_yml
+from nbdev.serve import proc_nbs
 
 PROC = Path("_proc")
 SIGNATURE = re.compile(r"```python.*?```", re.DOTALL)
@@ -64,6 +67,8 @@ def prepare(notebook: dict) -> None:
 
 
 def main() -> None:
+    refresh_quarto_yml()
+    proc_nbs(force=True)
     site = re.search(r'site-url: "(.*)"', (PROC / "nbdev.yml").read_text())[1]
     pages = chapters()
     for path in PROC.rglob("*.ipynb"):

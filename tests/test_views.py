@@ -9,24 +9,29 @@ import base64
 import contextlib
 import io
 import json
+import os
+import re
+import warnings
+from dataclasses import replace
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+
 import markdown_it
 import nbformat
 import numpy as np
-import os
 import pytest
-import re
 import soundfile
 import torch
-import warnings
 from conftest import ROOT
-from dataclasses import replace
-from functools import partial
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
 from higgs_nb.checkpoint.errors import CheckpointError
-from higgs_nb.checkpoint.validate import CheckpointReport
-from higgs_nb.checkpoint.validate import Fault
-from higgs_nb.checkpoint.validate import Reports
-from higgs_nb.cli.directory import HELD
-from higgs_nb.cli.directory import claim
+from higgs_nb.checkpoint.validate import CheckpointReport, Fault, Reports
+from higgs_nb.cli.directory import HELD, claim
 from higgs_nb.cli.doctor import main as higgs_doctor
 from higgs_nb.cli.machine import Finding
 from higgs_nb.cli.sweep_file import SweepRun
@@ -34,43 +39,22 @@ from higgs_nb.core.locks import lock_directory
 from higgs_nb.core.messages import plain_text
 from higgs_nb.data.audit import audit
 from higgs_nb.data.collator import PackedCollator
-from higgs_nb.data.corpus import embedded_corpus
-from higgs_nb.data.corpus import load_corpus
+from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.data.measure import CorpusReport
 from higgs_nb.data.problems import CorpusError
-from higgs_nb.data.prompt import AudioTokens
-from higgs_nb.data.prompt import byte_tokenizer
-from higgs_nb.data.samples import encode_conversation
-from higgs_nb.data.samples import expand
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.samples import encode_conversation, expand
 from higgs_nb.model.model import tiny_config
-from higgs_nb.speech import generate
-from higgs_nb.speech import model
-from higgs_nb.speech.clips import Speech
-from higgs_nb.speech.clips import save_clips
+from higgs_nb.speech import generate, model
+from higgs_nb.speech.clips import Speech, save_clips
 from higgs_nb.speech.evaluate import Evaluation
 from higgs_nb.speech.score import Score
 from higgs_nb.view.codes_explorer import CodesExplorer
-from higgs_nb.view.corpus_explorer import CorpusExplorer
-from higgs_nb.view.corpus_explorer import measure_clips
+from higgs_nb.view.corpus_explorer import CorpusExplorer, measure_clips
 from higgs_nb.view.label_explorer import LabelExplorer
 from higgs_nb.view.listener import ABListener
 from higgs_nb.view.monitor import run_monitor
-from higgs_nb.view.run_files import checkpoint_rows
-from higgs_nb.view.run_files import read_log_lines
-from higgs_nb.view.run_files import samples_of
-from html.parser import HTMLParser
-from hypothesis import HealthCheck
-from hypothesis import Phase
-from hypothesis import example
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-from pathlib import Path
-
-
-
+from higgs_nb.view.run_files import checkpoint_rows, read_log_lines, samples_of
 
 
 @pytest.fixture(autouse=True)

@@ -44,8 +44,8 @@ def base_path(
         return str(files("higgs_nb") / "assets" / "base")
     return str(Path(run) / "base") if base == "tiny" else base
 
-# %% ../../nbs/model/12_load.ipynb #a4dc72c7
-def is_hub_id(text: str) -> bool:
+# %% ../../nbs/model/12_load.ipynb #2b1b1382
+def is_hub_id(text: str) -> bool:  # a name that is no directory
     "Whether `text` may be NAME or OWNER/NAME on the hub, and not a path that is misspelt."
     parts = text.split("/")
     if len(parts) == 2 and Path(parts[0]).is_dir():
@@ -141,8 +141,12 @@ def check_tokenizer(
             "was saved with its base, or set model.trained_tokenizer = None to use this one"
         )
 
-# %% ../../nbs/model/12_load.ipynb #e8b3e731
-def check_not_switched_off(config: HiggsAudioV2Config, name: str, **asked: bool | None) -> None:
+# %% ../../nbs/model/12_load.ipynb #9b948374
+def check_not_switched_off(
+    config: HiggsAudioV2Config,  # of the checkpoint
+    name: str,  # of the checkpoint, for the error
+    **asked: bool | None,  # fields of the configuration; None: as the checkpoint has it
+) -> None:
     "`ValueError` if a run asks for False where the checkpoint `name` has True."
     for key, value in asked.items():
         if value is False and getattr(config, key, False):
@@ -151,10 +155,10 @@ def check_not_switched_off(config: HiggsAudioV2Config, name: str, **asked: bool 
                 "cannot be switched off"
             )
 
-# %% ../../nbs/model/12_load.ipynb #b99687ca
+# %% ../../nbs/model/12_load.ipynb #ec4a1361
 def check_tower_source(
     name: str,  # of the checkpoint, for errors
-    has_tower: bool,
+    has_tower: bool,  # by its configuration
     wanted: bool | None,  # see `load_model`, `encode_whisper_embed`
     whisper: str | None,  # see `load_model`
 ) -> None:
@@ -260,8 +264,12 @@ def load_config(name: str, revision: str | None) -> HiggsAudioV2Config:  # see `
             f"{name}` looks what is wrong."
         ) from error
 
-# %% ../../nbs/model/12_load.ipynb #a965ccc1
-def check_keys(name: str, info: dict, new: tuple[str, ...]) -> None:
+# %% ../../nbs/model/12_load.ipynb #53043961
+def check_keys(
+    name: str,  # of the checkpoint, for the error
+    info: dict,  # of `from_pretrained`, with `output_loading_info=True`
+    new: tuple[str, ...],  # modules that the checkpoint lacks and may lack
+) -> None:
     """`ValueError` if a checkpoint lacks weights other than those of the modules `new`, or has too
     many or of another shape.
     """

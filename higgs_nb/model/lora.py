@@ -34,8 +34,8 @@ PRESETS = V2.targets.presets
 HEADS = V2.heads
 EMBEDDINGS = V2.embeddings
 
-# %% ../../nbs/model/13_lora.ipynb #36118384
-def preset_targets(preset: str) -> tuple[str, ...]:
+# %% ../../nbs/model/13_lora.ipynb #ac80b07a
+def preset_targets(preset: str) -> tuple[str, ...]:  # "all", "attention" or "audio"
     "The names of a preset; `ValueError` if there is no such."
     if preset not in PRESETS:
         raise ValueError(
@@ -86,9 +86,9 @@ def only_lora(config: PeftConfig) -> None:  # of any of PEFT's tuners
             "LoraConfig offers: make it with create_lora_config and apply_lora"
         )
 
-# %% ../../nbs/model/13_lora.ipynb #620dcffb
+# %% ../../nbs/model/13_lora.ipynb #538e8fd0
 def fit_targets(
-    config: LoraConfig,
+    config: LoraConfig,  # of `create_lora_config`, or one of PEFT's
     parts: set[str],  # of the names of the model's modules
     new: tuple[str, ...],  # modules that the checkpoint lacked
 ) -> list[str]:
@@ -147,8 +147,11 @@ class Match:
     modules: list[str]
     trainable: int  # parameters this adds to training
 
-# %% ../../nbs/model/13_lora.ipynb #74bb356d
-def html_row(tag: str, values: tuple) -> str:  # tag: "td" or "th"
+# %% ../../nbs/model/13_lora.ipynb #73e0cfca
+def html_row(
+    tag: str,  # of a cell, "td" or "th"
+    values: tuple,  # one per cell
+) -> str:
     "A row of an HTML table; the values are escaped."
     cells = "".join(f"<{tag}>{in_html(value)}</{tag}>" for value in values)
     return f"<tr>{cells}</tr>"
@@ -178,38 +181,54 @@ class MatchTable(list):
         body = "".join(html_row("td", row) for row in self.rows())
         return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
-# %% ../../nbs/model/13_lora.ipynb #bc1e7eac
-def no_match(target: str, names, owner: str) -> ValueError:  # owner: class that has the names
+# %% ../../nbs/model/13_lora.ipynb #4a01bed1
+def no_match(
+    target: str,  # as the configuration has it
+    names,  # of what it could have matched
+    owner: str,  # class of the model
+) -> ValueError:
     "The error for a target that matches none of `names`, with the nearest of them."
     known = {".".join(name.split(".")[-2:]) for name in names} | set(names)
     hint = did_you_mean(target, known, count=3, cutoff=0.5)
     return ValueError(f"{target!r} matches nothing in {owner}{hint}")
 
 
-def matching(target: str, names, owner: str) -> list[str]:  # see `no_match`
+def matching(
+    target: str,  # as the configuration has it
+    names,  # of what it can match
+    owner: str,  # class of the model, for the error
+) -> list[str]:
     "Those of `names` that a target matches; `ValueError` if there are none."
     matched = [name for name in names if name == target or name.endswith("." + target)]
     if not matched:
         raise no_match(target, names, owner)
     return matched
 
-# %% ../../nbs/model/13_lora.ipynb #7ba65e38
-def in_order(targets) -> list[str]:
+# %% ../../nbs/model/13_lora.ipynb #569d9d7c
+def in_order(targets) -> list[str]:  # any collection of names
     "Targets in the order of the preset `all`, then others by name."
     known = PRESETS["all"]
     places = {target: place for place, target in enumerate(known)}
     return sorted(targets, key=lambda target: (places.get(target, len(known)), target))
 
-# %% ../../nbs/model/13_lora.ipynb #e0692f9a
-def lora_parameters(name: str, layer: nn.Linear, config: LoraConfig) -> int:
+# %% ../../nbs/model/13_lora.ipynb #432a37ea
+def lora_parameters(
+    name: str,  # of the layer, in full
+    layer: nn.Linear,  # as the base has it
+    config: LoraConfig,  # gives rank and kind of the adapter
+) -> int:
     "Parameters of the adapter beside a layer."
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
     magnitudes = layer.out_features if config.use_dora else 0
     return rank * (layer.in_features + layer.out_features) + magnitudes
 
 
-def lora_matches(config: LoraConfig, linear: dict[str, nn.Linear], owner: str) -> list[Match]:
-    "A row for each target of LoRA; `linear` are the layers by their full names."
+def lora_matches(
+    config: LoraConfig,  # fitted to the model
+    linear: dict[str, nn.Linear],  # its linear layers by their full names
+    owner: str,  # class of the model, for errors
+) -> list[Match]:
+    "A row for each target of LoRA."
     matches = []
     for target in in_order(config.target_modules):
         names = matching(target, linear, owner)
@@ -217,16 +236,23 @@ def lora_matches(config: LoraConfig, linear: dict[str, nn.Linear], owner: str) -
         matches.append(Match(target, LORA, names, count))
     return matches
 
-# %% ../../nbs/model/13_lora.ipynb #9ed1c4dc
-def check_ranks(config: LoraConfig, adapted: list[str], owner: str) -> None:
+# %% ../../nbs/model/13_lora.ipynb #fbb47aa0
+def check_ranks(
+    config: LoraConfig,  # fitted to the model
+    adapted: list[str],  # full names of the layers that get an adapter
+    owner: str,  # class of the model, for the error
+) -> None:
     "`ValueError` if `rank_pattern` names what is not among the adapted layers."
     for key in config.rank_pattern:
         if not any(name == key or get_pattern_key([key], name) != name for name in adapted):
             raise no_match(key, adapted, owner)
 
-# %% ../../nbs/model/13_lora.ipynb #29a3e7fd
+# %% ../../nbs/model/13_lora.ipynb #dac9080b
 def full_matches(
-    config: LoraConfig, modules: dict[str, nn.Module], new: tuple[str, ...], owner: str
+    config: LoraConfig,  # fitted to the model
+    modules: dict[str, nn.Module],  # its modules by their full names
+    new: tuple[str, ...],  # modules that the checkpoint lacked
+    owner: str,  # class of the model, for errors
 ) -> list[Match]:
     "A row for each module that is trained in full."
     matches = []
@@ -238,8 +264,12 @@ def full_matches(
         matches.append(Match(target, IN_FULL, names, count))
     return matches
 
-# %% ../../nbs/model/13_lora.ipynb #9cb2da04
-def row_matches(config: LoraConfig, modules: dict[str, nn.Module], owner: str) -> list[Match]:
+# %% ../../nbs/model/13_lora.ipynb #d5016d52
+def row_matches(
+    config: LoraConfig,  # fitted to the model
+    modules: dict[str, nn.Module],  # its modules by their full names
+    owner: str,  # class of the model, for errors
+) -> list[Match]:
     "A row for each embedding of which single rows are trained."
     rows = config.trainable_token_indices or {}
     if not isinstance(rows, dict):
@@ -295,8 +325,12 @@ def narrowed(config: LoraConfig) -> str:  # of `create_lora_config`, or one of P
         "adapted in targets"
     )
 
-# %% ../../nbs/model/13_lora.ipynb #b6ff2d11
-def check_applied(adapted: PeftModel, table: MatchTable, config: LoraConfig) -> None:
+# %% ../../nbs/model/13_lora.ipynb #a53ee6a2
+def check_applied(
+    adapted: PeftModel,  # by PEFT
+    table: MatchTable,  # of the base and `config`
+    config: LoraConfig,  # as it was given
+) -> None:
     "`RuntimeError` if PEFT adapted or trains something else than the table says."
     layers = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
     layers = {name.removeprefix("base_model.model.") for name in layers}
@@ -330,9 +364,13 @@ def keep_float32(model: PeftModel) -> None:  # changed in place
                 if rows.dtype in HALF:
                     rows.data = rows.data.float()
 
-# %% ../../nbs/model/13_lora.ipynb #72be4af0
-def split_match(match: Match, silent: list[str], frozen: int) -> Match:
-    "Take `silent` modules, with `frozen` parameters, out of a match; returns a row for them."
+# %% ../../nbs/model/13_lora.ipynb #627e551f
+def split_match(
+    match: Match,  # changed in place
+    silent: list[str],  # those of its modules that are frozen
+    frozen: int,  # parameters in them that were trainable
+) -> Match:
+    "Take modules out of a match; returns a row for them."
     match.modules = [name for name in match.modules if name not in silent]
     match.trainable -= frozen
     return Match(match.target, FROZEN, silent, 0)

@@ -210,16 +210,20 @@ def check_hub(base: str) -> Finding:  # as for `higgs_run train -p base=...`
         return Finding("base", "ok", base)
     if Path(base).exists():
         return check_base_directory(Path(base))
+    found = f"{base} is not a directory here, and not a name on the hub"
+    not_a_name = Finding("base", "problem", found, "correct the path, or write OWNER/NAME")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        found = f"{base} is not a directory here, and not a name on the hub"
-        return Finding("base", "problem", found, "correct the path, or write OWNER/NAME")
+        return not_a_name
     try:
         from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(base, "config.json")
     except ImportError as error:
         return Finding("base", "problem", f"{error}", "pip install huggingface_hub")
-    if isinstance(try_to_load_from_cache(base, "config.json"), str):
-        return Finding("base", "ok", f"{base} is in the cache")
-    return ask_hub(base)
+    except ValueError:  # such as ./a, which the hub does not allow as a name
+        return not_a_name
+    is_cached = isinstance(cached, str)
+    return Finding("base", "ok", f"{base} is in the cache") if is_cached else ask_hub(base)
 
 # %% ../../nbs/cli/20_doctor.ipynb #89ced3bf
 def check_kernel() -> Finding | None:

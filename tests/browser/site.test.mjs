@@ -9,7 +9,7 @@ import {SHOTS, launch, serious, serve, watch} from "./common.mjs"
 const SITE = process.env.SITE ?? "_docs"
 const walk = folder => readdirSync(folder).flatMap(name => statSync(join(folder, name)).isDirectory() ? walk(join(folder, name)) : [join(folder, name)])
 const PAGES = walk(SITE).filter(f => f.endsWith(".html")).map(f => relative(SITE, f)).filter(f => !process.env.ONLY_PAGES || process.env.ONLY_PAGES.split(",").includes(f)).sort()
-const SHOT = ["index.html", "view/04_label_explorer.html", "data/12_audit.html", "explanations/labels.html", "tutorials/read_a_run.html"]
+const SHOT = ["index.html", "view/04_label_explorer.html", "data/22_audit.html", "explanations/labels.html", "tutorials/read_a_run.html"]
 let browser, context, site
 assert.ok(PAGES.length > (process.env.ONLY_PAGES ? 0 : 30), `only ${PAGES.length} pages in ${SITE}: is this the site?`)
 
@@ -118,8 +118,8 @@ test("a copy on disk can be read: pages, pictures and links without a server", a
   const page = await context.newPage()
   const wrong = watch(page, "file:")
   await page.goto(pathToFileURL(join(SITE, "index.html")).href)
-  await page.locator("main a[href*='05_audio']").first().click()
-  await page.waitForURL(/05_audio\.html/)
+  await page.locator("main a[href*='labels']").first().click()
+  await page.waitForURL(/labels\.html/)
   assert.equal(await page.evaluate(() => [...document.images].every(i => i.naturalWidth > 0)), true)
   assert.ok(await page.evaluate(() => document.styleSheets.length > 0 && getComputedStyle(document.body).fontFamily != "Times New Roman"))
   assert.deepEqual(wrong.filter(w => w.startsWith("request")), [])

@@ -39,7 +39,10 @@ def make_samples(count: int, seed: int = 0) -> list[ChatMLDatasetSample]:
     second, one recording.
     """
     g = torch.Generator().manual_seed(seed)
-    randint = lambda low, high, *shape: torch.randint(low, high, shape, generator=g)
+
+    def randint(low, high, *shape):
+        return torch.randint(low, high, shape, generator=g)
+
     samples = []
     for seconds in (1 + 14 * torch.rand(count, generator=g)).tolist():
         prompt, codes = (
@@ -91,7 +94,10 @@ def codes_of(sample, index):
 
 def wrap(codes, opens, closes):
     "One column before and one behind the codes of a clip."
-    edge = lambda value: torch.full((codes.shape[0], 1), value, dtype=torch.long)
+
+    def edge(value):
+        return torch.full((codes.shape[0], 1), value, dtype=torch.long)
+
     return torch.cat([edge(opens), codes, edge(closes)], dim=1)
 
 
@@ -130,9 +136,10 @@ def clip_by_clip(batch):
     out_ids, out_start = join(audio_ids)
     in_ids, in_start = join([delay_one(wrap(codes, bos, eos), bos, eos)[0] for codes in heard])
     longest = -(-max(len(s.input_ids) for s in batch) // 8) * 8
-    pad = lambda rows, value: torch.stack(
-        [F.pad(row, (0, longest - len(row)), value=value) for row in rows]
-    )
+
+    def pad(rows, value):
+        return torch.stack([F.pad(row, (0, longest - len(row)), value=value) for row in rows])
+
     return dict(
         input_ids=pad([s.input_ids for s in batch], TOKENS.pad),
         label_ids=pad(label_ids, IGNORE),

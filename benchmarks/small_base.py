@@ -1,9 +1,10 @@
 """The scores on the page of the small base, measured again.
 
     python benchmarks/small_base.py                         # into runs/scores: hours of two cores
-    python benchmarks/small_base.py --clips 4 --steps 20    # a small run, to see that all of it works
+    python benchmarks/small_base.py --clips 4 --steps 20    # a small run: does all of it work?
     python benchmarks/small_base.py --only adapter          # one section
-    python benchmarks/small_base.py --commit                # a full run's figures -> benchmarks/results/small_base.json
+    python benchmarks/small_base.py --commit                # a full run: its figures go into
+                                                            # benchmarks/results/small_base.json
 
 A section is `higgs_run` with parameters, then its judged clips put into groups. What is done
 stays in runs/scores and is not done again. The file that is written begins as a copy of the

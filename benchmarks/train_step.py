@@ -1,19 +1,23 @@
 """A training step, stock transformers against higgs_nb: real tokens a second, share of the
 machine's matrix-product rate, peak memory, agreement.
 
-    python benchmarks/train_step.py                    # speed and memory at every size: tables, and benchmarks/results/train_step.json
+    python benchmarks/train_step.py                    # speed and memory at every size: tables, and
+                                                       # benchmarks/results/train_step.json
     python benchmarks/train_step.py --sizes 512x128256 # of one size, width x vocabulary
     python benchmarks/train_step.py --only dropout     # stock and ours with dropout in the adapters
     python benchmarks/train_step.py --only agreement   # 50 steps of both on equal labels
     python benchmarks/train_step.py --only growth      # from 1,024 to 8,192 tokens a step
-    python benchmarks/train_step.py --sizes released   # on a GPU: the released configuration with random weights; benchmarks/results/train_step_gpu.json
+    python benchmarks/train_step.py --sizes released   # on a GPU: the released configuration with
+                                                       # random weights; train_step_gpu.json
 
 Arms, all with the same base, the same LoRA (r=16 on all linear layers of the decoder), bfloat16
 with float32 adapters, the same samples and the same seed:
 
-    stock   `transformers.Trainer` on `HiggsAudioV2ForConditionalGeneration`, padded batches of four in random order, four of them a step, labels by the rule of
+    stock   `transformers.Trainer` on `HiggsAudioV2ForConditionalGeneration`, padded batches of four
+            in random order, four of them a step, labels by the rule of
             transformers' own processor
-    ours    `HiggsTrainer` on `HiggsAudioForTraining`, the same 16 samples packed into one row, labels by our rule
+    ours    `HiggsTrainer` on `HiggsAudioForTraining`, the same 16 samples packed into one row,
+            labels by our rule
     equal   `ours` on the labels of `stock`: the same work, text head included
 
 Each arm is a real training run with its optimizer. Arms take turns in one process; time is from
@@ -149,9 +153,9 @@ def make_sample(length: int, config, rule: str, g: torch.Generator) -> Sample:
             closing,
         ]
     )
-    if (
-        rule == "stock"
-    ):  # HiggsAudioV2Processor(..., output_labels=True): all but audio placeholders, audio_out_bos and padding; codes, but neither BOS nor EOS
+    if rule == "stock":
+        # HiggsAudioV2Processor(..., output_labels=True): all but audio placeholders,
+        # audio_out_bos and padding; codes, but neither BOS nor EOS
         labels = torch.where(
             (ids == tokens.audio_out) | (ids == config.audio_bos_token_id), IGNORE, ids
         )
@@ -504,7 +508,8 @@ def main():
     if args.only in (None, "speed"):
         rows = [r for r in results.get("speed", []) if r["size"] not in args.sizes]
         print(
-            f"{'width x vocabulary':<20}{'arm':<8}{'tokens/s':>10}{'ratio':>8}{'GFLOP/s':>9}{'share':>8}{'peak GB':>9}{'above the model':>17}"
+            f"{'width x vocabulary':<20}{'arm':<8}{'tokens/s':>10}{'ratio':>8}{'GFLOP/s':>9}"
+            f"{'share':>8}{'peak GB':>9}{'above the model':>17}"
         )
         for size in args.sizes:
             for row in speed(size, args.turns, args.steps):
@@ -512,7 +517,9 @@ def main():
                     row |= memory(size, row["arm"])
                 rows.append(row)
                 print(
-                    f"{size:<20}{row['arm']:<8}{row['tokens_per_second']:>10,.0f}{row['ratio']:>8.2f}{row['useful_gflops']:>9.0f}{row['share']:>8.1%}{row['peak_gb']:>9.2f}"
+                    f"{size:<20}{row['arm']:<8}{row['tokens_per_second']:>10,.0f}"
+                    f"{row['ratio']:>8.2f}{row['useful_gflops']:>9.0f}{row['share']:>8.1%}"
+                    f"{row['peak_gb']:>9.2f}"
                     f"{row['peak_gb'] - row['resident_gb']:>17.2f}",
                     flush=True,
                 )

@@ -448,16 +448,19 @@ def test_an_adapter_that_was_tampered_with_does_not_load(tmp_path):
 
 def test_the_console_script(tmp_path):
     save(tmp_path / "run" / "checkpoint-1", 1)
-    validate = lambda *args: subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from higgs_nb.checkpoint.repair import main; sys.exit(main())",
-            *args,
-        ],
-        capture_output=True,
-        text=True,
-    )
+
+    def validate(*args):
+        return subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from higgs_nb.checkpoint.repair import main; sys.exit(main())",
+                *args,
+            ],
+            capture_output=True,
+            text=True,
+        )
+
     good = validate(tmp_path / "run")
     assert (good.returncode, good.stdout.split()[0]) == (0, "whole")
     (tmp_path / "run" / "checkpoint-1" / "weights.safetensors").write_bytes(b"")

@@ -208,7 +208,10 @@ def test_tensors_that_are_not_finite_are_not_saved(tmp_path, value, dtype):
     "Wherever they are: in the factors, in modules trained in full, in the optimizer's state."
     model = make_adapted()
     state = torch.zeros(3, 4).to(dtype)
-    files = lambda: state_files({"optimizer": {"exp_avg": state}})
+
+    def files():
+        return state_files({"optimizer": {"exp_avg": state}})
+
     assert take_snapshot(model, base={}, meta=dict(step=7), files=files()).meta["finite"] is True
     spoiled = torch.zeros(3, 4)
     spoiled[1, 2] = value

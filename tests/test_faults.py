@@ -345,10 +345,12 @@ def forge(path, **files):
     named = {name.replace("__", "."): data for name, data in files.items()}
     for name, data in named.items():
         (path / name).write_bytes(data)
-    entry = lambda n: (
-        dict(size=(path / n).stat().st_size, sha256=file_sha256(path / n))
-        | (dict(tensors={}) if n.endswith(".safetensors") else {})
-    )
+
+    def entry(n):
+        return dict(size=(path / n).stat().st_size, sha256=file_sha256(path / n)) | (
+            dict(tensors={}) if n.endswith(".safetensors") else {}
+        )
+
     (path / MANIFEST).write_text(Manifest({n: entry(n) for n in named}, {}).dumps())
 
 

@@ -458,7 +458,7 @@ def test_a_codec_is_read_from_safetensors_alone(monkeypatch):
     "Its class needs torchaudio, so that another stands for it here."
 
     class Tokenizer:
-        config = SimpleNamespace(sample_rate=24000, frame_rate=25, num_quantizers=8)
+        config = SimpleNamespace(sample_rate=24000, frame_rate=25, num_quantizers=8, hop_length=960)
         config.codebook_size = 1024
         eval = to = lambda self, device=None: self
 

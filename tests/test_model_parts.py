@@ -347,9 +347,9 @@ def test_a_tower_and_its_data_have_to_fit(folder, tmp_path, caplog):
     """Waveforms that nobody hears, and a tower that hears nothing, are errors; data without a
     recording in any prompt is announced.
     """
-    args = lambda: HiggsTrainingArguments(
-        output_dir=str(tmp_path / "run"), max_steps=1, use_cpu=True
-    )
+
+    def args():
+        return HiggsTrainingArguments(output_dir=str(tmp_path / "run"), max_steps=1, use_cpu=True)
 
     def trainer(tower, **options):
         model = load_model(

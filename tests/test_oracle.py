@@ -137,7 +137,10 @@ def test_native_sequence(run):
     trained has no recorded audio labels.
     """
     native = oracle.tensors_of("native")
-    at = lambda name: native.get(run["tensors_prefix"] + name)
+
+    def at(name):
+        return native.get(run["tensors_prefix"] + name)
+
     samples = [
         expand(
             ChatMLDatasetSample.wrap(oracle.sample(n)).encoded(),

@@ -374,7 +374,8 @@ def test_what_is_missing_is_named(tmp_path):
     code = """
 import importlib.util, sys
 true = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *args: None if name in ("bitsandbytes", "tensorboard", "tensorboardX") else true(name, *args)
+MISSING = ("bitsandbytes", "tensorboard", "tensorboardX")
+importlib.util.find_spec = lambda name, *args: None if name in MISSING else true(name, *args)
 from resume_job import make_trainer, train
 from higgs_nb.model.load import load_model
 from transformers import BitsAndBytesConfig
@@ -537,7 +538,10 @@ def test_a_notebook_run_goes_on(tmp_path):
         tmp_path / "run",
         *[x for key, value in small.items() for x in ("-p", key, str(value))],
     ]
-    words = lambda: (tmp_path / "said.txt").read_text()
+
+    def words():
+        return (tmp_path / "said.txt").read_text()
+
     code, saved = cut_off(command, tmp_path / "run", KILL)
     assert code == -KILL and 0 < saved < 40, words()
     code, stopped = cut_off(command, tmp_path / "run", TERM)
@@ -621,11 +625,11 @@ def test_a_directory_belongs_to_one_run(tmp_path):
     """
     train(tmp_path, max_steps=4, save_steps=2)
     before = {p.name: whole_state(p) for p in tmp_path.glob("checkpoint-*")}
-    for resume, said in (
+    for resume, sentence in (
         (None, "of an earlier run"),
         (tmp_path / "checkpoint-2", "checkpoint-4, newer than"),
     ):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=sentence):
             train(tmp_path, resume=resume, max_steps=6, save_steps=3)
     assert {p.name: whole_state(p) for p in tmp_path.glob("checkpoint-*")} == before
     train(tmp_path, resume=True, max_steps=6, save_steps=3)

@@ -302,13 +302,13 @@ def test_names_beside_the_words(tmp_path, monkeypatch):
     "A path, a name on the hub and names of modules are no misspelt words."
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wrld").mkdir()
-    for given in (
+    for values in (
         dict(codec="wrld"),
         dict(base="someone/small-base", codec="someone/world"),
         dict(targets="self_attn.q_proj,mlp.up_proj", train_in_full="audio_lm_head"),
         dict(targets="q_proj", train_in_full="audio_lm_head,text_lm_head"),
     ):
-        assert check_parameters("train", given) == given
+        assert check_parameters("train", values) == values
     monkeypatch.setattr(execution, "execute", lambda *given: pytest.fail("a kernel starts"))
     assert higgs_run(["train", "--out", str(tmp_path / "out"), "-p", "targets=al"]) == 2
     assert not (tmp_path / "out").exists()
@@ -409,7 +409,10 @@ def test_of_simultaneous_starts_exactly_one_runs(tmp_path, begin):
     """Three processes are released at the same moment on a directory, four times, while another
     looks.
     """
-    start = lambda what: begin(sys.executable, "-c", HOLDER, str(tmp_path / "go"), what)
+
+    def start(what):
+        return begin(sys.executable, "-c", HOLDER, str(tmp_path / "go"), what)
+
     starters, looker = [start("claim") for _ in range(3)], start("look")
     for process in (*starters, looker):
         assert process.stdout.readline() == "ready\n"
@@ -623,7 +626,10 @@ def test_ctrl_c_saves_and_stops(tmp_path, notebook, begin):
         "while n or not Path(out, 'STOP').exists(): time.sleep(0.05)\nPath(out, "
         "'saved').touch()\nraise Preempted('saved')"
     )
-    start = lambda out, n: begin(*command(work, "--out", tmp_path / out, "-p", f"n={n}"))
+
+    def start(out, n):
+        return begin(*command(work, "--out", tmp_path / out, "-p", f"n={n}"))
+
     processes = [start("once", 0), start("twice", 1)]
     for out, process in zip(("once", "twice"), processes):
         while not (tmp_path / out / "begun").exists():
@@ -658,7 +664,7 @@ def test_a_directory_that_was_moved_is_named(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(execution, "execute", moving)
     assert higgs_run(["train", "--out", str(tmp_path / "out")]) == 1
-    assert "was moved while the run went on" in capsys.readouterr().err
+    assert "was moved during the run" in capsys.readouterr().err
 
 
 def test_no_run_executes_the_code_of_a_repository():
@@ -789,9 +795,10 @@ def test_names_are_no_commands_of_the_job_script(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "my $(touch TRACE) 'sweeps'; touch TRACE #%u"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    write = lambda name, out: Path(name).write_text(
-        json.dumps(dict(run="train", out=out, grid=dict(rank=[1])))
-    )
+
+    def write(name, out):
+        return Path(name).write_text(json.dumps(dict(run="train", out=out, grid=dict(rank=[1]))))
+
     write("$(touch TRACE) `x`.yaml", "out; touch TRACE")
     assert higgs_sweep(["$(touch TRACE) `x`.yaml", "--slurm", "job.sh"]) == 0
     lines = Path("job.sh").read_text().splitlines()

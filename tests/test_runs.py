@@ -370,9 +370,10 @@ def test_stock_classes_read_both_exports(trained, exported):
     """transformers alone loads the merged model, and with plain PEFT the adapter; both answer as
     the run's adapter does, on words and frames.
     """
-    stock = lambda path: HiggsAudioV2ForConditionalGeneration.from_pretrained(
-        path, use_text_head=True
-    )
+
+    def stock(path):
+        return HiggsAudioV2ForConditionalGeneration.from_pretrained(path, use_text_head=True)
+
     tokenizer = AutoTokenizer.from_pretrained(exported / "merged")
     expected = answers(
         load_lora_adapters(load_model(str(trained / "base")), trained / "adapter"),
@@ -508,13 +509,16 @@ def test_killed_three_times_at_random_moments(prepared, tmp_path):
         speak=0,
         token_budget=512,
     )
-    command = lambda out: [
-        Path(sys.executable).with_name("higgs_run"),
-        "train",
-        "--out",
-        out,
-        *[x for key, value in given.items() for x in ("-p", f"{key}={value}")],
-    ]
+
+    def command(out):
+        return [
+            Path(sys.executable).with_name("higgs_run"),
+            "train",
+            "--out",
+            out,
+            *[x for key, value in given.items() for x in ("-p", f"{key}={value}")],
+        ]
+
     start = time.monotonic()
     whole = subprocess.run(command(tmp_path / "whole"), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr

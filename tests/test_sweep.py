@@ -85,7 +85,10 @@ def test_six_runs_two_at_a_time_killed_in_the_middle(sweep, tmp_path):
     others are not. In the end there are six results.
     """
     file = sweep(list(range(6)), seconds=3.0)
-    states = lambda: Counter(r.state for r in read_sweep(file))
+
+    def states():
+        return Counter(r.state for r in read_sweep(file))
+
     first = subprocess.Popen(command(file), start_new_session=True, stdout=subprocess.DEVNULL)
     until(first, lambda: sum(sweep.diary()[f"begin {n}"] for n in range(6)) == 2)
     first.kill()

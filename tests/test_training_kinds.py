@@ -412,7 +412,7 @@ def test_an_accelerator_without_float64():
 
 
 def test_an_accelerator_that_does_not_count_its_memory(monkeypatch):
-    monkeypatch.setattr("higgs_nb.training.callbacks.device_module", lambda: object())
+    monkeypatch.setattr("higgs_nb.training.log.device_module", lambda: object())
     speed = SpeedCallback(tiny_config(byte_tokenizer(), **SMALL), token_budget=64)
     assert speed.report()["memory_mb"] > 1
 
@@ -508,7 +508,9 @@ TUNERS = dict(
 
 @pytest.mark.parametrize("name", TUNERS)
 def test_other_tuners_are_refused_before_the_first_step(tmp_path, name):
-    base = lambda: tiny_model(byte_tokenizer(), **SMALL)
+    def base():
+        return tiny_model(byte_tokenizer(), **SMALL)
+
     with pytest.raises(ValueError, match="only LoRA is supported"):
         apply_lora(base(), TUNERS[name])
     with pytest.raises(ValueError, match="only LoRA is supported"):
@@ -727,7 +729,9 @@ def test_an_adapter_is_loaded_spoken_and_trained_with_its_tokenizer_alone(tmp_pa
     trainer = make_trainer(folder / "run", tokenizer=mine, **kwargs)
     trainer.train()
     checkpoint = folder / "run" / "checkpoint-1"
-    base = lambda: make_trainer(folder / "base", tokenizer=mine).model.unload()
+
+    def base():
+        return make_trainer(folder / "base", tokenizer=mine).model.unload()
 
     def fresh():
         model = base()
@@ -840,7 +844,7 @@ def test_sums_on_a_device_without_float64():
 
 def test_a_device_that_counts_no_memory(tmp_path, monkeypatch):
     "torch.mps has no max_memory_allocated: the memory of the process is logged."
-    monkeypatch.setattr("higgs_nb.training.callbacks.device_module", lambda: torch.mps)
+    monkeypatch.setattr("higgs_nb.training.log.device_module", lambda: torch.mps)
     trainer = make_trainer(
         tmp_path, max_steps=2, logging_steps=1, eval_strategy="no", save_strategy="no"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, field
 
 # %% auto #0
-__all__ = ['HIGGS_V2', 'SpecialTokens', 'TurnTemplate', 'DelayForm', 'Family']
+__all__ = ['HIGGS_V2', 'SpecialTokens', 'TurnTemplate', 'DelayForm', 'LoraTargets', 'Architecture', 'Family']
 
 # %% ../nbs/family.ipynb #04faf3a7
 @dataclass(frozen=True)
@@ -73,6 +73,50 @@ class DelayForm:
         "Whether the entries of a stream are labelled."
         return self.is_code(entry, frames + self.labelled_closing)
 
+# %% ../nbs/family.ipynb #80f9f3b8
+@dataclass(frozen=True)
+class LoraTargets:
+    "Names of the linear layers that LoRA may adapt, in four groups."
+
+    attention: tuple[str, ...]  # which all positions share
+    text_network: tuple[str, ...]
+    audio_network: tuple[str, ...]
+    audio_attention: tuple[str, ...]  # among the frames, where the model has it
+
+    @property
+    def presets(self) -> dict[str, tuple[str, ...]]:
+        """`"all"` is the default and `"attention"` the smallest; `"audio"` is what frames pass
+        through, so that the text network stays as it is.
+        """
+        attention = self.attention + self.audio_attention
+        audio = self.attention + self.audio_network + self.audio_attention
+        networks = self.text_network + self.audio_network
+        every = self.attention + networks + self.audio_attention
+        return {"all": every, "attention": attention, "audio": audio}
+
+# %% ../nbs/family.ipynb #c928bdc5
+@dataclass(frozen=True)
+class Architecture:
+    "Names and sizes of the modules of one family of models."
+
+    model_type: str  # in its config.json
+    original_type: str  # in the config.json of checkpoints in the original format
+    released: str  # id of the released model on the hub
+    tiny: dict[str, int]  # sizes of a small model, see `tiny_config`
+    targets: LoraTargets
+    audio_head: str
+    text_head: str
+    embeddings: tuple[str, ...]
+    audio_attention: tuple[str, ...]  # modules of a layer for the attention among frames
+    tower: str  # the Whisper encoder
+    projector: str  # from the width of the tower to that of the decoder
+    text_network: str  # of a layer
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        "The two heads, that of the codes first."
+        return (self.audio_head, self.text_head)
+
 # %% ../nbs/family.ipynb #782642d6
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -84,12 +128,19 @@ class Family:
     delay: DelayForm
     released_ids: dict[str, int]  # of the released tokenizer and model, see `AudioTokens`
     frame_rate: float  # of the released codec, frames per second
-    model_class: str = ""  # "module:Class" of the model
-    tiny_config: dict = field(default_factory=dict)  # settings of a model for tests
-    lora_presets: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name -> modules
+    architecture: Architecture
     tied_groups: tuple[tuple[str, ...], ...] = ()  # parameters that share their storage
     recipe: dict = field(default_factory=dict)  # training arguments for a first run
     licence: str = ""  # of the released weights
+
+    @property
+    def placeholders(self) -> dict[str, str]:
+        "Field of the model's configuration -> the token that it holds the id of."
+        return {
+            "audio_token_id": self.special.audio_out,
+            "audio_bos_token_id": self.special.speech_begin,
+            "audio_delay_token_id": self.special.audio_delay,
+        }
 
 # %% ../nbs/family.ipynb #f80a2f25
 HIGGS_V2 = Family(
@@ -133,4 +184,31 @@ HIGGS_V2 = Family(
         num_codebooks=8,
     ),
     frame_rate=25,
+    architecture=Architecture(
+        model_type="higgs_audio_v2",
+        original_type="higgs_audio",
+        # 128,256 tokens, 28 layers, 5.77 billion parameters
+        released="bosonai/higgs-audio-v2-generation-3B-base",
+        tiny=dict(
+            hidden_size=256,
+            num_layers=4,
+            num_heads=4,
+            intermediate_size=768,
+            codebook_size=1026,
+            num_codebooks=8,
+        ),
+        targets=LoraTargets(
+            attention=tuple(f"self_attn.{p}_proj" for p in "qkvo"),
+            text_network=tuple(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+            audio_network=tuple(f"audio_mlp.{p}_proj" for p in ("gate", "up", "down")),
+            audio_attention=tuple(f"audio_attn.{p}_proj" for p in "qkvo"),
+        ),
+        audio_head="audio_lm_head",
+        text_head="text_lm_head",
+        embeddings=("model.embed_audio_tokens", "model.embed_tokens"),
+        audio_attention=("audio_attn", "audio_post_audio_attn_layer_norm"),
+        tower="audio_tower",
+        projector="audio_encoder_proj",
+        text_network="mlp",
+    ),
 )

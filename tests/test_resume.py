@@ -735,7 +735,6 @@ WITH = [
     dict(adapter=dict(dropout=0.5)),
     dict(optim="adafactor"),
     dict(max_steps=-1, num_train_epochs=2.0),
-    dict(include_num_input_tokens_seen="all"),
 ]
 
 

@@ -67,7 +67,6 @@ def check_datasets(model, train_dataset, eval_dataset) -> None:
     """`ValueError` if the data are several held-out sets, are not what the model hears, or have
     another tokenizer than the one the model was trained with.
     """
-    check_tokenizer(base_of(model), train_dataset.tokenizer)
     if isinstance(eval_dataset, (dict, list, tuple)):
         raise ValueError(
             f"eval_dataset is a {type(eval_dataset).__name__}: one SampleDataset is evaluated "
@@ -76,6 +75,7 @@ def check_datasets(model, train_dataset, eval_dataset) -> None:
     for data in (train_dataset, eval_dataset):
         if data is not None:
             check_hearing(base_of(model), data)
+            check_tokenizer(base_of(model), data.tokenizer)
 
 # %% ../../nbs/training/13_setup.ipynb #96d98d69
 def set_loss_weights(model, args: HiggsTrainingArguments) -> None:

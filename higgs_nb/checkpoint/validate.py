@@ -411,7 +411,7 @@ def members(run_dir: Path | str) -> list[CheckpointReport]:
     return sorted(named, key=lambda report: (report.step, report.path.name))
 
 # %% ../../nbs/checkpoint/02_validate.ipynb #d1709250
-def list_checkpoints(run_dir: Path | str) -> Reports:
+def list_checkpoints(run_dir: Path | str) -> Reports:  # output directory of a run
     "Verdicts on every `checkpoint-*` and unfinished save in the output directory of a run."
     return Reports(validate_checkpoint(member.path) for member in members(run_dir))
 

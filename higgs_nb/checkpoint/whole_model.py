@@ -25,7 +25,7 @@ from .writing import Content
 __all__ = ['SHARD', 'is_stock', 'check_vocabulary', 'model_config', 'index_text', 'model_files', 'load_weights']
 
 # %% ../../nbs/checkpoint/12_whole_model.ipynb #4eba9a7b
-def is_stock(model: nn.Module) -> bool:
+def is_stock(model: nn.Module) -> bool:  # without an adapter
     "Whether transformers' own class holds all parts of the model."
     config = base_of(model).config
     own_parts = ("use_audio_out_self_attention", "encode_whisper_embed")

@@ -33,7 +33,7 @@ def bits(tensor: Tensor) -> Tensor:
 # %% ../../nbs/checkpoint/05_writing.ipynb #408af7e3
 def same_bits(
     a: Tensor,  # of any shape and dtype
-    b: Tensor,
+    b: Tensor,  # to compare with
 ) -> bool:
     "Whether two tensors have one dtype, one shape and the same bits."
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))

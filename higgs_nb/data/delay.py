@@ -38,10 +38,10 @@ def delay_clip(
 def delay_pattern(
     codes: Tensor,  # (codebooks, frames), clips one after the other
     lengths: Tensor,  # (clips,) frames of each clip
-    bos: int,
-    eos: int,
+    bos: int,  # code that opens a stream, 1024
+    eos: int,  # code that closes it, 1025
     delay: bool = True,  # False: wrap without shifting
-    form: DelayForm = HIGGS_V2.delay,
+    form: DelayForm = HIGGS_V2.delay,  # of the family
 ) -> tuple[Tensor, Tensor]:
     "`(audio_ids, audio_labels)` of all clips, both (rows, codebooks) int64; see `delay_clip`."
     form = form if delay else replace(form, shift=0)

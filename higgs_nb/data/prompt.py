@@ -32,7 +32,7 @@ def with_special_tokens(core: Tokenizer, family: Family) -> PreTrainedTokenizerF
     )
 
 # %% ../../nbs/data/17_prompt.ipynb #201e9f96
-def byte_tokenizer(family: Family = HIGGS_V2) -> PreTrainedTokenizerFast:
+def byte_tokenizer(family: Family = HIGGS_V2) -> PreTrainedTokenizerFast:  # whose tokens it has
     "A tokenizer with one token per UTF-8 byte and the special tokens of a family; any language."
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, merges=[]))
@@ -44,7 +44,7 @@ def byte_tokenizer(family: Family = HIGGS_V2) -> PreTrainedTokenizerFast:
 def fit_tokenizer(
     texts: list[str],  # what it is fitted to
     size: int = 1024,  # entries, special tokens included
-    family: Family = HIGGS_V2,
+    family: Family = HIGGS_V2,  # whose special tokens it has
 ) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer (Sennrich 2016) with the special tokens of a family, for a base that
     is trained from scratch; it can write any text, in lower case.

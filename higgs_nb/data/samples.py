@@ -51,7 +51,7 @@ class Encoded:
 
 # %% ../../nbs/data/19_samples.ipynb #a0d4f401
 def encode_conversation(
-    conversation: Conversation,
+    conversation: Conversation,  # with the recordings that `codes` are of
     tokenizer,  # a fast tokenizer with the special tokens of its family
     codes: list[Tensor],  # of each recording, (codebooks, frames), in order
     # for the Whisper tower: recording -> ((samples,), Hz)
@@ -188,7 +188,7 @@ def write_clips(
 
 # %% ../../nbs/data/19_samples.ipynb #208f61f5
 def expand(
-    encoded: Encoded,
+    encoded: Encoded,  # of `encode_conversation`
     tokens: AudioTokens,  # placeholders, BOS and EOS of the model
     id: str = "",  # named in errors
     delay: bool = True,  # as the checkpoint was trained

@@ -119,7 +119,7 @@ def random_variation(
 # %% ../../nbs/small/04_rehearsal.ipynb #3247fd6f
 def codes_of(
     features: np.ndarray,  # (rows, features), see `world_features`
-    codec: WorldCodec,
+    codec: WorldCodec,  # whose codes are asked for
 ) -> Tensor:
     """Codes (codebooks, frames) int64 of features; an incomplete last frame is filled with its
     last row.

@@ -77,7 +77,7 @@ def smooth_log_f0(f0: np.ndarray, unvoiced_hz: float = 150.0) -> np.ndarray:
 # %% ../../nbs/small/01_world.ipynb #4a7d477f
 def world_features(
     waveform: np.ndarray,  # (samples,) of complete frames, at the config's sampling rate
-    config: WorldConfig = STANDARD,
+    config: WorldConfig = STANDARD,  # rate, frames and dimensions
 ) -> np.ndarray:
     """Envelope, aperiodicity, log F0 (of Hz) and voicing (0 or 1) of a waveform: (frames * stack,
     features) float32.

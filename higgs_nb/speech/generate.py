@@ -33,7 +33,7 @@ __all__ = ['OPENING', 'without_answer', 'prompt_of', 'FiniteLogits', 'generation
            'Encoder', 'as_conversations', 'asked_text', 'clip_of', 'in_eval_mode', 'generate_speech']
 
 # %% ../../nbs/speech/03_generate.ipynb #f43bc8f2
-def without_answer(conversation: Conversation) -> Conversation:
+def without_answer(conversation: Conversation) -> Conversation:  # with its answer or without
     """The conversation up to its last user message. `ValueError` if there is none."""
     messages = conversation.messages
     while messages and messages[-1].role == "assistant":
@@ -168,7 +168,7 @@ def as_conversations(
     return conversations
 
 # %% ../../nbs/speech/03_generate.ipynb #9919b3e6
-def asked_text(conversation: Conversation) -> str:
+def asked_text(conversation: Conversation) -> str:  # that ends with the user
     "The words of the user."
     users = [m for m in conversation.messages if m.role == "user"]
     return "".join(part.text for m in users for part in m.content if isinstance(part, Text))
@@ -193,7 +193,7 @@ def clip_of(
 
 # %% ../../nbs/speech/03_generate.ipynb #c24d3963
 @contextmanager
-def in_eval_mode(model):
+def in_eval_mode(model):  # a module
     "Evaluation mode inside the `with` block; afterwards the mode from before."
     was_training = model.training
     model.eval()

@@ -31,9 +31,11 @@ class Callback:
 
     saved: tuple[str, ...] = ()
 
-    def on_train_begin(self, trainer): ...
+    def on_train_begin(self, trainer):
+        "Before the first step of this start."
 
-    def on_step_begin(self, trainer): ...
+    def on_step_begin(self, trainer):
+        "Before the batches of a step."
 
     def on_substep_end(self, trainer):
         "After each micro-batch but the last of a step."
@@ -41,14 +43,17 @@ class Callback:
     def on_step_end(self, trainer):
         "After an optimizer step, before `trainer.control` is looked at."
 
-    def on_log(self, trainer, logs: dict): ...
+    def on_log(self, trainer, logs: dict):
+        "When an entry is added to the log."
 
-    def on_evaluate(self, trainer, metrics: dict): ...
+    def on_evaluate(self, trainer, metrics: dict):
+        "After held-out data were evaluated."
 
     def on_save(self, trainer):
         "When this step is saved; the copy may still be on its way to the disk."
 
-    def on_train_end(self, trainer): ...
+    def on_train_end(self, trainer):
+        "After the last step and the last save."
 
 # %% ../../nbs/training/07_callbacks.ipynb #4c1fbf80
 def check_callback(callback) -> Callback:

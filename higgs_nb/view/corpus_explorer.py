@@ -138,7 +138,7 @@ def plot_clips(
     ax.legend(fontsize=7)
 
 # %% ../../nbs/view/03_corpus_explorer.ipynb #94cba3ca
-def corpus_controls(clips: list[Clip]) -> dict[str, W.Widget]:
+def corpus_controls(clips: list[Clip]) -> dict[str, W.Widget]:  # of `measure_clips`
     "The controls of a `CorpusExplorer` by their names there, in their order."
     speakers = sorted({c.conversation.speaker or "no speaker" for c in clips})
     return dict(

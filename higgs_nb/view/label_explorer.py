@@ -89,7 +89,7 @@ def grid_of(
     )
 
 # %% ../../nbs/view/04_label_explorer.ipynb #0421dec8
-def label_controls(samples: int) -> tuple[W.Dropdown, W.BoundedIntText]:
+def label_controls(samples: int) -> tuple[W.Dropdown, W.BoundedIntText]:  # in the batch
     "Choosers of a sample of the batch and of a position in it."
     sample = W.Dropdown(
         description="sample", options=range(samples), tooltip="which sample of the batch"

@@ -62,7 +62,7 @@ base: $(SETUP)
 # A file of tests is one worker's. Their models are tiny, so that a thread each is enough.
 WORKERS ?= logical
 test: $(SETUP)
-	OMP_NUM_THREADS=1 $(TOOLS)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(TOOLS)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 # Where bitsandbytes is installed, peft loads it with every start; so it lies apart.
 test-bits: $(SETUP)
@@ -77,7 +77,7 @@ test-newest: settings.ini setup.py $(CONSTRAINTS)
 	grep -v -i -E '^($(FLOATING))==' $(or $(CONSTRAINTS),/dev/null) > "$(NEWEST)/constraints.txt" || true
 	"$(NEWEST)/bin/pip" install -qq --disable-pip-version-check --upgrade --upgrade-strategy only-if-needed -c "$(NEWEST)/constraints.txt" transformers peft accelerate -e ".[dev,docs]"
 	"$(NEWEST)/bin/pip" list --disable-pip-version-check | grep -i -E '^($(FLOATING)) '
-	OMP_NUM_THREADS=1 "$(NEWEST)/bin/pytest" -n $(WORKERS) --maxprocesses 4 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 "$(NEWEST)/bin/pytest" -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-released: $(SETUP)
 	$(TOOLS)/pytest -s -m released tests/test_released.py $(ARGS)

@@ -10,16 +10,6 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With several workers a file of tests is one worker's, so that what it prepares is made once;
-    chapters are independent of one another and go wherever there is room.
-    """
-    for item in items:
-        if item.path.name != "test_notebooks.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 def run(*command, cwd, **env):
     "Standard output of `command`; a failure shows the end of what it wrote."
     done = subprocess.run(

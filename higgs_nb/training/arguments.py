@@ -156,7 +156,7 @@ def check_number(name: str, value, least: float) -> None:
         raise ValueError(f"{name}={value!r}: a share, from 0 up to 1")
 
 # %% ../../nbs/training/05_arguments.ipynb #6f1f6a4d
-def check_numbers(args: HiggsTrainingArguments) -> None:
+def check_numbers(args) -> None:
     "`ValueError` names a number that is out of its range."
     for name, least in AT_LEAST.items():
         check_number(name, getattr(args, name), least)
@@ -190,7 +190,7 @@ CHOICES = {
 }
 
 
-def check_choices(args: HiggsTrainingArguments) -> None:
+def check_choices(args) -> None:
     "`ValueError` if a setting is not one of its choices; members of enums become their names."
     for name, choices in CHOICES.items():
         value = getattr(getattr(args, name), "value", getattr(args, name))
@@ -215,7 +215,7 @@ def check_interval(name: str, steps: float | None) -> float:
     return int(steps)
 
 # %% ../../nbs/training/05_arguments.ipynb #404c4451
-def check_intervals(args: HiggsTrainingArguments) -> None:
+def check_intervals(args) -> None:
     "`ValueError` names an interval that cannot be used; `eval_steps` is `logging_steps` if unset."
     if args.eval_strategy == "steps" and not args.eval_steps:
         args.eval_steps = args.logging_steps
@@ -228,7 +228,7 @@ def check_intervals(args: HiggsTrainingArguments) -> None:
 HIGHER_IS_BETTER = ("similarity", "stops")
 
 
-def choose_metric(args: HiggsTrainingArguments) -> None:
+def choose_metric(args) -> None:
     "Fill in `metric_for_best_model` and its direction; `ValueError` if nothing is evaluated."
     by_metric = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
     if by_metric and args.eval_strategy == "no":
@@ -249,7 +249,7 @@ def is_multiple(whole: float, part: float) -> bool:
     return round(whole * 1e6) % max(round(part * 1e6), 1) == 0
 
 # %% ../../nbs/training/05_arguments.ipynb #91f4b50a
-def check_best(args: HiggsTrainingArguments) -> None:
+def check_best(args) -> None:
     "`ValueError` if the best checkpoint could not be kept."
     if not args.load_best_model_at_end or args.save_strategy == "best":
         return

@@ -44,8 +44,9 @@ from higgs_nb.data.measure import CorpusReport
 from higgs_nb.data.problems import CorpusError
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import encode_conversation, expand
+from higgs_nb.model import model
 from higgs_nb.model.model import tiny_config
-from higgs_nb.speech import generate, model
+from higgs_nb.speech import generate
 from higgs_nb.speech.clips import Speech, save_clips
 from higgs_nb.speech.evaluate import Evaluation
 from higgs_nb.speech.score import Score

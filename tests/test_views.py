@@ -839,14 +839,13 @@ def test_a_run_that_was_cut_off_is_moved_or_its_data_changes(tmp_path):
     data = corpus_of(tmp_path / "data", rows)
     run = dict(data=data, steps=4, save_every=2, speak=0, table=0, max_clips=4)
 
-    def ask(args, state, control, **kwargs):
-        if state.global_step == 3:
+    def interrupt(callback, trainer):
+        if trainer.state.global_step == 3:
+            trainer.saver.wait()  # for the checkpoint of step 2
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            "higgs_nb.view.plots.LiveLosses.on_step_end", lambda self, *a, **k: ask(*a, **k)
-        )
+        patch.setattr("higgs_nb.view.plots.LiveLosses.on_step_end", interrupt)
         execute(tmp_path / "first", **run)
     let_go()
     (tmp_path / "first").rename(tmp_path / "moved")

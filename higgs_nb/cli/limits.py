@@ -102,7 +102,7 @@ def check_range(
     parameter.
     """
     range = range_of(name, key)
-    if range is None:
+    if range is None or value == "auto":
         return
     for part, leaf in leaves(value, key):
         if not part.startswith("a key of "):

@@ -50,7 +50,7 @@ def _with_scene(row: Row, scene: str) -> Row:
 
 
 def _read_rows(
-    rows: list[Row], problems: list[Problem], allow_outside: bool, scene: str
+    rows: list[Row], problems: list[Problem], allow_outside: bool, scene: str = ""
 ) -> list[Conversation]:
     "The conversations of the rows that can be read; what is wrong goes into `problems`."
     parse = chatml_conversation if any(map(_is_chatml, rows)) else table_conversation

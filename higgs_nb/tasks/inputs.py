@@ -186,7 +186,7 @@ def open_inputs(settings: Settings) -> Inputs:
         codec=codec,
         codec_name=name,
         device=device,
-        precision=resolve_precision(settings.precision, device),
+        precision=resolve_precision(settings.values.get("precision", "auto"), device),
     )
 
 # %% ../../nbs/tasks/02_inputs.ipynb #1fa0b0e6

@@ -86,7 +86,7 @@ def resolve_modules(text: str, recipe: Recipe) -> tuple[str, ...]:
     words = {AUTO: recipe.train_in_full, "yes": HEADS + EMBEDDINGS, "no": ()}
     return words[text] if text in words else listed(text)
 
-# %% ../../nbs/tasks/01_settings.ipynb #5c3603a7
+# %% ../../nbs/tasks/01_settings.ipynb #d5cef9f1
 def resolve(
     run: str,  # name of the notebook
     given: dict,  # its checked parameters
@@ -102,6 +102,8 @@ def resolve(
             sources[name] = "default"
     if "steps" in given:
         values |= resolve_length(given, recipe)
+        ignored = "steps" if not values["steps"] else "epochs"
+        sources[ignored] = "default"
     if "train_in_full" in given:
         values["train_in_full"] = resolve_modules(given["train_in_full"], recipe)
     return Settings(run, values, sources)

@@ -30,15 +30,17 @@ __all__ = ['OWN_SENTENCES', 'open_judges', 'wanted_voice', 'add_speech', 'max_fr
            'recording_clips', 'before_and_after_clips']
 
 # %% ../../nbs/tasks/05_compare.ipynb #dc568ca3
-def open_judges(settings: Settings) -> Judges:
+def open_judges(
+    settings: Settings,  # of the run
+) -> Judges:
     "The judges that are installed; an error if they are not and the run asks for scores."
     wanted = settings.score_every or not missing_judges()
     return default_judges() if wanted else Judges()
 
 # %% ../../nbs/tasks/05_compare.ipynb #60091a5a
 def wanted_voice(
-    judges: Judges,
-    corpus: RunCorpus,
+    judges: Judges,  # of `open_judges`
+    corpus: RunCorpus,  # of `read_corpus`
     table: int,  # sentences that are spoken
 ) -> np.ndarray | None:
     "The mean voice (features,) of held-out recordings; None without them or without a judge."
@@ -49,12 +51,12 @@ def wanted_voice(
 
 # %% ../../nbs/tasks/05_compare.ipynb #949d770e
 def add_speech(
-    trainer: HiggsTrainer,
-    settings: Settings,
-    inputs: Inputs,
-    corpus: RunCorpus,
+    trainer: HiggsTrainer,  # of the run
+    settings: Settings,  # of the run
+    inputs: Inputs,  # of `open_inputs`
+    corpus: RunCorpus,  # of `read_corpus`
     store,  # codes of the prompts' references
-    judges: Judges,
+    judges: Judges,  # of `open_judges`
     voice: np.ndarray | None,  # of `wanted_voice`
 ) -> SpeechCallback:
     """Let a run speak a few held-out sentences before and after, judged as often as
@@ -89,7 +91,10 @@ def max_frames(settings: Settings, inputs: Inputs) -> int:
 OWN_SENTENCES = "held_out.txt"
 
 
-def sentence_groups(settings: Settings, corpus: RunCorpus) -> dict[str, list[Conversation]]:
+def sentence_groups(
+    settings: Settings,  # of the run
+    corpus: RunCorpus,  # of `read_corpus`
+) -> dict[str, list[Conversation]]:
     "Name -> held-out sentences of the corpus, and of the base if it brings any."
     spoken, table = corpus.spoken_held, settings.table
     file = Path(base_path(settings.base)) / OWN_SENTENCES
@@ -150,9 +155,9 @@ def recording_clips(conversations: list[Conversation], waves: dict) -> list[Spee
 
 # %% ../../nbs/tasks/05_compare.ipynb #97ad44e4
 def before_and_after_clips(
-    corpus: RunCorpus,
+    corpus: RunCorpus,  # of `read_corpus`
     speech: SpeechCallback,  # after training
-    inputs: Inputs,
+    inputs: Inputs,  # of `open_inputs`
     store,  # codes of the recordings
 ) -> list[Speech]:
     "Each sentence that the run spoke: its recording through the codec, before, after."

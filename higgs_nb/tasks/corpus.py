@@ -131,7 +131,10 @@ def check_sides(corpus: RunCorpus) -> RunCorpus:
     return corpus
 
 # %% ../../nbs/tasks/03_corpus.ipynb #0a05fab8
-def read_corpus(settings: Settings, inputs: Inputs) -> RunCorpus:
+def read_corpus(
+    settings: Settings,  # of the run
+    inputs: Inputs,  # of `open_inputs`
+) -> RunCorpus:
     """Read, check and divide the corpus of a run. `CorpusError` names everything that is wrong
     with it, `ValueError` if it has nothing to train on or brings codes of another codec.
     """
@@ -151,8 +154,8 @@ def read_corpus(settings: Settings, inputs: Inputs) -> RunCorpus:
 
 # %% ../../nbs/tasks/03_corpus.ipynb #93bdea5b
 def open_store(
-    settings: Settings,
-    inputs: Inputs,
+    settings: Settings,  # of the run
+    inputs: Inputs,  # of `open_inputs`
     out: Path,  # directory of the run, for codes that the corpus does not bring
 ) -> CodeStore:
     "The codes of a corpus: those that it brings, and those that are computed in the run."
@@ -162,7 +165,12 @@ def open_store(
     return CodeStore(folder, inputs.codec, settings.max_duration_s, keep_s, fallback=out / "codes")
 
 # %% ../../nbs/tasks/03_corpus.ipynb #93721b03
-def plot_clip(corpus: RunCorpus, conversation: Conversation, store: CodeStore, frame_rate: float):
+def plot_clip(
+    corpus: RunCorpus,  # of `read_corpus`
+    conversation: Conversation,  # whose recording is drawn
+    store: CodeStore,  # codes of the recordings
+    frame_rate: float,  # of the codes, frames per second
+):
     "Draw the waveform and the codes of a conversation's recording."
     _, (top, bottom) = plt.subplots(2, 1, figsize=(8, 2.6), sharex=True, layout="constrained")
     title = plain_text(conversation.id)

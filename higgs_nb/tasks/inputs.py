@@ -170,7 +170,9 @@ class Inputs:
         return table((), self.rows(), row_titles=True, left=True)
 
 # %% ../../nbs/tasks/02_inputs.ipynb #a7db56c0
-def open_inputs(settings: Settings) -> Inputs:
+def open_inputs(
+    settings: Settings,  # of the run
+) -> Inputs:
     """Open base, tokenizer and codec of a run, which takes seconds, and check that they belong
     together. Errors name what is wrong and what to do.
     """

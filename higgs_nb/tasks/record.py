@@ -30,8 +30,8 @@ def versions() -> dict[str, str]:
 
 def write_settings(
     out: Path,  # directory of the run
-    settings: Settings,
-    inputs: Inputs,
+    settings: Settings,  # of the run
+    inputs: Inputs,  # of `open_inputs`
     length: dict[str, int],  # of `planned_length`
 ) -> dict:
     "Write `settings.json`, the resolved settings of a run; returns what it holds."
@@ -58,16 +58,18 @@ def median_speed(history: list[dict]) -> float | None:
     return speeds[len(speeds) // 2] if speeds else None
 
 # %% ../../nbs/tasks/06_record.ipynb #55aa125e
-def probe_losses(probe: OffsetProbe | None) -> dict[str, float]:
+def probe_losses(
+    probe: OffsetProbe | None,  # of the trainer
+) -> dict[str, float]:
     "Loss by offset, such as `+1` for the next frame."
     return {f"{offset:+d}": loss for offset, loss in probe.losses.items()} if probe else {}
 
 
 def training_record(
     trainer: HiggsTrainer,  # after training
-    result: TrainOutput,
-    settings: Settings,
-    inputs: Inputs,
+    result: TrainOutput,  # of `train_adapter`
+    settings: Settings,  # of the run
+    inputs: Inputs,  # of `open_inputs`
     summary: dict,  # of the corpus, see `corpus_summary`
 ) -> dict:
     "What training was: parameters, corpus, losses, probe and speed."

@@ -59,7 +59,11 @@ def base_arguments(
     )
 
 
-def load_base(settings: Settings, inputs: Inputs, out: Path) -> HiggsAudioForTraining:
+def load_base(
+    settings: Settings,  # of the run
+    inputs: Inputs,  # of `open_inputs`
+    out: Path,  # directory of the run
+) -> HiggsAudioForTraining:
     "Load the base of a run, with the parts that the run adds to it."
     if settings.base == "tiny":
         make_tiny(out / "base", settings.seed)
@@ -68,7 +72,10 @@ def load_base(settings: Settings, inputs: Inputs, out: Path) -> HiggsAudioForTra
     return load_model(**arguments, dtype=inputs.precision, quantization_config=bits)
 
 # %% ../../nbs/tasks/04_training.ipynb #19c53838
-def base_record(settings: Settings, model: HiggsAudioForTraining) -> dict:
+def base_record(
+    settings: Settings,  # of the run
+    model: HiggsAudioForTraining,  # of `load_base`
+) -> dict:
     "Id and revision of the base, for checkpoints."
     if settings.base == "tiny":
         return dict(id="base", revision=None)
@@ -76,7 +83,9 @@ def base_record(settings: Settings, model: HiggsAudioForTraining) -> dict:
     return dict(id=settings.base, revision=settings.revision or commit)
 
 # %% ../../nbs/tasks/04_training.ipynb #df5b7ceb
-def optional_parts(model: HiggsAudioForTraining) -> list[str]:
+def optional_parts(
+    model: HiggsAudioForTraining,  # of `load_base`
+) -> list[str]:
     "A line for each optional part of a base: whether it is on, its size, whether it is new."
     network, lines = HIGGS_V2.architecture, []
     parts = {
@@ -92,7 +101,10 @@ def optional_parts(model: HiggsAudioForTraining) -> list[str]:
     return lines
 
 # %% ../../nbs/tasks/04_training.ipynb #12e040af
-def add_adapter(model: HiggsAudioForTraining, settings: Settings) -> PeftModel:
+def add_adapter(
+    model: HiggsAudioForTraining,  # of `load_base`
+    settings: Settings,  # of the run
+) -> PeftModel:
     "Add the LoRA adapter of a run to its base; see `apply_lora`."
     set_seed(settings.seed)  # adapters start at random
     targets = settings.targets
@@ -109,15 +121,20 @@ def add_adapter(model: HiggsAudioForTraining, settings: Settings) -> PeftModel:
     return apply_lora(model, config, text_loss=bool(settings.text_loss_weight))
 
 # %% ../../nbs/tasks/04_training.ipynb #979bd60e
-def make_dataset(conversations: list, inputs: Inputs, store, config) -> SampleDataset:
+def make_dataset(
+    conversations: list,  # of one side of the corpus
+    inputs: Inputs,  # of `open_inputs`
+    store,  # codes of the recordings
+    config,  # of the base
+) -> SampleDataset:
     "The samples of conversations, as a model with this `config` reads them."
     options = sample_options(config)
     return SampleDataset(conversations, inputs.tokenizer, store, inputs.tokens, **options)
 
 # %% ../../nbs/tasks/04_training.ipynb #987f6f9f
 def training_arguments(
-    settings: Settings,
-    inputs: Inputs,
+    settings: Settings,  # of the run
+    inputs: Inputs,  # of `open_inputs`
     out: str | Path,  # directory of the run
     evaluates: bool,  # there are held-out data
 ) -> HiggsTrainingArguments:
@@ -156,7 +173,9 @@ def training_arguments(
     )
 
 # %% ../../nbs/tasks/04_training.ipynb #98d2e718
-def planned_length(trainer: HiggsTrainer) -> dict[str, int]:
+def planned_length(
+    trainer: HiggsTrainer,  # of the run
+) -> dict[str, int]:
     "Batches per epoch, optimizer steps and epochs of a run that has not begun."
     state, batches = RunState(), len(trainer.get_train_dataloader())
     plan_steps(state, trainer.args, batches)
@@ -166,7 +185,11 @@ def planned_length(trainer: HiggsTrainer) -> dict[str, int]:
 ANOTHER_RUN = "training not resumed: the checkpoint belongs to"
 
 
-def train_adapter(trainer: HiggsTrainer, settings: Settings, resume: bool) -> TrainOutput:
+def train_adapter(
+    trainer: HiggsTrainer,  # of the run
+    settings: Settings,  # of the run
+    resume: bool,  # an interrupted run
+) -> TrainOutput:
     """Train, and save the adapter as `adapter` in the directory of the run. `MemoryError` says
     which parameters to lower, `CheckpointError` why a run cannot be resumed.
     """
@@ -194,7 +217,7 @@ def reload_difference(
     base: HiggsAudioForTraining,  # fresh
     out: Path,  # directory of the run
     batch: dict,  # of the collator
-    inputs: Inputs,
+    inputs: Inputs,  # of `open_inputs`
 ) -> float:
     """The largest difference of a codebook's loss between the trained model and its saved adapter
     on a fresh base; `AssertionError` if it is not small.

@@ -65,7 +65,7 @@ def read_recipe(
 # %% ../../nbs/training/19_recipe.ipynb #d2f834f9
 def save_recipe(
     folder: str | Path,  # of a base
-    recipe: Recipe,
+    recipe: Recipe,  # of the base
 ) -> Path:
     "Write the recipe of a base beside its weights; returns the file."
     return write_json(Path(folder) / FILE, asdict(recipe))

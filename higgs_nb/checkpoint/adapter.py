@@ -44,13 +44,17 @@ __all__ = ['MOVES_BASE', 'MISFITS', 'adapter_state', 'trained_state', 'check_tun
            'tensor_kind', 'check_same_kinds', 'restore']
 
 # %% ../../nbs/checkpoint/13_adapter.ipynb #40217514
-def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+def adapter_state(
+    model: PeftModel,
+    name: str | None = None,  # of the adapter; None: the only one
+) -> dict[str, Tensor]:
     "The adapter's tensors under the names of PEFT's format, as they are in `model`."
-    if len(model.peft_config) != 1:
-        raise CheckpointError(
-            f"a checkpoint holds one adapter; the model has {sorted(model.peft_config)}"
-        )
-    name = next(iter(model.peft_config))
+    if name is None:
+        if len(model.peft_config) != 1:
+            raise CheckpointError(
+                f"a checkpoint holds one adapter; the model has {sorted(model.peft_config)}"
+            )
+        name = next(iter(model.peft_config))
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 # %% ../../nbs/checkpoint/13_adapter.ipynb #7c222b96

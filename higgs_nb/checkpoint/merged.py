@@ -24,6 +24,7 @@ from higgs_nb.checkpoint.base import (
     WRAPPERS,
     base_of,
     base_tensors,
+    config_fingerprint,
     fingerprint_line,
     stable_config,
 )
@@ -87,6 +88,7 @@ def describe_stored(
     lines = [fingerprint_line((name, stored[name].load())) for name in counted]
     return dict(
         config=stable_config(model),
+        config_fingerprint=config_fingerprint(model),
         weights_fingerprint=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         without=without,
         tensors=len(tensors),

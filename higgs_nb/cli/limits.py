@@ -110,8 +110,10 @@ def check_range(
 
 # %% ../../nbs/cli/03_limits.ipynb #b6d20d23
 CHOICES = {
-    "evaluate.precision": ("float32", "bfloat16", "float16", "auto"),
-    "export.what": ("both", "adapter", "merged"),
+    **dict.fromkeys(("evaluate.device", "export.device"), ("auto", "cpu", "cuda", "mps", "xpu")),
+    "evaluate.precision": ("auto", "float32", "bfloat16", "float16"),
+    "export.precision": ("auto", "float32", "bfloat16"),
+    "export.what": ("both", "adapter", "merged", "original", "all"),
 }
 WORDS = {  # beside paths, names on the hub, names of modules
     "base": ("small", "tiny"),

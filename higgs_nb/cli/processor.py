@@ -15,8 +15,8 @@ from ..data.codec import codec_class
 from ..family import HIGGS_V2, TurnTemplate
 
 # %% auto #0
-__all__ = ['CHAT', 'SETTINGS', 'TEMPLATE', 'OF_PROCESSOR', 'NO_PROCESSOR', 'template_strings', 'chat_template',
-           'processor_config', 'ProcessorFiles', 'is_stock_codec', 'taken_over', 'processor_files']
+__all__ = ['CHAT', 'TEMPLATE', 'OF_TOKENIZER', 'SETTINGS', 'OF_PROCESSOR', 'NO_PROCESSOR', 'template_strings', 'chat_template',
+           'processor_config', 'carried_files', 'ProcessorFiles', 'is_stock_codec', 'taken_over', 'processor_files']
 
 # %% ../../nbs/cli/21_processor.ipynb #69fa9347
 CHAT = """
@@ -108,9 +108,32 @@ def processor_config(config: Mapping, codec: str) -> dict:
         ),
     )
 
+# %% ../../nbs/cli/21_processor.ipynb #873d94e8
+TEMPLATE = "chat_template.jinja"
+OF_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    TEMPLATE,
+)
+
+
+def carried_files(
+    folder: Path | str,  # of a model
+    *more: str,  # further names
+) -> dict[str, bytes]:
+    "The files of a tokenizer, and of a licence, in a folder; those that it has."
+    folder = Path(folder)
+    names = [name for name in (*OF_TOKENIZER, *more) if (folder / name).is_file()]
+    names += sorted(p.name for p in folder.glob("LICEN[CS]E*") if p.is_file())
+    return {name: (folder / name).read_bytes() for name in names}
+
 # %% ../../nbs/cli/21_processor.ipynb #3edbf76a
 SETTINGS = "processor_config.json"
-TEMPLATE = "chat_template.jinja"
 OF_PROCESSOR = (
     SETTINGS,
     TEMPLATE,

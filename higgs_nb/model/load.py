@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from importlib.resources import files
 from pathlib import Path
 
@@ -68,11 +69,16 @@ def check_directory(
     )
 
 # %% ../../nbs/model/11_load.ipynb #aa76bd00
-def kind_remedy(kind) -> str:  # `model_type` of a config.json that is not ours
-    "What a directory holds that is no base, and what to do with it."
+def kind_remedy(kind, name: str | Path = "SOURCE") -> str:
+    """What a directory `name` holds that is no base, by the `model_type` of its config.json, and
+    what to do with it.
+    """
     if kind == HIGGS_V2.architecture.original_type:
         loader = "higgs_nb.original.convert.load_original"
-        return f"it is a checkpoint in the original format: load it with {loader}"
+        return (
+            f"it is a checkpoint in the original format: load it with {loader}, or convert it "
+            f"once, `higgs_convert {shlex.quote(str(name))} TARGET`, and give TARGET as base"
+        )
     if "tokenizer" in str(kind) or "codec" in str(kind):
         return (
             f"it is a codec ({kind}): give it to load_codec, and the directory of the "
@@ -98,7 +104,7 @@ def check_source(name: str | Path) -> None:  # see `load_model`
     config = load_json(file)
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != HIGGS_V2.architecture.model_type:
-        raise ValueError(f"{name} cannot be loaded as a base: {kind_remedy(kind)}")
+        raise ValueError(f"{name} cannot be loaded as a base: {kind_remedy(kind, name)}")
 
 # %% ../../nbs/model/11_load.ipynb #1d28fb13
 PANGRAMS = (

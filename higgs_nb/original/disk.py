@@ -31,7 +31,7 @@ from higgs_nb.checkpoint.stored import (
 )
 from ..checkpoint.whole_model import is_stock, model_config
 from ..checkpoint.writing import Content, Deferred, bits, dtype_name
-from ..cli.processor import TEMPLATE, processor_files
+from ..cli.processor import TEMPLATE, carried_files, processor_files
 from ..core.files import load_json
 from ..family import HIGGS_V2
 from ..model.model import HiggsAudioForTraining
@@ -39,11 +39,11 @@ from .convert import check_tensors, convert_config, convert_name
 from .layout import original_config, original_name
 
 # %% auto #0
-__all__ = ['HALVES', 'NOT_WEIGHTS', 'OF_TOKENIZER', 'NOTE', 'CONFIGS', 'REPEATS', 'CODEC', 'layout_of', 'original_tensors',
-           'both_halves', 'join_halves', 'rows_of', 'divide_halves', 'kept_numbers', 'numbers_again', 'carried_files',
-           'special_id', 'note_of', 'generation_text', 'from_original_layout', 'is_number_note', 'is_half_note',
-           'checked_note', 'read_note', 'original_generation', 'original_texts', 'to_original_layout', 'stored_model',
-           'converted_files', 'convert_folder']
+__all__ = ['HALVES', 'NOT_WEIGHTS', 'NOTE', 'CONFIGS', 'REPEATS', 'CODEC', 'layout_of', 'original_tensors', 'both_halves',
+           'join_halves', 'rows_of', 'divide_halves', 'kept_numbers', 'numbers_again', 'special_id', 'note_of',
+           'generation_text', 'from_original_layout', 'is_number_note', 'is_half_note', 'checked_note', 'read_note',
+           'original_generation', 'original_texts', 'to_original_layout', 'stored_model', 'converted_files',
+           'convert_folder']
 
 # %% ../../nbs/original/05_disk.ipynb #4b0074ba
 def layout_of(folder: Path | str) -> str:
@@ -150,25 +150,6 @@ def numbers_again(kept: Mapping[str, dict]) -> dict[str, Deferred]:
         tensor = torch.frombuffer(data, dtype=dtype).reshape(note["shape"])
         tensors[name] = Deferred(dtype, tuple(note["shape"]), lambda tensor=tensor: tensor)
     return tensors
-
-# %% ../../nbs/original/05_disk.ipynb #a3f64e48
-OF_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    TEMPLATE,
-)
-
-
-def carried_files(folder: Path) -> dict[str, bytes]:
-    "The files of a tokenizer, and of a licence, in a folder."
-    names = [name for name in OF_TOKENIZER if (folder / name).is_file()]
-    names += sorted(p.name for p in folder.glob("LICEN[CS]E*") if p.is_file())
-    return {name: (folder / name).read_bytes() for name in names}
 
 # %% ../../nbs/original/05_disk.ipynb #0031132e
 def special_id(folder: Path, token: str) -> int | None:

@@ -15,8 +15,8 @@ from ..family import HIGGS_V2
 from .convert import FIXED, TEXT_FIELDS, convert_config
 
 # %% auto #0
-__all__ = ['TO_ORIGINAL', 'original_name', 'text_settings', 'tower_settings', 'original_settings', 'further_settings',
-           'original_config']
+__all__ = ['TO_ORIGINAL', 'NESTED', 'original_name', 'text_settings', 'tower_settings', 'original_settings', 'further_settings',
+           'updated', 'original_config']
 
 # %% ../../nbs/original/04_layout.ipynb #06d2667e
 TO_ORIGINAL = (
@@ -104,6 +104,15 @@ def further_settings(
     )
 
 # %% ../../nbs/original/04_layout.ipynb #1291c275
+NESTED = ("text_config", "audio_encoder_config")
+
+
+def updated(stored: dict, settings: dict) -> dict:
+    "The original's `config.json` with other settings; in its nested parts, too."
+    nested = {name: (stored.get(name) or {}) | settings[name] for name in NESTED}
+    return stored | settings | nested
+
+
 def original_config(
     config: HiggsAudioV2Config,  # of our model
     stored: dict | None = None,  # `config.json` of the original that the model came from
@@ -117,8 +126,7 @@ def original_config(
     elif original_settings(convert_config(copy.deepcopy(stored))) == settings:
         return stored
     else:
-        text = (stored.get("text_config") or {}) | settings["text_config"]
-        made = stored | settings | dict(text_config=text)
+        made = updated(stored, settings)
     back = convert_config(copy.deepcopy(made))
     delay = (config.audio_delay_token_id, back.audio_delay_token_id)
     if original_settings(back) != settings or delay[0] != delay[1]:

@@ -25,6 +25,7 @@ from higgs_nb.checkpoint.saving import save_checkpoint
 from higgs_nb.checkpoint.stored import INDEX, ONE_FILE, weight_names
 from higgs_nb.checkpoint.whole_model import model_files
 from higgs_nb.cli.answers import answers
+from higgs_nb.cli.doctor import check_hub
 from higgs_nb.cli.export import Question, export_files, merged_contents
 from higgs_nb.cli.processor import SETTINGS, processor_files
 from higgs_nb.data.prompt import byte_tokenizer
@@ -146,6 +147,17 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
         assert higgs_convert([str(tmp_path / source), str(tmp_path / target)]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("where", ["folder", "cache"])
+def test_the_doctor_names_the_command_for_an_original_base(where, tmp_path, monkeypatch):
+    "For a folder, and for a download that is in the cache of the hub."
+    recorded_checkpoint(tmp_path / "theirs", "a", 1)
+    config = str(tmp_path / "theirs" / "config.json")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: config)
+    base = str(tmp_path / "theirs") if where == "folder" else "someone/theirs"
+    finding = check_hub(base)
+    assert finding.state == "problem" and f"higgs_convert {base} TARGET" in finding.found
 
 
 def trained(base: dict, folder: Path, config) -> torch.nn.Module:

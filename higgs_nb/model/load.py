@@ -28,8 +28,8 @@ from .whisper import whisper_settings
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'PANGRAMS', 'PRECISE', 'base_path', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_source',
-           'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer', 'check_not_switched_off',
+__all__ = ['logger', 'PANGRAMS', 'PRECISE', 'base_path', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_kind',
+           'check_source', 'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer', 'check_not_switched_off',
            'check_tower_source', 'extend_config', 'start_audio_attention', 'start_tower', 'keep_precise',
            'keep_packing', 'load_config', 'check_keys', 'check_stream_codes', 'load_model']
 
@@ -87,6 +87,13 @@ def kind_remedy(kind, name: str | Path = "SOURCE") -> str:
     expected = HIGGS_V2.architecture.model_type
     return f"its config.json says model_type {kind!r}, and a base has {expected!r}"
 
+# %% ../../nbs/model/11_load.ipynb #d5165a1f
+def check_kind(config, name: str | Path) -> None:  # content of config.json; of `name`
+    "`ValueError` names what `name` is, if its configuration is not that of a base."
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != HIGGS_V2.architecture.model_type:
+        raise ValueError(f"{name} cannot be loaded as a base: {kind_remedy(kind, name)}")
+
 # %% ../../nbs/model/11_load.ipynb #a4f6e673
 def check_source(name: str | Path) -> None:  # see `load_model`
     """`ValueError` names what a directory is, where it holds something else than a base in
@@ -101,10 +108,7 @@ def check_source(name: str | Path) -> None:  # see `load_model`
                 f"load_lora_adapters(base, {str(name)!r})"
             )
         return
-    config = load_json(file)
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != HIGGS_V2.architecture.model_type:
-        raise ValueError(f"{name} cannot be loaded as a base: {kind_remedy(kind, name)}")
+    check_kind(load_json(file), name)
 
 # %% ../../nbs/model/11_load.ipynb #1d28fb13
 PANGRAMS = (
@@ -273,6 +277,8 @@ def load_config(name: str, revision: str | None) -> HiggsAudioV2Config:  # see `
     "The configuration of a checkpoint. `OSError` says what to do without a network."
     check_source(name)
     try:
+        settings, _ = HiggsAudioV2Config.get_config_dict(name, revision=revision)
+        check_kind(settings, name)
         return HiggsAudioV2Config.from_pretrained(name, revision=revision)
     except OSError as error:
         raise OSError(

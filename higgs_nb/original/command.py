@@ -9,13 +9,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from .adapters import convert_adapter
 from transformers.utils import logging
 
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.manifest import ADAPTER_FILES
 from ..checkpoint.stored import model_folder
 from ..core.messages import shown
+from .adapters import convert_adapter
 from .disk import CODEC, convert_folder, layout_of
 
 # %% auto #0

@@ -33,9 +33,9 @@ from ..core.messages import shown
 
 # %% auto #0
 __all__ = ['FORMATS', 'BASE_FORMS', 'WEIGHTS', 'INDEX', 'can_read', 'check_audio', 'try_data', 'check_data', 'check_torchaudio',
-           'missing_parts_of_weights', 'missing_files', 'check_base_directory', 'ask_hub', 'check_hub', 'check_kernel',
-           'check_notebooks', 'is_out_of_memory', 'memory_steps', 'memory_advice', 'one_line', 'print_findings',
-           'argument_parser', 'main']
+           'missing_parts_of_weights', 'missing_files', 'check_base_directory', 'ask_hub', 'check_cached', 'check_hub',
+           'check_kernel', 'check_notebooks', 'is_out_of_memory', 'memory_steps', 'memory_advice', 'one_line',
+           'print_findings', 'argument_parser', 'main']
 
 # %% ../../nbs/cli/20_doctor.ipynb #ccff738f
 FORMATS = (
@@ -203,6 +203,19 @@ def ask_hub(name: str) -> Finding:
     found = f"{name} is on the hub, commit {commit}: pin it with revision"
     return Finding("base", "ok", found)
 
+# %% ../../nbs/cli/20_doctor.ipynb #b6cb10d3
+def check_cached(base: str, config: str) -> Finding:  # its `config.json` in the cache
+    "What the cache of the hub holds is a base in transformers' format."
+    try:
+        from higgs_nb.model.load import check_kind
+
+        check_kind(load_json(config), base)
+    except ImportError as error:
+        return Finding("base", "problem", f"{error}", "repair the packages first, see above")
+    except (OSError, ValueError) as error:
+        return Finding("base", "problem", f"{error}", BASE_FORMS)
+    return Finding("base", "ok", f"{base} is in the cache")
+
 # %% ../../nbs/cli/20_doctor.ipynb #ff1732a1
 def check_hub(base: str) -> Finding:  # as for `higgs_run train -p base=...`
     "A base is in the package, in a directory, in the cache, or on the hub."
@@ -222,8 +235,9 @@ def check_hub(base: str) -> Finding:  # as for `higgs_run train -p base=...`
         return Finding("base", "problem", f"{error}", "pip install huggingface_hub")
     except ValueError:  # such as ./a, which the hub does not allow as a name
         return not_a_name
-    is_cached = isinstance(cached, str)
-    return Finding("base", "ok", f"{base} is in the cache") if is_cached else ask_hub(base)
+    if not isinstance(cached, str):
+        return ask_hub(base)
+    return check_cached(base, cached)
 
 # %% ../../nbs/cli/20_doctor.ipynb #89ced3bf
 def check_kernel() -> Finding | None:

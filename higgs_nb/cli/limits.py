@@ -12,8 +12,9 @@ from .notebooks import run_notebooks
 from ..core.messages import did_you_mean, shown
 
 # %% auto #0
-__all__ = ['COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'PART', 'COUNTS', 'NUMBERS', 'POSITIVES', 'RANGES', 'CHOICES', 'WORDS',
-           'in_range', 'range_of', 'leaves', 'percent_hint', 'check_number', 'check_range', 'check_choice']
+__all__ = ['COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'PART', 'COUNTS', 'NUMBERS', 'POSITIVES', 'RANGES', 'TAKE_DEVICE',
+           'TAKE_PRECISION', 'CHOICES', 'WORDS', 'in_range', 'range_of', 'leaves', 'percent_hint', 'check_number',
+           'check_range', 'check_choice']
 
 # %% ../../nbs/cli/03_limits.ipynb #adc9a229
 def in_range(value: int | float, range: str) -> bool:  # such as "[0, 1)", or "-1 or [0, inf)"
@@ -111,12 +112,13 @@ def check_range(
             check_number(leaf, range, f"{name} takes {part}", help)
 
 # %% ../../nbs/cli/03_limits.ipynb #b6d20d23
+TAKE_DEVICE = [f"{run}.device" for run in ("prepare", "train", "evaluate", "export")]
+TAKE_PRECISION = [f"{run}.precision" for run in ("train", "evaluate")]
 CHOICES = {
-    "prepare.device": ("auto", "cpu", "cuda", "mps", "xpu"),
-    "train.device": ("auto", "cpu", "cuda", "mps", "xpu"),
-    "train.precision": ("auto", "float32", "bfloat16", "float16"),
-    "evaluate.precision": ("float32", "bfloat16", "float16", "auto"),
-    "export.what": ("both", "adapter", "merged"),
+    **dict.fromkeys(TAKE_DEVICE, ("auto", "cpu", "cuda", "mps", "xpu")),
+    **dict.fromkeys(TAKE_PRECISION, ("auto", "float32", "bfloat16", "float16")),
+    "export.precision": ("auto", "float32", "bfloat16"),
+    "export.what": ("both", "adapter", "merged", "original", "all"),
 }
 WORDS = {  # beside paths, names on the hub, names of modules
     "base": ("small", "tiny"),

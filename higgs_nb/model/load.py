@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,8 +28,8 @@ from .whisper import whisper_settings
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'PANGRAMS', 'PRECISE', 'base_path', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_source',
-           'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer', 'check_not_switched_off',
+__all__ = ['logger', 'PANGRAMS', 'PRECISE', 'base_path', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_kind',
+           'check_source', 'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer', 'check_not_switched_off',
            'check_tower_source', 'extend_config', 'start_audio_attention', 'start_tower', 'keep_precise',
            'keep_packing', 'load_config', 'check_keys', 'check_stream_codes', 'load_model']
 
@@ -68,11 +69,16 @@ def check_directory(
     )
 
 # %% ../../nbs/model/11_load.ipynb #aa76bd00
-def kind_remedy(kind) -> str:  # `model_type` of a config.json that is not ours
-    "What a directory holds that is no base, and what to do with it."
+def kind_remedy(kind, name: str | Path = "SOURCE") -> str:
+    """What a directory `name` holds that is no base, by the `model_type` of its config.json, and
+    what to do with it.
+    """
     if kind == HIGGS_V2.architecture.original_type:
         loader = "higgs_nb.original.convert.load_original"
-        return f"it is a checkpoint in the original format: load it with {loader}"
+        return (
+            f"it is a checkpoint in the original format: load it with {loader}, or convert it "
+            f"once, `higgs_convert {shlex.quote(str(name))} TARGET`, and give TARGET as base"
+        )
     if "tokenizer" in str(kind) or "codec" in str(kind):
         return (
             f"it is a codec ({kind}): give it to load_codec, and the directory of the "
@@ -80,6 +86,13 @@ def kind_remedy(kind) -> str:  # `model_type` of a config.json that is not ours
         )
     expected = HIGGS_V2.architecture.model_type
     return f"its config.json says model_type {kind!r}, and a base has {expected!r}"
+
+# %% ../../nbs/model/11_load.ipynb #d5165a1f
+def check_kind(config, name: str | Path) -> None:  # content of config.json; of `name`
+    "`ValueError` names what `name` is, if its configuration is not that of a base."
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != HIGGS_V2.architecture.model_type:
+        raise ValueError(f"{name} cannot be loaded as a base: {kind_remedy(kind, name)}")
 
 # %% ../../nbs/model/11_load.ipynb #a4f6e673
 def check_source(name: str | Path) -> None:  # see `load_model`
@@ -95,10 +108,7 @@ def check_source(name: str | Path) -> None:  # see `load_model`
                 f"load_lora_adapters(base, {str(name)!r})"
             )
         return
-    config = load_json(file)
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != HIGGS_V2.architecture.model_type:
-        raise ValueError(f"{name} cannot be loaded as a base: {kind_remedy(kind)}")
+    check_kind(load_json(file), name)
 
 # %% ../../nbs/model/11_load.ipynb #1d28fb13
 PANGRAMS = (
@@ -267,6 +277,8 @@ def load_config(name: str, revision: str | None) -> HiggsAudioV2Config:  # see `
     "The configuration of a checkpoint. `OSError` says what to do without a network."
     check_source(name)
     try:
+        settings, _ = HiggsAudioV2Config.get_config_dict(name, revision=revision)
+        check_kind(settings, name)
         return HiggsAudioV2Config.from_pretrained(name, revision=revision)
     except OSError as error:
         raise OSError(

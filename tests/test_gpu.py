@@ -4,8 +4,14 @@ import pytest
 import resume_job
 import torch
 from safetensors.torch import load_file
+from tiny_codec import needs_torchaudio, tiny_higgs_codec
 
 from higgs_nb.checkpoint.validate import validate_checkpoint
+from higgs_nb.data.audio import load_audio
+from higgs_nb.data.code_store import CodeStore
+from higgs_nb.data.codec import load_codec
+from higgs_nb.data.conversation import Audio
+from higgs_nb.data.corpus import embedded_corpus
 from higgs_nb.data.prompt import byte_tokenizer
 from higgs_nb.model.attention import attend, attend_to_itself
 from higgs_nb.model.model import tiny_model
@@ -108,3 +114,24 @@ def test_generation_says_the_same():
         for s in generate_speech(model.cuda(), tokenizer, ["One.", "Two words."], max_frames=20)
     ]
     assert all(torch.equal(a, b) for a, b in zip(want, got))
+
+
+@needs_torchaudio
+def test_the_codec_runs_there_and_gives_what_a_cpu_gives(tmp_path):
+    "Codes and sound come back to the CPU; codes are the same again, alone and among others."
+    clips = sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[:4]
+    folder = tiny_higgs_codec(tmp_path / "codec")
+    codec, cpu = load_codec(folder), load_codec(folder, device="cpu")
+    assert codec.device.type == "cuda" and cpu.device.type == "cpu"
+    assert codec.fingerprint == cpu.fingerprint
+    store = CodeStore(tmp_path / "codes", codec)
+    assert store.encode_all([Audio(str(clip)) for clip in clips], False)["misses"] == 4
+    same = 0
+    for clip in clips:
+        codes = codec.encode(load_audio(clip))
+        assert codes.device.type == "cpu" and torch.equal(store.get(clip), codes)
+        sound, expected = codec.decode(codes), cpu.decode(codes)
+        assert sound.device.type == "cpu"
+        assert (sound - expected).norm() < 0.01 * expected.norm()
+        same += (codes == cpu.encode(load_audio(clip))).float().mean().item() / 4
+    assert same > 0.98

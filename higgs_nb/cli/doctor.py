@@ -30,6 +30,7 @@ from higgs_nb.cli.machine import (
 )
 from ..core.files import load_json
 from ..core.messages import shown
+from ..core.system import torchaudio_remedy
 
 # %% auto #0
 __all__ = ['FORMATS', 'BASE_FORMS', 'WEIGHTS', 'INDEX', 'can_read', 'check_audio', 'try_data', 'check_data', 'check_torchaudio',
@@ -116,18 +117,16 @@ def check_data() -> Finding:
 def check_torchaudio() -> Finding:
     "torchaudio loads beside this torch, if it is installed."
     version = version_of("torchaudio")
+    todo = "; ".join(torchaudio_remedy().splitlines())
     if version is None and importlib.util.find_spec("torchaudio") is None:
-        todo = "only the codec of the released model needs it: pip install 'higgs_nb[codec]'"
-        return Finding("torchaudio", "note", "not installed", todo)
+        return Finding(
+            "torchaudio", "note", "not installed; only the released codec needs it", todo
+        )
     try:
         module = importlib.import_module("torchaudio")
     except BROKEN as error:
         found = f"{version or ''} does not load beside torch {version_of('torch')}: {error}"
-        todo = (
-            "install the torchaudio that was built for this torch; if there is none, it loads "
-            "as pure Python, which is enough here: delete lib/*.so in its folder"
-        )
-        return Finding("torchaudio", "problem", found, todo)
+        return Finding("torchaudio", "problem", found, f"it is enough without libraries: {todo}")
     return Finding("torchaudio", "ok", f"{getattr(module, '__version__', 'loads')}")
 
 # %% ../../nbs/cli/20_doctor.ipynb #e77463ab

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.files import load_json
-from ..core.messages import shown
+from ..core.messages import shown, weight_problems
 from ..family import HIGGS_V2
 from .audio_attention import start_as_identity
 from .model import HiggsAudioForTraining
@@ -298,16 +298,10 @@ def check_keys(
     """
     if HIGGS_V2.architecture.projector in new:
         new = (*new, HIGGS_V2.architecture.tower)
-    problems = []
-    for what in ("missing", "unexpected", "mismatched"):
-        keys = sorted(map(str, info.get(f"{what}_keys") or ()))
-        if what == "missing":
-            keys = [key for key in keys if not set(key.split(".")) & set(new)]
-        if keys:
-            problems.append(f"{len(keys)} {what} ({', '.join(keys[:4])})")
+    problems = weight_problems(info, lambda key: bool(set(key.split(".")) & set(new)))
     if problems:
         raise ValueError(
-            f"{name} does not fit the model: {'; '.join(problems)}. "
+            f"{name} does not fit the model: {problems}. "
             "Is it in transformers' format, saved with its text head?"
         )
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from functools import cached_property
 from importlib.resources import files
@@ -40,7 +39,7 @@ class WorldCodec(Codec):
     format = "higgs_nb.WorldCodec"
     version = 4
     file = "codec.safetensors"
-    threads = min(16, os.cpu_count() or 1)  # WORLD uses one core and releases the GIL
+    concurrency = "threads"  # WORLD uses one core and releases the GIL
 
     def __init__(self, net: WorldVQ):
         self.net = net

@@ -12,12 +12,11 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
-from ..cli.directory import goes_on, occupy, output_directory, read_noted
+from ..cli.directory import goes_on, occupy, output_directory
 from ..cli.parameters import parameters
-from ..core.files import write_json
 from ..core.html import table
-from ..core.messages import shown
 from ..data.codec import CODECS, Codec, codec_class, load_codec
+from ..data.codec_pairs import check_codec_fits, codec_of_base
 from ..data.prompt import AudioTokens, byte_tokenizer
 from ..model.load import base_path, check_source, load_config
 from ..model.model import tiny_config
@@ -26,7 +25,7 @@ from ..training.recipe import recipe_of
 
 # %% auto #0
 __all__ = ['Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_base', 'kind_of_codec', 'check_own_codec',
-           'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs', 'check_prepared']
+           'own_codec', 'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs']
 
 # %% ../../nbs/tasks/02_inputs.ipynb #a9242b85
 class Run:
@@ -104,13 +103,25 @@ def check_own_codec(base: str, name: str, own: str) -> None:  # names of codecs
     )
 
 # %% ../../nbs/tasks/02_inputs.ipynb #6286b27e
-def open_codec(settings: Settings) -> tuple[str, Codec]:
-    "Name and codec of a run; `ValueError` if it is not the codec of the base."
-    own = recipe_of(settings.base).codec
+def own_codec(settings: Settings) -> str:
+    "The codec of a base: the one that its processor names, or that of its recipe."
+    if settings.base == "tiny":
+        return recipe_of("tiny").codec
+    base = base_path(settings.base)
+    return codec_of_base(base, settings.revision or None) or recipe_of(settings.base).codec
+
+
+def open_codec(settings: Settings, config) -> tuple[str, Codec]:  # config: of the base
+    """Name and codec of a run, checked by encoding some speech. `ValueError` if it is not the
+    codec of the base, or has other codebooks or frames than the base has learned.
+    """
+    own = own_codec(settings)
     name = own if settings.codec == "auto" else settings.codec
     if not settings.other_codec and settings.base != "tiny":
         check_own_codec(settings.base, name, own)
-    return name, load_codec(name)
+    codec = load_codec(name, settings.device)
+    check_codec_fits(codec, config, name, settings.base)
+    return name, codec
 
 # %% ../../nbs/tasks/02_inputs.ipynb #a587f524
 def weight_bytes(path: str | Path) -> int:  # of a base
@@ -180,7 +191,7 @@ def open_inputs(
     config, tokenizer = open_base(settings)
     if settings.base != "tiny":
         check_memory(base_path(settings.base))
-    name, codec = open_codec(settings)
+    name, codec = open_codec(settings, config)
     return Inputs(
         config=config,
         tokenizer=tokenizer,
@@ -190,16 +201,3 @@ def open_inputs(
         device=device,
         precision=resolve_precision(settings.values.get("precision", "auto"), device),
     )
-
-# %% ../../nbs/tasks/02_inputs.ipynb #1fa0b0e6
-def check_prepared(data: str | Path, codec: Codec) -> None:
-    "`ValueError` if a corpus brings codes of another codec."
-    noted = read_noted(Path(data) / "run.json", "prepare the corpus again") or {}
-    known = noted.get("codec") if isinstance(noted.get("codec"), dict) else {}
-    fingerprint = known.get("fingerprint")
-    if fingerprint and fingerprint != codec.fingerprint:
-        raise ValueError(
-            f"the codes in {data} were made by the codec {shown(str(known.get('name')))} "
-            f"({shown(str(fingerprint))[:12]}), and this run uses another "
-            f"({codec.fingerprint[:12]}): prepare the corpus again with the base of this run"
-        )

@@ -16,16 +16,15 @@ from ..cli.directory import goes_on, occupy, output_directory
 from ..cli.parameters import parameters
 from ..core.html import table
 from ..data.codec import CODECS, Codec, codec_class, load_codec
-from ..data.codec_pairs import check_codec_fits, codec_of_base
+from ..data.codec_pairs import check_codec_fits
 from ..data.prompt import AudioTokens, byte_tokenizer
 from ..model.load import base_path, check_source, load_config
 from ..model.model import tiny_config
-from .settings import Settings, resolve
-from ..training.recipe import recipe_of
+from .settings import Settings, own_codec, resolve
 
 # %% auto #0
 __all__ = ['Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_base', 'kind_of_codec', 'check_own_codec',
-           'own_codec', 'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs']
+           'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs']
 
 # %% ../../nbs/tasks/02_inputs.ipynb #a9242b85
 class Run:
@@ -95,7 +94,8 @@ def kind_of_codec(name: str) -> str | None:
 # %% ../../nbs/tasks/02_inputs.ipynb #612ae909
 def check_own_codec(base: str, name: str, own: str) -> None:  # names of codecs
     "`ValueError` if the codec of that name is of another kind than the one of the base."
-    if kind_of_codec(name) == kind_of_codec(own):
+    kind = kind_of_codec(name)
+    if kind is None or kind == kind_of_codec(own):  # what is no codec is named when it is loaded
         return
     raise ValueError(
         f"codec={name}: the base {base} was trained with the codec {own}, and codes of another "
@@ -103,22 +103,13 @@ def check_own_codec(base: str, name: str, own: str) -> None:  # names of codecs
     )
 
 # %% ../../nbs/tasks/02_inputs.ipynb #6286b27e
-def own_codec(settings: Settings) -> str:
-    "The codec of a base: the one that its processor names, or that of its recipe."
-    if settings.base == "tiny":
-        return recipe_of("tiny").codec
-    base = base_path(settings.base)
-    return codec_of_base(base, settings.revision or None) or recipe_of(settings.base).codec
-
-
 def open_codec(settings: Settings, config) -> tuple[str, Codec]:  # config: of the base
     """Name and codec of a run, checked by encoding some speech. `ValueError` if it is not the
     codec of the base, or has other codebooks or frames than the base has learned.
     """
-    own = own_codec(settings)
-    name = own if settings.codec == "auto" else settings.codec
+    name = settings.codec
     if not settings.other_codec and settings.base != "tiny":
-        check_own_codec(settings.base, name, own)
+        check_own_codec(settings.base, name, own_codec(settings.base, settings.revision))
     codec = load_codec(name, settings.device)
     check_codec_fits(codec, config, name, settings.base)
     return name, codec

@@ -276,19 +276,22 @@ def test_no_process_outlives_the_run(tmp_path, number):
     script = tmp_path / "slow.py"
     script.write_text(SLOW.replace("TESTS", repr(os.path.dirname(__file__))))
     command = [sys.executable, script, tmp_path / "codes", *map(str, CLIPS)]
-    main = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    main = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.time() + 120
     while len(list(tmp_path.glob("codes/*/*.begun"))) < 2 and main.poll() is None:
         assert time.time() < until
         time.sleep(0.1)
-    children = psutil.Process(main.pid).children(recursive=True)
+    children = main.children(recursive=True)
     assert len(children) >= 2
     main.send_signal(number)
-    out, err = main.communicate(timeout=50)
+    left = psutil.wait_procs([main, *children], timeout=40)[1]
+    for process in left:
+        process.kill()
+    out, err = main.communicate()
+    assert not left, err
     if number == signal.SIGINT:
         assert "interrupted" in out and main.returncode == 0, err
     assert "3 of 3 recordings have to be encoded, 0.6 min of sound, in 2 processes on cpu" in out
-    assert not psutil.wait_procs(children, timeout=20)[1]
 
 
 def test_a_line_says_what_is_encoded_and_why(tmp_path, capsys):

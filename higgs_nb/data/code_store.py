@@ -227,7 +227,7 @@ def what_is_new(self: CodeStore, new: int, clips: int, seconds: float, how: str)
         line += f"; {self.root} holds codes of another codec ({', '.join(others)})"
     return line
 
-# %% ../../nbs/data/15_code_store.ipynb #e036789f
+# %% ../../nbs/data/15_code_store.ipynb #13fa7d1b
 @patch
 def encode_new(
     self: CodeStore,
@@ -249,7 +249,7 @@ def encode_new(
                 self.remember(path, codes)
                 bar.update(length)
 
-
+# %% ../../nbs/data/15_code_store.ipynb #e036789f
 @patch
 def encode_all(
     self: CodeStore,

@@ -31,8 +31,9 @@ from .corpus import embedded_corpus
 # %% auto #0
 __all__ = ['HUB_NAME', 'HIGGS_CODEC', 'HIGGS_CODEC_COPY', 'TRAINING_ONLY', 'LARGEST_SHARE', 'CODECS', 'Codec', 'complete_frames',
            'checked_codes', 'content_digest', 'split_name', 'is_hub_name', 'is_training_only', 'other_copy',
-           'check_codec_keys', 'load_higgs_weights', 'repeatable_sums', 'HiggsCodec', 'tiny_higgs_codec',
-           'largest_shares', 'constant_codebooks', 'check_codec', 'codec_class', 'what_it_is', 'load_codec']
+           'check_codec_keys', 'load_higgs_weights', 'repeatable_sums', 'HiggsCodec', 'tiny_higgs_config',
+           'tiny_higgs_codec', 'largest_shares', 'constant_codebooks', 'check_shape', 'check_codec', 'codec_class',
+           'what_it_is', 'load_codec']
 
 # %% ../../nbs/data/14_codec.ipynb #baf671e8
 class Codec(ABC):
@@ -223,6 +224,15 @@ def repeatable_sums(device: torch.device) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
 
+# %% ../../nbs/data/14_codec.ipynb #df156af7
+def _higgs_codec_of(config: dict, weights: bytes) -> HiggsCodec:
+    "A `HiggsCodec` of its configuration and its weights in safetensors' format."
+    from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
+
+    config = HiggsAudioV2TokenizerConfig.from_dict(config)
+    options = dict(config=config, state_dict=from_safetensors(weights))
+    return HiggsCodec(HiggsAudioV2TokenizerModel.from_pretrained(None, **options))
+
 # %% ../../nbs/data/14_codec.ipynb #29f3ba7a
 class HiggsCodec(Codec):
     """transformers' `HiggsAudioV2TokenizerModel` as a `Codec`. `encode` is the same for one
@@ -303,16 +313,27 @@ class HiggsCodec(Codec):
         state = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
         return _higgs_codec_of, (self.model.config.to_dict(), to_safetensors(state))
 
-
-def _higgs_codec_of(config: dict, weights: bytes) -> HiggsCodec:
-    "A `HiggsCodec` of its configuration and its weights in safetensors' format."
-    from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
-
-    config = HiggsAudioV2TokenizerConfig.from_dict(config)
-    options = dict(config=config, state_dict=from_safetensors(weights))
-    return HiggsCodec(HiggsAudioV2TokenizerModel.from_pretrained(None, **options))
-
 # %% ../../nbs/data/14_codec.ipynb #ce617639
+def tiny_higgs_config(frame_rate: float = 25, num_codebooks: int = 8, codebook_size: int = 1024):
+    "Settings of a tiny codec of the released class, see `tiny_higgs_codec`."
+    from transformers import HiggsAudioV2TokenizerConfig
+
+    ratios = {25: [8, 5, 4, 2, 3], 12.5: [8, 5, 4, 4, 3]}[frame_rate]
+    bits_per_frame = num_codebooks * math.ceil(math.log2(codebook_size))
+    acoustic = dict(model_type="dac", encoder_hidden_size=4, decoder_hidden_size=32, hidden_size=16)
+    acoustic.update(downsampling_ratios=ratios, upsampling_ratios=ratios)
+    semantic = dict(model_type="hubert", hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    semantic.update(num_attention_heads=2, conv_dim=[8] * 7, mask_time_prob=0.0)
+    semantic.update(num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
+    return HiggsAudioV2TokenizerConfig(
+        target_bandwidths=[bits_per_frame * math.ceil(frame_rate) / 1000],  # in kbit per second
+        codebook_dim=8,
+        codebook_size=codebook_size,
+        acoustic_model_config=acoustic,
+        semantic_model_config=semantic,
+    )
+
+# %% ../../nbs/data/14_codec.ipynb #fa7ba528
 def tiny_higgs_codec(
     folder: str | Path,  # is made, or written to
     frame_rate: float = 25,  # 25 or 12.5 frames per second, at 24 kHz
@@ -321,39 +342,12 @@ def tiny_higgs_codec(
     seed: int = 0,  # another seed gives another fingerprint
 ) -> Path:
     "Save a random codec of the released class that encodes a second in milliseconds; for tests."
-    from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
-
     _require_torchaudio()
-    ratios = {25: [8, 5, 4, 2, 3], 12.5: [8, 5, 4, 4, 3]}[frame_rate]
-    bits = math.ceil(math.log2(codebook_size))
-    acoustic = dict(
-        model_type="dac",
-        encoder_hidden_size=4,
-        decoder_hidden_size=32,
-        hidden_size=16,
-        downsampling_ratios=ratios,
-        upsampling_ratios=ratios,
-    )
-    semantic = dict(
-        model_type="hubert",
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        conv_dim=[8] * 7,
-        mask_time_prob=0.0,
-        num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2,
-    )
-    config = HiggsAudioV2TokenizerConfig(
-        target_bandwidths=[num_codebooks * math.ceil(frame_rate) * bits / 1000],
-        codebook_dim=8,
-        codebook_size=codebook_size,
-        acoustic_model_config=acoustic,
-        semantic_model_config=semantic,
-    )
+    from transformers import HiggsAudioV2TokenizerModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        config = tiny_higgs_config(frame_rate, num_codebooks, codebook_size)
         model = HiggsAudioV2TokenizerModel(config)
         for quantizer in model.quantizer.quantizers:
             quantizer.codebook.embed.normal_(std=0.1)
@@ -374,6 +368,20 @@ def constant_codebooks(codes: torch.Tensor) -> list[int]:  # (codebooks, frames)
     return [k for k, share in enumerate(largest_shares(codes)) if share > LARGEST_SHARE]
 
 # %% ../../nbs/data/14_codec.ipynb #134eb5ee
+def check_shape(
+    name: str | Path,  # of a codec
+    what: str,  # it makes
+    made: torch.Tensor,
+    expected: tuple[int, ...],  # shape by the codec's settings
+) -> None:
+    "`ValueError` if codes or a waveform have another shape than the codec's settings say."
+    if tuple(made.shape) != expected:
+        raise ValueError(
+            f"{name} makes {what} of shape {tuple(made.shape)}, and by its settings the shape is "
+            f"{expected}: its rates or its number of codebooks are wrong"
+        )
+
+# %% ../../nbs/data/14_codec.ipynb #40abfc8e
 def check_codec(
     codec: Codec,
     name: str | Path = "the codec",  # for errors
@@ -384,25 +392,21 @@ def check_codec(
     speech = load_audio(embedded_corpus() / "audio/tt-weasels.opus", codec.sampling_rate)
     speech = speech[: 2 * codec.sampling_rate]
     codes = checked_codes(codec.encode(speech), codec)
-    expected = (codec.num_codebooks, codec.frames(len(speech)))
-    if tuple(codes.shape) != expected:
-        made = f"makes codes of shape {tuple(codes.shape)} of 2 s"
-        raise ValueError(f"{name} {made}, and by its settings it is {expected}: correct them")
+    check_shape(name, "codes of 2 s", codes, (codec.num_codebooks, codec.frames(len(speech))))
+    remedy = other_copy(name) if isinstance(codec, HiggsCodec) else "give a codec that was trained"
     constant = constant_codebooks(codes)
     if constant:
         raise ValueError(
             f"{name} gives nearly every frame of speech the same code, in the codebooks "
             f"{', '.join(map(str, constant))} of {codec.num_codebooks}: it was not trained, or its "
             "weights are not those of a codec. A model that is trained on such codes learns "
-            f"nothing; {other_copy(name)}"
+            f"nothing; {remedy}"
         )
+    frames = codes.shape[1]
     sound = codec.decode(codes)
-    samples = codes.shape[1] * codec.samples_per_frame
-    if tuple(sound.shape) != (samples,) or not sound.isfinite().all():
-        raise ValueError(
-            f"{name} makes a waveform of shape {tuple(sound.shape)} of {codes.shape[1]} frames, "
-            f"and by its settings it is ({samples},), all finite: correct them"
-        )
+    check_shape(name, f"sound of {frames} frames", sound, (frames * codec.samples_per_frame,))
+    if not sound.isfinite().all():
+        raise ValueError(f"{name} makes NaN or infinite samples of codes; {remedy}")
 
 # %% ../../nbs/data/14_codec.ipynb #50650ac5
 CODECS = {  # kind -> "module:Class"

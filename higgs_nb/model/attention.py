@@ -9,12 +9,13 @@ from inspect import signature
 
 import torch
 import torch.nn.functional as F
-from .device import device_type, without_autocast
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import eager_attention_forward
+
+from .device import device_type, without_autocast
 
 # %% auto #0
 __all__ = ['SHORT', 'GROUPED', 'later_mask', 'ShortAttention', 'attend_to_itself', 'attend_on_gpu', 'attend_one_by_one',

@@ -10,11 +10,11 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from .device import autocast_dtype, device_type, without_autocast
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..data.delay import IGNORE
+from .device import autocast_dtype, device_type, without_autocast
 from .modules import InputPrecisionLinear, active
 
 # %% auto #0

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from .device import autocast_dtype, without_autocast
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from .device import autocast_dtype, without_autocast
 
 # %% auto #0
 __all__ = ['STEPS', 'dropout_mask', 'dropped', 'split_kinds', 'by_rank', 'input_gradient', 'LoraProjections', 'PlainLora',

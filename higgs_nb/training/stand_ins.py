@@ -16,8 +16,9 @@ from ..family import HIGGS_V2
 from ..model.device import autocast_dtype, device_type
 
 # %% auto #0
-__all__ = ['LOWER', 'WIDER', 'IN_32_BITS', 'IN_8_BITS', 'cast_all', 'attend_as_cpu', 'DeviceArithmetic', 'packed_bytes',
-           'PackedProduct', 'PackedLinear', 'PackedLora', 'pack', 'pack_base', 'adam_state', 'optimizer_state']
+__all__ = ['LOWER', 'WIDER', 'CUBLAS', 'IN_32_BITS', 'IN_8_BITS', 'cast_all', 'attend_as_cpu', 'DeviceArithmetic',
+           'flash_workspace', 'packed_bytes', 'PackedProduct', 'PackedLinear', 'PackedLora', 'pack', 'pack_base',
+           'adam_state', 'optimizer_state']
 
 # %% ../../nbs/training/17_stand_ins.ipynb #6934b952
 LOWER = {F.linear, torch.matmul, Tensor.matmul, torch.mm, torch.bmm, torch.addmm}
@@ -52,6 +53,21 @@ class DeviceArithmetic(TorchFunctionMode):
         elif half and func in WIDER:
             args = cast_all(args, torch.float32)
         return func(*args, **kwargs)
+
+# %% ../../nbs/training/17_stand_ins.ipynb #c642da3d
+CUBLAS = 2 * 32 * 2**20  # bytes, on Hopper; earlier GPUs take less
+
+
+def flash_workspace(operation, args: tuple) -> int:
+    "Bytes that the backward of flash attention takes while it runs; 0 for other operations."
+    if "varlen_attn_backward" not in str(operation):
+        return 0
+    query, key, borders = args[1], args[2], args[6]
+    rows, heads, head_dim = query.shape
+    padded = rows + 128 * (len(borders) - 1)
+    gradients = 4 * padded * heads * (head_dim + 1)
+    shared = 2 * query.nbytes if key.shape[1] < heads else 0
+    return gradients + shared
 
 # %% ../../nbs/training/17_stand_ins.ipynb #d32b870e
 def packed_bytes(rows: int, columns: int, bits: int) -> int:

@@ -16,7 +16,7 @@ from .plan import CARDS, MemoryPlan, gigabytes
 from .worst_batch import tokens_of_clip
 
 # %% auto #0
-__all__ = ['Change', 'available_bytes', 'fitting_budget', 'changed', 'combinations', 'changes', 'as_parameters', 'smallest_card',
+__all__ = ['Change', 'available_bytes', 'fitting_batches', 'changed', 'combinations', 'changes', 'as_parameters', 'smallest_card',
            'advice', 'check_plan']
 
 # %% ../../nbs/training/24_advice.ipynb #25bd5e22
@@ -26,18 +26,19 @@ def available_bytes(device: str) -> int:  # type of a device
         return torch.cuda.mem_get_info()[0]
     return psutil.virtual_memory().available
 
-# %% ../../nbs/training/24_advice.ipynb #0b5918b9
+# %% ../../nbs/training/24_advice.ipynb #46c70f14
 Change = dict[str, object]  # parameters of the run -> values
 
 
-def fitting_budget(plan: MemoryPlan, available: float, least: int) -> int:
-    """The largest token budget from `least` tokens up to the plan's that fits, nearly; 0 if none
-    does. Needs a few simulations: each is where a line through the nearest two would fit.
+def fitting_batches(plan: MemoryPlan, available: float, least: int) -> MemoryPlan | None:
+    """The run with nearly the largest token budget that fits, from `least` tokens up to that of
+    the plan; None if there is none. A few simulations: each is where a line through the nearest
+    two would fit.
     """
     low, high = plan.with_settings(token_budget=least, lengths=None), plan
     if low.needs > available:
-        return 0
-    for _ in range(3):
+        return None
+    for _ in range(2):
         a, b = low.settings.token_budget, high.settings.token_budget
         share = (available - low.needs) / max(high.needs - low.needs, 1)
         middle = int(a + share * (b - a)) // STEP * STEP
@@ -45,14 +46,14 @@ def fitting_budget(plan: MemoryPlan, available: float, least: int) -> int:
             break
         tried = plan.with_settings(token_budget=middle, lengths=None)
         low, high = (tried, high) if tried.needs <= available else (low, tried)
-    return low.settings.token_budget
+    return low
 
-# %% ../../nbs/training/24_advice.ipynb #392a45a1
+# %% ../../nbs/training/24_advice.ipynb #2c47297d
 def changed(plan: MemoryPlan, change: Change) -> MemoryPlan:
     "The plan of a run with other parameters."
+    if not change:
+        return plan
     settings = {k: v for k, v in change.items() if k != "train_in_full"}
-    if "token_budget" in change:
-        settings["lengths"] = None
     if "train_in_full" in change:
         settings["lora"] = copy.copy(plan.settings.lora)
         settings["lora"].modules_to_save = None
@@ -74,7 +75,7 @@ def combinations(plan: MemoryPlan) -> Iterator[Change]:
         if s.lora.modules_to_save:
             yield recompute | dict(bits=4, train_in_full="no")
 
-# %% ../../nbs/training/24_advice.ipynb #48a8545c
+# %% ../../nbs/training/24_advice.ipynb #b372fab8
 def changes(plan: MemoryPlan, available: float) -> Iterator[tuple[Change, MemoryPlan]]:
     "Changes that make a run fit into `available` bytes, and its plan, the smallest change first."
     asked, accumulate = plan.settings.token_budget, plan.settings.accumulate
@@ -85,9 +86,11 @@ def changes(plan: MemoryPlan, available: float) -> Iterator[tuple[Change, Memory
             yield change, variant
             continue
         least = longest if change else max(longest, asked // 2)
-        if budget := fitting_budget(variant, available, least):
+        divided = variant.with_settings(accumulate=max(accumulate, 2))  # gradients wait meanwhile
+        if smaller := fitting_batches(divided, available, least):
+            budget = smaller.settings.token_budget
             fewer = dict(token_budget=budget, accumulate=accumulate * -(-asked // budget))
-            yield change | fewer, changed(plan, change | fewer)
+            yield change | fewer, smaller
 
 # %% ../../nbs/training/24_advice.ipynb #4193f579
 def as_parameters(change: Change) -> str:

@@ -20,8 +20,8 @@ from .worst_batch import tokens_of_clip
 __all__ = ['BUDGETS', 'STEP', 'VARIANTS', 'BudgetLine', 'budget_line', 'largest_budget', 'variants_of', 'can_be_packed',
            'CardTable', 'compare_cards', 'bar_text', 'cards_text', 'cards_html', 'plot_cards']
 
-# %% ../../nbs/training/23_cards.ipynb #57070671
-BUDGETS = (1024, 4096, 16384)  # tokens that are simulated
+# %% ../../nbs/training/23_cards.ipynb #9e5cebaf
+BUDGETS = (1024, 16384)  # tokens that are simulated, beside those of the plan
 STEP = 64  # budgets are rounded down to a multiple
 
 
@@ -46,11 +46,13 @@ class BudgetLine:
             low, high = (middle, high) if self.needed(middle) <= available else (low, middle)
         return low if low >= tokens_of_clip(1) else 0
 
-# %% ../../nbs/training/23_cards.ipynb #cdd301b6
+# %% ../../nbs/training/23_cards.ipynb #d4dd179c
 def budget_line(plan: MemoryPlan, budgets: tuple[int, ...] = BUDGETS) -> BudgetLine:
-    "Simulate a run at several token budgets."
-    plans = [plan.with_settings(token_budget=n, lengths=None) for n in budgets]
-    return BudgetLine(list(budgets), [p.needs for p in plans])
+    "Simulate a run at several token budgets, its own among them."
+    plans = {n: plan.with_settings(token_budget=n, lengths=None) for n in budgets}
+    if plan.settings.lengths is None:
+        plans[plan.settings.token_budget] = plan
+    return BudgetLine(sorted(plans), [plans[n].needs for n in sorted(plans)])
 
 # %% ../../nbs/training/23_cards.ipynb #7bf93d66
 def largest_budget(plan: MemoryPlan, available: float) -> int:  # bytes

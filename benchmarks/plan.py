@@ -134,7 +134,7 @@ def make_trainer(
         token_budget=sum(settings.samples),
         gradient_accumulation_steps=batches,
         gradient_checkpointing=settings.gradient_checkpointing,
-        optim=settings.optim,
+        optim=settings.optimizer,
         max_steps=2,
         probe="warn" if evaluate else "off",
         eval_strategy="steps" if evaluate else "no",

@@ -15,7 +15,7 @@ from conftest import ROOT, load_script
 from transformers import HiggsAudioV2Config
 
 from higgs_nb.cli.notebooks import parameters_of
-from higgs_nb.cli.plan import OF_PLAN, main, plan_of, plan_values
+from higgs_nb.cli.plan import main, plan_of, plan_values
 from higgs_nb.model.lora import HEADS, create_lora_config
 from higgs_nb.training.advice import advice, as_parameters, changes, check_plan
 from higgs_nb.training.cards import budget_line, compare_cards, largest_budget
@@ -70,7 +70,7 @@ def total(kinds):
     [
         {},
         dict(gradient_checkpointing=True),
-        dict(lora=create_lora_config(r=8, train=HEADS), accumulate=2, optim="adamw_8bit"),
+        dict(lora=create_lora_config(r=8, train=HEADS), accumulate=2, optimizer="adamw_bnb_8bit"),
         dict(bits=4),
     ],
     ids=lambda c: ", ".join(c) or "plain",
@@ -133,7 +133,7 @@ def test_what_a_run_needs_is_a_line_in_its_tokens():
 def test_advice_is_a_run_that_fits():
     "The words of every change are parameters of a run, and its plan fits."
     plan = plan_training("released", create_lora_config(r=16, train=HEADS))
-    known = {*parameters_of("train"), *OF_PLAN}
+    known = set(parameters_of("train"))
     for available in (30e9, 16e9):
         change, smaller = next(changes(plan, available))
         assert set(change) <= known and smaller.needs <= available < plan.needs
@@ -187,7 +187,7 @@ def test_the_command_needs_a_config_alone(tmp_path):
         (["small", "-p", "rnak=1"], "did you mean 'rank'"),
         (["small", "-p", "targets=nothing"], "matches nothing"),
         (["small", "-p", "bits=5"], "choose 0 or 4 or 8"),
-        (["released", "-p", "optim=sgd"], "is not planned"),
+        (["released", "-p", "optimizer=sgd"], "optimizer"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_line(words, expected, capsys, monkeypatch):

@@ -157,12 +157,12 @@ def adam_state(p: nn.Parameter, optim: str, is_embedding: bool = False) -> list[
     moments = [torch.empty_like(p, dtype=torch.uint8) for _ in range(2)]
     return moments + [p.new_empty(blocks, dtype=torch.float32) for _ in range(2)]
 
-# %% ../../nbs/training/17_stand_ins.ipynb #fdfb13b9
+# %% ../../nbs/training/17_stand_ins.ipynb #23459533
 def optimizer_state(model: nn.Module, optim: str) -> list[Tensor]:  # optim: of the arguments
     "Tensors as large as what the optimizer keeps; `ValueError` for one that is not planned."
     if optim not in IN_32_BITS + IN_8_BITS:
         known = ", ".join(IN_32_BITS + IN_8_BITS)
-        raise ValueError(f"optim={optim!r} is not planned: choose one of {known}")
+        raise ValueError(f"optimizer={optim!r} is not planned: choose one of {known}")
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     return [tensor for p in trained for tensor in adam_state(p, optim, id(p) in tables)]

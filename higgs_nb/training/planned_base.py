@@ -22,8 +22,8 @@ from .simulate import FEW
 # %% auto #0
 __all__ = ['RELEASED', 'released_config', 'is_cached', 'plan_config', 'bytes_of', 'sizes_of']
 
-# %% ../../nbs/training/22_planned_base.ipynb #0fbb46ca
-RELEASED = ("released", HIGGS_V2.architecture.released, "bosonai/higgs-tts-2-3b-base")
+# %% ../../nbs/training/22_planned_base.ipynb #558c3669
+RELEASED = ("released", *HIGGS_V2.architecture.released)
 
 
 def released_config() -> HiggsAudioV2Config:

@@ -1,8 +1,11 @@
 "What only a GPU can show; skipped without one."
 
+from dataclasses import replace
+
 import pytest
 import resume_job
 import torch
+from conftest import load_script
 from safetensors.torch import load_file
 from tiny_codec import needs_torchaudio, tiny_higgs_codec
 
@@ -135,3 +138,20 @@ def test_the_codec_runs_there_and_gives_what_a_cpu_gives(tmp_path):
         assert (sound - expected).norm() < 0.01 * expected.norm()
         same += (codes == cpu.encode(load_audio(clip))).float().mean().item() / 4
     assert same > 0.98
+
+
+@pytest.mark.parametrize("name", ["plain", "recomputed", "in full"])
+def test_the_plan_is_what_the_allocator_gives_out(name):
+    """A training run of two steps in bfloat16, large enough that the libraries' workspaces are a
+    small part of it.
+    """
+    measured = load_script("plan")
+    config = measured.configuration(2048, 8, 32_000, 16)
+    changes = {
+        "plain": {},
+        "recomputed": dict(gradient_checkpointing=True),
+        "in full": dict(lora=measured.EVERYTHING, accumulate=2),
+    }[name]
+    settings = dict(precision="bf16", device="cuda", token_budget=8192, max_duration_s=30)
+    row = measured.compare(config, replace(measured.PLAIN, **settings | changes))
+    assert abs(row["off"]) < 0.05, row

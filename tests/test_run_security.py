@@ -454,7 +454,7 @@ def test_a_directory_is_held_before_its_kernel_starts(tmp_path, monkeypatch):
     "And let go at the end."
     out, held = tmp_path / "out", []
     monkeypatch.setattr(
-        execution, "execute", lambda *given: held.append((occupied(out), is_same(given[-1], out)))
+        execution, "execute", lambda *given: held.append((occupied(out), is_same(given[3], out)))
     )
     assert higgs_run(["train", "--out", str(out)]) == 0
     assert held == [(True, True)] and not occupied(out)

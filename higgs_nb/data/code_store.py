@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 
+from ..core.events import tqdm
 from ..core.files import write_whole
 from .audio import load_audio, trim_end
 from .codec import Codec, checked_codes

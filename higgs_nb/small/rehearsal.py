@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..core.events import tqdm
 from ..data.conversation import Audio, Conversation, tts_conversation
 from .world_codec import WorldCodec
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 
 from ..core.events import tqdm
 from ..core.files import write_whole
@@ -23,7 +24,7 @@ from .codec import Codec, checked_codes
 from .conversation import Audio
 
 # %% auto #0
-__all__ = ['file_digest', 'write_codes', 'read_codes', 'writable_folder', 'make_folder', 'CodeStore']
+__all__ = ['file_digest', 'write_codes', 'read_codes', 'writable_folder', 'make_folder', 'CodeStore', 'Codes']
 
 # %% ../../nbs/data/15_code_store.ipynb #cf648803
 def file_digest(path: Path, content: bytes) -> bytes:
@@ -175,3 +176,19 @@ def encode_all(self: CodeStore, audios: Iterable[Audio], progress: bool = True) 
     self.hits += hits
     self.misses += len(new)
     return dict(clips=len(audios), hits=hits, misses=len(new))
+
+# %% ../../nbs/data/15_code_store.ipynb #ae998e4a
+class Codes:
+    "Codes by path, and those of every other recording from a store."
+
+    def __init__(
+        self,
+        codes: Mapping[str, Tensor],  # (codebooks, frames) each
+        store,  # a `CodeStore`, or an object with its `get`
+    ):
+        self.codes = codes
+        self.store = store
+
+    def get(self, audio: Audio) -> Tensor:
+        "Codes (codebooks, frames) int64 of a recording."
+        return self.codes[audio.path] if audio.path in self.codes else self.store.get(audio)

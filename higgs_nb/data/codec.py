@@ -28,6 +28,9 @@ class Codec(ABC):
     num_codebooks: int = 8
     codebook_size: int = 1024  # codes are in [0, codebook_size)
     threads: int = 1  # recordings that `CodeStore.encode_all` encodes at a time
+    # frames that the sound of a frame depends on, for decoding while codes still come
+    decode_behind: int | None = None  # before it; None: all
+    decode_ahead: int = 12  # after it
 
     @classmethod
     def recognises(cls, name: str | Path) -> bool:
@@ -121,6 +124,7 @@ class HiggsCodec(Codec):
     "transformers' `HiggsAudioV2TokenizerModel` as a `Codec`."
 
     model_type = "higgs_audio_v2_tokenizer"  # in `config.json`
+    decode_behind = decode_ahead = 12  # a DAC decoder of this hop reaches 9.7 frames either way
 
     def __init__(self, model):
         config = model.config

@@ -41,6 +41,7 @@ class WorldCodec(Codec):
     version = 4
     file = "codec.safetensors"
     threads = min(16, os.cpu_count() or 1)  # WORLD uses one core and releases the GIL
+    decode_ahead = 6  # 5 of the network, and half a window; the phase goes back to the start
 
     def __init__(self, net: WorldVQ):
         self.net = net

@@ -32,8 +32,8 @@ from .sampling import ClipSampler
 
 # %% auto #0
 __all__ = ['OPENING', 'without_answer', 'prompt_of', 'FiniteLogits', 'generation_config', 'generation_inputs', 'generate_codes',
-           'Encoder', 'as_conversations', 'asked_text', 'clip_of', 'in_eval_mode', 'chosen_here', 'check_seeds',
-           'generate_speech']
+           'Encoder', 'as_conversations', 'prompts_of', 'asked_text', 'clip_of', 'in_eval_mode', 'chosen_here',
+           'check_seeds', 'generate_speech']
 
 # %% ../../nbs/speech/03_generate.ipynb #f43bc8f2
 def without_answer(conversation: Conversation) -> Conversation:  # with its answer or without
@@ -170,6 +170,19 @@ def as_conversations(
             raise TypeError(f"prompt {i} is a {kind}: give a text or a Conversation")
     return conversations
 
+# %% ../../nbs/speech/03_generate.ipynb #fd7c9cb5
+def prompts_of(
+    model,  # of transformers' class, without PEFT around it
+    tokenizer,  # that of the model
+    conversations: list[Conversation],
+    store,  # see `generate_speech`
+) -> tuple[list[Sample], PaddedCollator]:
+    "What the model reads before it answers, and what makes a batch of it."
+    tokens = AudioTokens.from_config(model.config, tokenizer)
+    options = sample_options(model.config)
+    samples = [prompt_of(c, tokenizer, tokens, store, **options) for c in conversations]
+    return samples, PaddedCollator(tokens, pad_left=True, extractor=options["extractor"])
+
 # %% ../../nbs/speech/03_generate.ipynb #9919b3e6
 def asked_text(conversation: Conversation) -> str:  # that ends with the user
     "The words of the user."
@@ -258,10 +271,8 @@ def generate_speech(
     conversations = as_conversations(prompts)
     check_seeds(seeds, len(conversations), do_sample)
     tokens = AudioTokens.from_config(base.config, tokenizer)
-    options = sample_options(base.config)
     store = store or (codec and Encoder(codec))
-    samples = [prompt_of(c, tokenizer, tokens, store, **options) for c in conversations]
-    collate = PaddedCollator(tokens, pad_left=True, extractor=options["extractor"])
+    samples, collate = prompts_of(base, tokenizer, conversations, store)
     batches = range(0, len(samples), batch_size)
     speech = []
     with in_eval_mode(model):

@@ -35,8 +35,8 @@ PART = "[0, 1)"
 COUNTS = """accumulate batch_size eval_every hidden_size intermediate_size keep layers max_frames
     rank rank_pattern save_every speak_every steps token_budget top_k variants vocabulary width"""
 NUMBERS = """alpha audio_loss_weight clips codebook_weights edge_s evaluate.max_duration_s guide
-    held_out_clips max_clips max_texts players prompts readings rehearse score_every service speak
-    swap table text_loss_weight voices.held_out warmup workers"""
+    held_out_clips history max_clips max_texts pause_s players prompts readings rehearse score_every
+    service speak swap table text_loss_weight voices.held_out warmup workers"""
 RANGES = {
     **dict.fromkeys(COUNTS.split(), COUNT),
     **dict.fromkeys(NUMBERS.split(), NUMBER),
@@ -44,6 +44,8 @@ RANGES = {
     **dict.fromkeys(("code_noise", "described"), SHARE),
     **dict.fromkeys(("dropout", "held_out", "label_smoothing"), PART),
     "codebook_size": "[2, inf)",
+    "max_chars": "[20, inf)",
+    "speak.top_k": NUMBER,
     "end_silence": "-1 or [0, inf)",
     "seed": "[0, 4294967295]",
     "silence_db": "(-inf, 0)",
@@ -112,6 +114,7 @@ def check_range(
 CHOICES = {
     "evaluate.precision": ("float32", "bfloat16", "float16", "auto"),
     "export.what": ("both", "adapter", "merged"),
+    "speak.precision": ("auto", "float32", "bfloat16", "float16"),
 }
 WORDS = {  # beside paths, names on the hub, names of modules
     "base": ("small", "tiny"),

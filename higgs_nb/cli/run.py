@@ -23,8 +23,8 @@ from .terminal import FollowedRun
 from ..core.messages import shown
 
 # %% auto #0
-__all__ = ['print_error', 'argument_parser', 'parse_arguments', 'chosen_directory', 'was_stopped', 'report_stop',
-           'report_failure', 'report_done', 'follow_run', 'run_command', 'list_command', 'main']
+__all__ = ['MAX_INPUT', 'print_error', 'argument_parser', 'parse_arguments', 'chosen_directory', 'was_stopped', 'report_stop',
+           'report_failure', 'report_done', 'follow_run', 'with_standard_input', 'run_command', 'list_command', 'main']
 
 # %% ../../nbs/cli/09_run.ipynb #38837572
 def print_error(text: str) -> None:
@@ -142,11 +142,27 @@ def follow_run(
         return 1 if stop.begun else 2
     return report_done(executed)
 
+# %% ../../nbs/cli/09_run.ipynb #53ce2cdb
+MAX_INPUT = 2**22  # characters of standard input
+
+
+def with_standard_input(given: dict) -> dict:  # parameters
+    "The parameters, with what is on standard input where `text` is `-`; `ValueError` if too long."
+    if given.get("text") != "-":
+        return given
+    try:
+        text = sys.stdin.read(MAX_INPUT + 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 at byte {error.start}") from error
+    if len(text) > MAX_INPUT:
+        raise ValueError(f"standard input has more than {MAX_INPUT:,} characters: use texts=FILE")
+    return {**given, "text": text.strip()}
+
 # %% ../../nbs/cli/09_run.ipynb #d21659e6
 def run_command(args: argparse.Namespace) -> int:
     "Do what the options of `higgs_run` ask for; returns the exit code."
     try:
-        given = read_parameters(args.name, args.file, args.parameter)
+        given = with_standard_input(read_parameters(args.name, args.file, args.parameter))
         out = chosen_directory(args, given)
     except (ValueError, OSError) as error:
         print_error(f"higgs_run: {error}")

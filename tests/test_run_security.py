@@ -251,6 +251,11 @@ FREE = {  # string parameters that take any text, and why
     "corpus.bitrate": "of ffmpeg",
     "corpus_fr.bitrate": "of ffmpeg",
     "export.text": "words to speak",
+    "speak.text": "words to speak",
+    "speak.reference_text": "the words of a recording",
+    "speak.scene": "where it is spoken",
+    "speak.revision": "a commit",
+    "speak.device": "of torch, or auto",
     "train.revision": "a commit",
     "train.rehearse_voices": "names of the base's own voices",
 }

@@ -52,6 +52,12 @@ class Codec(ABC):
     def decode(self, codes) -> torch.Tensor:
         "Waveform (frames * samples_per_frame,) float32 of codes (codebooks, frames)."
 
+    def decode_part(self, codes) -> torch.Tensor:
+        """As `decode`, for codes that are not the whole clip: nothing in it, such as the level,
+        depends on frames beyond `decode_behind` and `decode_ahead`.
+        """
+        return self.decode(codes)
+
     @property
     def samples_per_frame(self) -> int:
         "Samples of a frame; `ValueError` if that is not a whole number."

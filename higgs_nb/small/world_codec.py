@@ -76,6 +76,9 @@ class WorldCodec(Codec):
     def decode(self, codes) -> torch.Tensor:
         return torch.from_numpy(world_synthesis(self.features(codes), self.config))
 
+    def decode_part(self, codes) -> torch.Tensor:
+        return torch.from_numpy(world_synthesis(self.features(codes), self.config, False))
+
 # %% ../../nbs/small/03_world_codec.ipynb #dcadf1cb
 def extended(features: np.ndarray, net: WorldVQ) -> np.ndarray:
     "Features of a recording, extended by `net` if it ends at 8 kHz."

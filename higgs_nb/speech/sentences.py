@@ -22,11 +22,12 @@ SENTENCE_END = re.compile(
     rf"[{re.escape(SPACED)}]+{CLOSED}(?=\s|$)|[{re.escape(UNSPACED)}]+{CLOSED}"
 )
 
-# %% ../../nbs/speech/10_sentences.ipynb #ffb82657
+# %% ../../nbs/speech/10_sentences.ipynb #87b94c4d
 ABBREVIATIONS = frozenset(
     """mr mrs ms dr prof rev hon st sr jr capt col gen lt sgt gov sen rep pres messrs mme mlle
     med vet jur phil rer nat no nos vol vols ch fig figs pp p art sec ed eds al vs viz cf approx
-    ca ext tel dept est inc ltd co corp bros univ assn ave blvd rd apt mt ft jan feb mar apr jun jul aug sept sep oct nov
+    ca ext tel dept est inc
+    ltd co corp bros univ assn ave blvd rd apt mt ft jan feb mar apr jun jul aug sept sep oct nov
     dec mon tue tues wed thu thur thurs fri sat sun e.g i.e u.s u.k u.n a.m p.m ph.d d.c b.c a.d
     bzw usw z.b d.h u.a nr str hr fr bd abs evtl ggf inkl ing mag m mm av env etc.a sra dña ud
     uds pág núm""".split()

@@ -37,7 +37,7 @@ from .texts import SpokenText
 # %% auto #0
 __all__ = ['ChunkDecoder', 'Abandoned', 'rows_of', 'stream_clip', 'stream_speech', 'play_stream']
 
-# %% ../../nbs/speech/13_stream.ipynb #cd62605a
+# %% ../../nbs/speech/13_stream.ipynb #1670d448
 class ChunkDecoder:
     "Decodes a clip while its codes come, each frame once, by the seam rule."
 
@@ -56,7 +56,7 @@ class ChunkDecoder:
             return torch.zeros(0)
         behind = self.codec.decode_behind
         first = 0 if behind is None else max(self.done - behind, 0)
-        sound = self.codec.decode(codes[:, first:])
+        sound = self.codec.decode_part(codes[:, first:]).clamp(-1, 1)
         size = self.codec.samples_per_frame
         chunk = sound[(self.done - first) * size : (ready - first) * size]
         self.done = ready
@@ -132,7 +132,7 @@ def stream_clip(
         yield decoder.decode(clip.codes, is_end=True)
     yield clip
 
-# %% ../../nbs/speech/13_stream.ipynb #f648738e
+# %% ../../nbs/speech/13_stream.ipynb #70d9aaf9
 def stream_speech(
     model,  # see `generate_speech`
     tokenizer,  # that of the model
@@ -150,7 +150,7 @@ def stream_speech(
     **generation,  # see `generate_speech`: temperature, top_k, ...
 ) -> Iterator[Tensor]:
     """Chunks (samples,) of the sound of a text, while the model speaks it. One after the other
-    they are the clip of `speak_texts`, as far as the codec allows, see `ChunkDecoder`.
+    they are the clip of `speak_texts`, but for peaks above full scale, see `ChunkDecoder`.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_options(generation, base.generation_config, max_frames, 1, do_sample)

@@ -97,7 +97,7 @@ def report_stop(args: argparse.Namespace, error: Exception, stop: StopSignals) -
     print_error(f"  to resume: {args.command}")
     return TRY_AGAIN
 
-
+# %% ../../nbs/cli/09_run.ipynb #81337f65
 def report_failure(args: argparse.Namespace, error: Exception, stage: str) -> int:
     "Print why a run failed; returns the exit code."
     where = f"{Path(args.name).stem} failed at {stage!r}"

@@ -5,10 +5,10 @@
 # %% ../nbs/family.ipynb #f4f6b106
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 
 # %% auto #0
-__all__ = ['HIGGS_V2', 'SpecialTokens', 'TurnTemplate', 'DelayForm', 'LoraTargets', 'Architecture', 'Family']
+__all__ = ['HIGGS_V2', 'SpecialTokens', 'TurnTemplate', 'DelayForm', 'LoraTargets', 'Architecture', 'Recipe', 'Family']
 
 # %% ../nbs/family.ipynb #04faf3a7
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Architecture:
 
     model_type: str  # in its config.json
     original_type: str  # in the config.json of checkpoints in the original format
-    released: str  # id of the released model on the hub
+    released: tuple[str, ...]  # ids of the released model on the hub, the newest first
     tiny: dict[str, int]  # sizes of a small model, see `tiny_config`
     targets: LoraTargets
     audio_head: str
@@ -117,6 +117,28 @@ class Architecture:
         "The two heads, that of the codes first."
         return (self.audio_head, self.text_head)
 
+# %% ../nbs/family.ipynb #3c4bdafe
+@dataclass(frozen=True)
+class Recipe:
+    "What a first run on a base should use: the values of parameters that are `auto`."
+
+    codec: str  # that the base was trained with: a kind, a folder or a hub id, see `load_codec`
+    learning_rate: float  # peak, after warm-up
+    warmup: float  # steps; below 1, a share of all steps
+    rank: int  # of the LoRA matrices
+    dropout: float  # of LoRA's input
+    token_budget: int  # tokens per batch, frames included
+    epochs: float = 0  # passes over the training data; 0: `steps` says how long
+    steps: int = 0  # optimizer steps; 0: `epochs` says how long
+    eval_every: float = 0.1  # steps between evaluations; below 1, a share of all steps
+    save_every: float = 0.1  # steps between checkpoints; below 1, a share of all steps
+    train_in_full: tuple[str, ...] = ()  # heads and embeddings beside the adapter
+    code_noise: float = 0.0  # share of codes that the model reads wrongly in training
+    rehearse: float = 0.0  # utterances of the base's own speech per recording
+    max_duration_s: float = 30.0  # longest recording
+    max_speech_s: float = 30.0  # longest clip that a run generates
+    scene: str = ""  # of conversations that name none
+
 # %% ../nbs/family.ipynb #782642d6
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -130,7 +152,7 @@ class Family:
     frame_rate: float  # of the released codec, frames per second
     architecture: Architecture
     tied_groups: tuple[tuple[str, ...], ...] = ()  # parameters that share their storage
-    recipe: dict = field(default_factory=dict)  # training arguments for a first run
+    recipe: Recipe | None = None  # of the released model
     licence: str = ""  # of the released weights
 
     @property
@@ -188,7 +210,7 @@ HIGGS_V2 = Family(
         model_type="higgs_audio_v2",
         original_type="higgs_audio",
         # 128,256 tokens, 28 layers, 5.77 billion parameters
-        released="bosonai/higgs-audio-v2-generation-3B-base",
+        released=("bosonai/higgs-tts-2-3b-base", "bosonai/higgs-audio-v2-generation-3B-base"),
         tiny=dict(
             hidden_size=256,
             num_layers=4,
@@ -210,5 +232,15 @@ HIGGS_V2 = Family(
         tower="audio_tower",
         projector="audio_encoder_proj",
         text_network="mlp",
+    ),
+    recipe=Recipe(
+        codec="bosonai/higgs-audio-v2-tokenizer",
+        learning_rate=1e-4,
+        warmup=0.03,
+        rank=16,
+        dropout=0.05,
+        token_budget=4096,
+        epochs=3,
+        scene="Audio is recorded from a quiet room.",
     ),
 )

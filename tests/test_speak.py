@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from higgs_nb.cli.run import main as higgs_run
-from higgs_nb.cli.speaker import asked_texts, asked_voice, find_speaker, load_speaker
 from higgs_nb.cli.summary import summary_lines
 from higgs_nb.data.audio import load_audio
 from higgs_nb.data.codec import Codec, load_codec
@@ -29,6 +28,7 @@ from higgs_nb.speech.long import LongText, Voice, speak_texts
 from higgs_nb.speech.sentences import pieces, sentences
 from higgs_nb.speech.stream import ChunkDecoder, stream_speech
 from higgs_nb.speech.texts import SpokenText, read_texts
+from higgs_nb.tasks.speaker import asked_texts, asked_voice, find_speaker, load_speaker
 
 DRAWN = dict(do_sample=True, temperature=0.9, top_k=50)
 
@@ -175,8 +175,7 @@ def test_what_is_missing_is_named(tmp_path):
         asked_voice(str(tmp_path / "a.wav"), "La.", "")
     with pytest.raises(ValueError, match="reference_text has no recording"):
         asked_voice("", "La.", "")
-    with pytest.raises(ValueError, match="the codec of"):
-        find_speaker(base="somebody/model")
+    assert find_speaker(base="somebody/model").codec != "world"
     with pytest.raises(ValueError, match="not on this machine|not a device"):
         load_speaker(
             find_speaker(base="small"), device="cuda:99" if not torch.cuda.is_available() else "x"

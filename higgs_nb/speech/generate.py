@@ -174,7 +174,7 @@ def as_conversations(
 def prompts_of(
     model,  # of transformers' class, without PEFT around it
     tokenizer,  # that of the model
-    conversations: list[Conversation],
+    conversations: list[Conversation],  # that end with the user
     store,  # see `generate_speech`
 ) -> tuple[list[Sample], PaddedCollator]:
     "What the model reads before it answers, and what makes a batch of it."
@@ -235,7 +235,11 @@ def chosen_here(
     return {**options, **unset, "do_sample": False, "logits_processor": [*before, sampler]}
 
 
-def check_seeds(seeds: Sequence[int] | None, clips: int, do_sample: bool) -> None:
+def check_seeds(
+    seeds: Sequence[int] | None,  # of each prompt
+    clips: int,  # prompts
+    do_sample: bool,  # whether anything is drawn
+) -> None:
     "`ValueError` if there is not a seed for each clip, or nothing is drawn."
     if seeds is None:
         return

@@ -178,13 +178,13 @@ def reference_codes(voice: Voice, store) -> Codes:
         return store
     return Codes({voice.reference.path: store.get(voice.reference)}, store)
 
-# %% ../../nbs/speech/12_long.ipynb #55b7e697
+# %% ../../nbs/speech/12_long.ipynb #0b7e6149
 def speak_texts(
     model,  # see `generate_speech`
     tokenizer,  # that of the model
     texts: Sequence[str | SpokenText],  # of any length
     codec: Codec,  # turns codes into sound
-    voice: Voice = OWN_VOICE,
+    voice: Voice = OWN_VOICE,  # a reference or a scene
     store=None,  # gives the codes of the reference; None: the codec encodes it
     seed: int = 0,  # of the first text; the next one has the next number
     max_chars: int = 200,  # of a piece
@@ -214,7 +214,7 @@ def speak_texts(
                 bar.update(len(batch))
     return [plan.joined(pause_s) for plan in plans]
 
-# %% ../../nbs/speech/12_long.ipynb #0263b0a3
+# %% ../../nbs/speech/12_long.ipynb #480efb0b
 def described(clip: LongSpeech, file: str) -> dict:
     "What is noted of a clip."
     pieces = [dict(text=p.text, stopped=p.stopped, seconds=p.duration_s) for p in clip.pieces]
@@ -229,7 +229,10 @@ def described(clip: LongSpeech, file: str) -> dict:
     )
 
 
-def save_speech(clips: Sequence[LongSpeech], folder: Path) -> list[dict]:
+def save_speech(
+    clips: Sequence[LongSpeech],  # of `speak_texts`
+    folder: Path,  # that exists
+) -> list[dict]:
     "Write each clip as a wav file; returns what there is to say of each."
     rows = []
     for i, clip in enumerate(clips):
@@ -238,8 +241,10 @@ def save_speech(clips: Sequence[LongSpeech], folder: Path) -> list[dict]:
         rows.append(described(clip, name))
     return rows
 
-# %% ../../nbs/speech/12_long.ipynb #1beb4029
-def unstopped(clips: Sequence[Speech]) -> str:
+# %% ../../nbs/speech/12_long.ipynb #db8050b2
+def unstopped(
+    clips: Sequence[Speech],  # that were generated
+) -> str:
     "A sentence that names the clips that did not end by themselves; empty if all did."
     names = [repr(shown(clip.id)) for clip in clips if clip.stopped is False]
     if not names:

@@ -132,13 +132,13 @@ def stream_clip(
         yield decoder.decode(clip.codes, is_end=True)
     yield clip
 
-# %% ../../nbs/speech/13_stream.ipynb #70d9aaf9
+# %% ../../nbs/speech/13_stream.ipynb #0dc42919
 def stream_speech(
     model,  # see `generate_speech`
     tokenizer,  # that of the model
     text: str,  # of any length
     codec: Codec,  # turns codes into sound
-    voice: Voice = OWN_VOICE,
+    voice: Voice = OWN_VOICE,  # a reference or a scene
     store=None,  # gives the codes of the reference; None: the codec encodes it
     seed: int = 0,  # of drawing
     chunk_s: float = 0.5,  # of sound in a chunk, at least

@@ -58,7 +58,7 @@ def speaker_of_run(
     known = part_of(record, "codec", "name") or recipe_of(base).codec
     return Speaker(load, str(run / "adapter"), codec or str(known))
 
-# %% ../../nbs/tasks/07_speaker.ipynb #ce319eea
+# %% ../../nbs/tasks/07_speaker.ipynb #9855a2fc
 def codec_of_base(base: str) -> str:  # "small", a directory or a hub id
     "The codec that a base was trained with."
     manifest = Path(base) / "manifest.json"
@@ -78,7 +78,11 @@ def speaker_of_base(base: str, revision: str = "", adapter: str = "", codec: str
 
 
 def find_speaker(
-    run: str = "", base: str = "", revision: str = "", adapter: str = "", codec: str = ""
+    run: str = "",  # directory of a finished training run
+    base: str = "",  # where there is no run: see `load_model`, or "small"
+    revision: str = "",  # commit of the hub repository of the base
+    adapter: str = "",  # where there is no run: directory of an adapter for that base
+    codec: str = "",  # for `load_codec`; empty: that of the run or base
 ) -> Speaker:
     "The model that the parameters of a run name. `ValueError` if they name none, or two."
     if run and (base or adapter):
@@ -105,8 +109,12 @@ def chosen_device(device: str) -> torch.device:  # auto, cpu, cuda, cuda:1, mps,
         raise ValueError(f"device={device!r} is not on this machine, which has {there}")
     return chosen
 
-# %% ../../nbs/tasks/07_speaker.ipynb #dae4b9d2
-def load_speaker(speaker: Speaker, precision: str = "auto", device: str = "auto"):
+# %% ../../nbs/tasks/07_speaker.ipynb #5f22d13f
+def load_speaker(
+    speaker: Speaker,  # of `find_speaker`
+    precision: str = "auto",  # of the model; auto: as saved, float32 where that is slow
+    device: str = "auto",  # auto: the accelerator, if there is one
+):
     "The model on its device, its tokenizer and its codec."
     where = chosen_device(device)
     codec: Codec = load_codec(speaker.codec)
@@ -118,8 +126,11 @@ def load_speaker(speaker: Speaker, precision: str = "auto", device: str = "auto"
         model = load_lora_adapters(model, speaker.adapter, tokenizer=tokenizer)
     return model.to(where).eval(), tokenizer, codec
 
-# %% ../../nbs/tasks/07_speaker.ipynb #897e6fe1
-def asked_texts(text: str, texts: str) -> list[SpokenText]:  # words; a file of texts
+# %% ../../nbs/tasks/07_speaker.ipynb #0fee37e6
+def asked_texts(
+    text: str,  # words; empty: none
+    texts: str,  # file, see `read_texts`; empty: none
+) -> list[SpokenText]:
     "The texts that the parameters name. `ValueError` if there is none, or both are given."
     if text and texts:
         raise ValueError(f"text and texts={texts} are both given: leave one out")

@@ -111,11 +111,13 @@ def train_rows(run: dict, out: Path) -> Rows:
         ("", command("export", run=out)),
     ]
 
-# %% ../../nbs/cli/21_summary.ipynb #72eb707c
+# %% ../../nbs/cli/21_summary.ipynb #4f4cc79a
 def prepare_rows(run: dict, out: Path) -> Rows:
     "The summary of `prepare`."
     counts = mapping_at(run, "conversations")
     minutes, recordings = number_at(run, "minutes"), number_at(run, "recordings")
+    base = part_of(run, "parameters", "base")
+    more = {} if base in (None, "small") else dict(base=base)
     found = mapping_at(run, "stands_out")
     ids = {str(what): len(list_at(found, what)) for what in found}
     return [
@@ -124,7 +126,7 @@ def prepare_rows(run: dict, out: Path) -> Rows:
         ("codec", str(part_of(run, "codec", "name") or "")),
         *((what, f"{n} recordings: look at them") for what, n in ids.items() if n),
         ("listen", f"{out / 'audio'}, {out / 'prepare.ipynb'}"),
-        ("next", command("train", data=out)),
+        ("next", command("train", data=out, **more)),
     ]
 
 # %% ../../nbs/cli/21_summary.ipynb #4ca48520

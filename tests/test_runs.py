@@ -77,6 +77,7 @@ SMALL = {
         out="evaluate", max_texts=2, swap=1, max_frames=30, players=1, judge=not missing_judges()
     ),  # of the run that `trained` makes
     "export.ipynb": dict(out="export", text="Please hold."),  # of the run that `trained` makes
+    "speak.ipynb": dict(out="speak", base="small", text="Please hold.", max_frames=60),
     "train.ipynb": dict(
         out="run",
         base="tiny",

@@ -36,8 +36,8 @@ PART = "[0, 1)"
 COUNTS = """accumulate batch_size hidden_size intermediate_size keep layers max_frames
     rank rank_pattern speak_every steps token_budget top_k variants vocabulary width"""
 NUMBERS = """alpha audio_loss_weight clips codebook_weights edge_s evaluate.max_duration_s guide
-    held_out_clips max_clips max_texts players prompts readings rehearse score_every service speak
-    swap table text_loss_weight voices.held_out warmup workers"""
+    held_out_clips history max_clips max_texts pause_s players prompts readings rehearse score_every
+    service speak swap table text_loss_weight voices.held_out warmup workers"""
 POSITIVES = """epochs eval_every learning_rate max_duration_s max_speech_s save_every temperature"""
 RANGES = {
     "bits": "[0, 8]",
@@ -47,6 +47,8 @@ RANGES = {
     **dict.fromkeys(("code_noise", "described"), SHARE),
     **dict.fromkeys(("dropout", "held_out", "label_smoothing"), PART),
     "codebook_size": "[2, inf)",
+    "max_chars": "[20, inf)",
+    "speak.top_k": NUMBER,
     "end_silence": "-1 or [0, inf)",
     "seed": "[0, 4294967295]",
     "silence_db": "(-inf, 0)",
@@ -113,7 +115,7 @@ def check_range(
 
 # %% ../../nbs/cli/03_limits.ipynb #b6d20d23
 TAKE_DEVICE = [f"{run}.device" for run in ("prepare", "train", "evaluate", "export")]
-TAKE_PRECISION = [f"{run}.precision" for run in ("train", "evaluate")]
+TAKE_PRECISION = [f"{run}.precision" for run in ("train", "evaluate", "speak")]
 CHOICES = {
     **dict.fromkeys(TAKE_DEVICE, ("auto", "cpu", "cuda", "mps", "xpu")),
     **dict.fromkeys(TAKE_PRECISION, ("auto", "float32", "bfloat16", "float16")),

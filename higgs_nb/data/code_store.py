@@ -9,15 +9,16 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from torch import Tensor
 
+from ..core.events import tqdm
 from ..core.files import load_json, write_whole
 from ..core.messages import shown
 from .audio import load_audio, trim_end
@@ -27,7 +28,7 @@ from .encoders import encoders, in_order, number_of_workers
 
 # %% auto #0
 __all__ = ['STORED', 'BAR', 'file_digest', 'write_codes', 'read_codes', 'writable_folder', 'make_folder', 'CodeStore',
-           'stored_fingerprints', 'noted_codec', 'check_prepared', 'seconds_of']
+           'stored_fingerprints', 'noted_codec', 'check_prepared', 'seconds_of', 'Codes']
 
 # %% ../../nbs/data/15_code_store.ipynb #cf648803
 def file_digest(path: Path, content: bytes) -> bytes:
@@ -272,3 +273,19 @@ def encode_all(
     self.hits += hits
     self.misses += len(new)
     return dict(clips=len(audios), hits=hits, misses=len(new))
+
+# %% ../../nbs/data/15_code_store.ipynb #ae998e4a
+class Codes:
+    "Codes by path, and those of every other recording from a store."
+
+    def __init__(
+        self,
+        codes: Mapping[str, Tensor],  # (codebooks, frames) each
+        store,  # a `CodeStore`, or an object with its `get`
+    ):
+        self.codes = codes
+        self.store = store
+
+    def get(self, audio: Audio) -> Tensor:
+        "Codes (codebooks, frames) int64 of a recording."
+        return self.codes[audio.path] if audio.path in self.codes else self.store.get(audio)

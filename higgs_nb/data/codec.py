@@ -44,6 +44,9 @@ class Codec(ABC):
     num_codebooks: int = 8
     codebook_size: int = 1024  # codes are in [0, codebook_size)
     concurrency: str = "none"  # of `encode`: "none", "threads" or "processes" at a time
+    # frames that the sound of a frame depends on, for decoding while codes still come
+    decode_behind: int | None = None  # before it; None: all
+    decode_ahead: int = 12  # after it
 
     @classmethod
     def recognises(cls, name: str | Path) -> bool:
@@ -64,6 +67,12 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, codes) -> torch.Tensor:
         "Waveform (frames * samples_per_frame,) float32 of codes (codebooks, frames)."
+
+    def decode_part(self, codes) -> torch.Tensor:
+        """As `decode`, for codes that are not the whole clip: nothing in it, such as the level,
+        depends on frames beyond `decode_behind` and `decode_ahead`.
+        """
+        return self.decode(codes)
 
     @property
     def samples_per_frame(self) -> int:
@@ -240,6 +249,7 @@ class HiggsCodec(Codec):
     """
 
     model_type = "higgs_audio_v2_tokenizer"  # in `config.json`
+    decode_behind = decode_ahead = 12  # a DAC decoder of this hop reaches 9.7 frames either way
 
     def __init__(self, model):
         config = model.config

@@ -40,6 +40,7 @@ class WorldCodec(Codec):
     version = 4
     file = "codec.safetensors"
     concurrency = "threads"  # WORLD uses one core and releases the GIL
+    decode_ahead = 6  # 5 of the network, and half a window; the phase goes back to the start
 
     def __init__(self, net: WorldVQ):
         self.net = net
@@ -73,6 +74,9 @@ class WorldCodec(Codec):
 
     def decode(self, codes) -> torch.Tensor:
         return torch.from_numpy(world_synthesis(self.features(codes), self.config))
+
+    def decode_part(self, codes) -> torch.Tensor:
+        return torch.from_numpy(world_synthesis(self.features(codes), self.config, False))
 
 # %% ../../nbs/small/03_world_codec.ipynb #dcadf1cb
 def extended(features: np.ndarray, net: WorldVQ) -> np.ndarray:

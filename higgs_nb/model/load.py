@@ -406,6 +406,7 @@ def load_model(
         start_audio_attention(model)
     if family.architecture.projector in new:
         start_tower(model, whisper)
+    model.config.name_or_path = str(name_or_path)
     model.new_modules = new
     model.trained_tokenizer = noted_tokenizer(name_or_path)
     keep_packing(model)

@@ -22,7 +22,7 @@ from .projections import project
 
 # %% auto #0
 __all__ = ['PACKED_ROW', 'rms_norm', 'norm_heads', 'SampleRow', 'qwen3_attention', 'PackedQwen3Layer', 'table_rows',
-           'Qwen3Decoder']
+           'EmbedsFrames', 'Qwen3Decoder']
 
 # %% ../../nbs/model/15_qwen3.ipynb #19411208
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:  # x: (rows, width)
@@ -71,25 +71,11 @@ def table_rows(codes: Tensor, codebook_size: int) -> Tensor:  # codes: (..., cod
     "The row in the table of all codebooks of each code: (..., codebooks)"
     return codes + codebook_size * torch.arange(codes.shape[-1], device=codes.device)
 
-# %% ../../nbs/model/15_qwen3.ipynb #76bfa43b
-PACKED_ROW = ("text_positions", "audio_positions", "lengths", "cu_seqlens")  # of `PackedCollator`
+# %% ../../nbs/model/15_qwen3.ipynb #fd535e4e
+class EmbedsFrames:
+    "The part of `Qwen3Decoder` that embeds text and frames."
 
-
-class Qwen3Decoder(Qwen3Model):
-    """`Qwen3Model` with a table of codes, that also reads packed rows. Positions of
-    `config.audio_token_id` are frames.
-    """
-
-    _no_split_modules = ["PackedQwen3Layer"]
     precision = HiggsDecoder.precision
-
-    def __init__(self, config: Qwen3Config):
-        super().__init__(config)
-        entries = config.num_codebooks * config.codebook_size
-        self.embed_audio_tokens = nn.Embedding(entries, config.hidden_size)
-        for layer in self.layers:
-            layer.__class__ = PackedQwen3Layer  # the same parts, one more way through them
-        self.post_init()
 
     def embed_frames(self, codes: Tensor) -> Tensor:  # (..., codebooks)
         "Frames in the precision of the layers: (..., hidden)"
@@ -110,6 +96,25 @@ class Qwen3Decoder(Qwen3Model):
             frames = frames[audio_input_ids_mask]
         is_frame = input_ids == self.config.audio_token_id
         return embeds.masked_scatter(is_frame[..., None], frames)
+
+# %% ../../nbs/model/15_qwen3.ipynb #b90afa5a
+PACKED_ROW = ("text_positions", "audio_positions", "lengths", "cu_seqlens")  # of `PackedCollator`
+
+# %% ../../nbs/model/15_qwen3.ipynb #76bfa43b
+class Qwen3Decoder(EmbedsFrames, Qwen3Model):
+    """`Qwen3Model` with a table of codes, that also reads packed rows. Positions of
+    `config.audio_token_id` are frames.
+    """
+
+    _no_split_modules = ["PackedQwen3Layer"]
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        entries = config.num_codebooks * config.codebook_size
+        self.embed_audio_tokens = nn.Embedding(entries, config.hidden_size)
+        for layer in self.layers:
+            layer.__class__ = PackedQwen3Layer  # the same parts, one more way through them
+        self.post_init()
 
     # its operations are fused already, and torch.compile fails on rows of changing length
     # (torch 2.13)

@@ -23,7 +23,8 @@ from .qwen3 import PACKED_ROW, Qwen3Decoder
 from .sampling import sample_rows
 
 # %% auto #0
-__all__ = ['TINY', 'HiggsAudioV3Config', 'check_v3_config', 'HiggsAudioV3ForTraining', 'tiny_v3_config', 'tiny_v3_model']
+__all__ = ['TINY', 'HiggsAudioV3Config', 'check_v3_config', 'TableLosses', 'RowGenerationMixin', 'HiggsAudioV3ForTraining',
+           'tiny_v3_config', 'tiny_v3_model']
 
 # %% ../../nbs/model/17_v3.ipynb #f643a88f
 class HiggsAudioV3Config(Qwen3Config):
@@ -70,25 +71,9 @@ def check_v3_config(config: HiggsAudioV3Config) -> None:
             f"{config.audio_stream_eos_id}"
         )
 
-# %% ../../nbs/model/17_v3.ipynb #89aa06c5
-class HiggsAudioV3ForTraining(TwoLosses, Qwen3PreTrainedModel, GenerationMixin):
-    """Higgs Audio V3 for batches of `PaddedCollator` and `PackedCollator`, which give a
-    `HiggsOutput`, and for generation.
-    """
-
-    config_class = HiggsAudioV3Config
-    _no_split_modules = Qwen3Decoder._no_split_modules
-
-    def __init__(self, config: HiggsAudioV3Config):
-        check_v3_config(config)
-        super().__init__(config)
-        self.model = Qwen3Decoder(config)
-        self.text_lm_head = None
-        self.post_init()
-        self.loss_weights = LossWeights()
-        self.loss_chunks = DEFAULT_CHUNKS
-        self.new_modules = ()  # that the checkpoint lacked, see `load_model`
-        self.trained_tokenizer = None  # see `check_tokenizer`
+# %% ../../nbs/model/17_v3.ipynb #17020ab7
+class TableLosses(TwoLosses):
+    "The part of `HiggsAudioV3ForTraining` that computes losses: the table of codes is the head."
 
     def audio_lm_head(self, hidden: Tensor) -> Tensor:
         "(..., hidden) -> (..., codebooks * codes), the products with the rows of the table."
@@ -112,6 +97,53 @@ class HiggsAudioV3ForTraining(TwoLosses, Qwen3PreTrainedModel, GenerationMixin):
         loss, sums = chunked_cross_entropy(hidden, table, targets, share, *options, apart=eos)
         counts = (targets == eos).sum(0)
         return loss, sums[0], dict(end_losses=sums[1] / counts.clamp(min=1), end_counts=counts)
+
+# %% ../../nbs/model/17_v3.ipynb #bb7c4efd
+class RowGenerationMixin(GenerationMixin):
+    "The part of `HiggsAudioV3ForTraining` that speaks."
+
+    def generate(
+        self,
+        input_ids,
+        attention_mask=None,
+        audio_input_ids=None,
+        audio_input_ids_mask=None,
+        generation_config=None,
+        logits_processor=None,
+        synced_gpus=False,
+        **options,  # of the generation config
+    ) -> Tensor:
+        """The rows of the prompts and those that follow, (batch, rows, codebooks), as the class of
+        the first family returns them; `max_new_tokens` counts rows.
+        """
+        config = copy.deepcopy(generation_config or self.generation_config)
+        config.update(**options)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        with torch.no_grad():
+            embeds = self.model.embed(input_ids, audio_input_ids, audio_input_ids_mask)
+        processors = LogitsProcessorList(logits_processor or ())
+        rows = sample_rows(self, embeds, mask, config, processors, bool(synced_gpus))
+        return rows if audio_input_ids is None else torch.cat([audio_input_ids, rows], 1)
+
+# %% ../../nbs/model/17_v3.ipynb #89aa06c5
+class HiggsAudioV3ForTraining(TableLosses, RowGenerationMixin, Qwen3PreTrainedModel):
+    """Higgs Audio V3 for batches of `PaddedCollator` and `PackedCollator`, which give a
+    `HiggsOutput`, and for generation.
+    """
+
+    config_class = HiggsAudioV3Config
+    _no_split_modules = Qwen3Decoder._no_split_modules
+
+    def __init__(self, config: HiggsAudioV3Config):
+        check_v3_config(config)
+        super().__init__(config)
+        self.model = Qwen3Decoder(config)
+        self.text_lm_head = None
+        self.post_init()
+        self.loss_weights = LossWeights()
+        self.loss_chunks = DEFAULT_CHUNKS
+        self.new_modules = ()  # that the checkpoint lacked, see `load_model`
+        self.trained_tokenizer = None  # see `check_tokenizer`
 
     def forward(
         self,
@@ -170,29 +202,6 @@ class HiggsAudioV3ForTraining(TwoLosses, Qwen3PreTrainedModel, GenerationMixin):
             inputs["audio_input_ids_mask"] = audio_input_ids_mask
             inputs["use_cache"] = False
         return self.model(**inputs).last_hidden_state.flatten(0, 1)
-
-    def generate(
-        self,
-        input_ids,
-        attention_mask=None,
-        audio_input_ids=None,
-        audio_input_ids_mask=None,
-        generation_config=None,
-        logits_processor=None,
-        synced_gpus=False,
-        **options,  # of the generation config
-    ) -> Tensor:
-        """The rows of the prompts and those that follow, (batch, rows, codebooks), as the class of
-        the first family returns them; `max_new_tokens` counts rows.
-        """
-        config = copy.deepcopy(generation_config or self.generation_config)
-        config.update(**options)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        with torch.no_grad():
-            embeds = self.model.embed(input_ids, audio_input_ids, audio_input_ids_mask)
-        processors = LogitsProcessorList(logits_processor or ())
-        rows = sample_rows(self, embeds, mask, config, processors, bool(synced_gpus))
-        return rows if audio_input_ids is None else torch.cat([audio_input_ids, rows], 1)
 
 # %% ../../nbs/model/17_v3.ipynb #42cdd8a7
 TINY = HIGGS_V3.architecture.tiny

@@ -184,7 +184,8 @@ def clip_of(
     codes, ended = undelay(rows.cpu(), tokens.stream_bos, tokens.stream_eos)
     stopped = ended and codes.shape[1] <= max_frames
     codes = codes[:, :max_frames]
-    clip = Speech(conversation.id, asked_text(conversation), codes, stopped)
+    rate = tokens.family.frame_rate
+    clip = Speech(conversation.id, asked_text(conversation), codes, stopped, frame_rate=rate)
     if codec is None:
         return clip
     sound = codec.decode(codes) if codes.shape[1] else torch.zeros(0)

@@ -159,6 +159,8 @@ class Family:
     tied_groups: tuple[tuple[str, ...], ...] = ()  # names of one module; the first is its own
     recipe: dict = field(default_factory=dict)  # training arguments for a first run
     licence: str = ""  # of the released weights
+    notice: str = ""  # that a model made from them has to carry
+    heading: str = "{title}, fine-tuned"  # of the card of such a model
 
     @property
     def placeholders(self) -> dict[str, str]:
@@ -329,6 +331,8 @@ HIGGS_V3 = Family(
     ),
     tied_groups=(("model.embed_audio_tokens", "audio_lm_head"),),
     licence="Boson Higgs TTS 3 (Audio v3) Research and Non-Commercial License",
+    notice="Derived from Higgs Audio v3, licensed from Boson AI USA, Inc.",
+    heading="Fine-tuned speech model, derived from {title}",
 )
 
 # %% ../nbs/family.ipynb #96118dbb

@@ -12,12 +12,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..core.messages import in_markdown
 from ..data.conversation import Audio
 from ..data.samples import SampleDataset
-from ..family import HIGGS_V2
+from ..family import FAMILIES, HIGGS_V2, Family
 
 # %% auto #0
-__all__ = ['PACKAGED', 'CARD', 'NOT_STOCK', 'SETTINGS', 'learned_clips', 'corpus_summary', 'part_summary', 'data_summary',
-           'hub_name', 'base_summary', 'model_arguments', 'loading_code', 'loss_row', 'pairs', 'card_header',
-           'model_card']
+__all__ = ['PACKAGED', 'CARD', 'NOT_STOCK', 'NO_STOCK', 'SETTINGS', 'learned_clips', 'corpus_summary', 'part_summary',
+           'data_summary', 'hub_name', 'card_family', 'licence_duties', 'base_summary', 'model_arguments',
+           'loading_code', 'loss_row', 'pairs', 'card_header', 'model_card']
 
 # %% ../../nbs/cli/15_model_card.ipynb #60f192b2
 def learned_clips(data: SampleDataset) -> list[Audio]:  # of a run
@@ -77,6 +77,23 @@ def hub_name(base: str) -> str | None:  # parameter of a run
     "The name of a base on the hub; None for one in the package or in a directory."
     return None if base in PACKAGED or Path(base).is_dir() else base
 
+# %% ../../nbs/cli/15_model_card.ipynb #0c6e37cf
+def card_family(base: dict) -> Family:  # of `describe_base`
+    "The family of a base; descriptions without a configuration are of the first one."
+    kind = base.get("config", {}).get("model_type", HIGGS_V2.architecture.model_type)
+    return FAMILIES[kind]
+
+
+def licence_duties(
+    name: str,  # the parameter `base` of the run
+    family: Family,  # of that base
+) -> str:
+    "The licence of released weights and the notice that it asks for, as sentences."
+    if name in PACKAGED:
+        return ""
+    notice = f" {family.notice}" if family.notice else ""
+    return f" Weights that were released by its makers are under the {family.licence}.{notice}"
+
 # %% ../../nbs/cli/15_model_card.ipynb #17f9c713
 def base_summary(
     name: str,  # the parameter `base` of the run
@@ -89,6 +106,7 @@ def base_summary(
     return (
         f"Base: {in_markdown(known_as)}, revision {revision}, {base['parameters']:,} parameters, "
         f"weights {weights}. Its licence and the rights to the recordings apply."
+        + licence_duties(name, card_family(base))
     )
 
 # %% ../../nbs/cli/15_model_card.ipynb #1cf3fdd3
@@ -116,9 +134,9 @@ def loading_code(
 ) -> str:
     "Python code that loads an export."
     arguments = model_arguments(given, kind, base)
-    call = f"load_model({arguments})  # of higgs_nb.model.model"
+    call = f"load_model({arguments})  # of higgs_nb.model.load"
     if stock:
-        name = "HiggsAudioV2ForConditionalGeneration"
+        name = card_family(base).architecture.stock
         call = f"{name}.from_pretrained({arguments}, use_text_head=True)  # of transformers"
     lines = [f"model = {call}"]
     if kind == "adapter":
@@ -148,7 +166,7 @@ CARD = """---
 {header}
 ---
 
-# Higgs Audio V2, fine-tuned: {title}
+# {heading}: {title}
 
 {base}
 
@@ -171,19 +189,23 @@ Versions: {versions}.
 NOT_STOCK = """
 It has audio self-attention or a Whisper tower, which the stock class would leave out.
 """
+NO_STOCK = """
+transformers has no class for it.
+"""
 SETTINGS = ("targets", "rank", "steps", "learning_rate", "seed")
 
 # %% ../../nbs/cli/15_model_card.ipynb #273621e0
 def card_header(
     name: str,  # the parameter `base` of the run
     kind: str,  # "adapter" or "merged"
+    family: Family = HIGGS_V2,  # of the base
 ) -> str:
     "The metadata that a model hub reads, as YAML."
     data = ModelCardData(
         base_model=hub_name(name),
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-to-speech",
-        tags=["higgs-audio-v2", kind],
+        tags=[family.name.replace("_", "-"), kind],
     )
     return data.to_yaml()
 
@@ -195,13 +217,14 @@ def model_card(
     stock: bool,  # of `is_stock`
 ) -> str:
     "The README.md of an export, with the metadata that model hubs read."
-    given = run["parameters"]
+    given, family = run["parameters"], card_family(base)
     card = CARD.format(
-        header=card_header(given["base"], kind),
+        header=card_header(given["base"], kind, family),
+        heading=family.heading.format(title=family.title),
         title="LoRA adapter" if kind == "adapter" else "merged model",
         base=base_summary(given["base"], base),
         code=loading_code(given, kind, base, stock),
-        remark="" if stock else NOT_STOCK,
+        remark="" if stock else NOT_STOCK if family.architecture.stock else NO_STOCK,
         data=in_markdown(data_summary(run["corpus"])),
         source=in_markdown(Path(given["data"]).name or "the recordings in higgs_nb"),
         training=", ".join(f"{k} {in_markdown(given[k])}" for k in SETTINGS),

@@ -23,8 +23,8 @@ from .qwen3 import PACKED_ROW, Qwen3Decoder
 from .sampling import sample_rows
 
 # %% auto #0
-__all__ = ['TINY', 'HiggsAudioV3Config', 'check_v3_config', 'TableLosses', 'RowGenerationMixin', 'HiggsAudioV3ForTraining',
-           'tiny_v3_config', 'tiny_v3_model']
+__all__ = ['TINY', 'check_v3_config', 'TableLosses', 'RowGenerationMixin', 'HiggsAudioV3ForTraining', 'tiny_v3_config',
+           'tiny_v3_model']
 
 # %% ../../nbs/model/17_v3.ipynb #f643a88f
 class HiggsAudioV3Config(Qwen3Config):

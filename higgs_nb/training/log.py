@@ -61,9 +61,10 @@ class LossMeter:
     and of the EOS cells alone, where a model reports them.
     """
 
+    end_sums = end_counts = None
+
     def __init__(self):
         self.sums = self.counts = 0
-        self.end_sums = self.end_counts = None
 
     def add(self, out):
         "Add the `HiggsOutput` of one batch."

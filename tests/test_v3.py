@@ -37,6 +37,9 @@ from higgs_nb.training.arguments import HiggsTrainingArguments
 from higgs_nb.training.callbacks import Callback, Preempted
 from higgs_nb.training.loop import HiggsTrainer
 from higgs_nb.training.probe import offset_probe
+from higgs_nb.view.label_explorer import label_explorer
+from higgs_nb.view.monitor import run_monitor
+from higgs_nb.view.plots import plot_losses
 
 TOKENIZER = byte_tokenizer(HIGGS_V3)
 # the heads are together 128 wide and the rows 64, as in the released model (4096 and 2560)
@@ -129,6 +132,7 @@ def test_counts_follow_from_the_lengths_of_clips(collate):
     assert cells["supervised"] == codes + ends
     assert cells["BOS"] + cells["delay padding"] == begins
     assert cells["reference"] == 8 * (6 + 7)
+    assert "&lt;|tts|&gt;" in label_explorer(audit(batch, TOKENIZER, TOKENS)).still()
     eos = (batch["audio_targets"] == EOC).sum(0)
     assert eos.tolist() == [3 * (7 - k) for k in range(8)]
 
@@ -197,6 +201,36 @@ def test_nothing_waits(model):
     samples = [sample(t) for t in TALKS]
     assert traced(adapted, PackedCollator(TOKENS)(samples)).waits == []
     assert traced(adapted, PaddedCollator(TOKENS)(samples)).waits
+
+
+def test_recomputed_activations_change_nothing(model):
+    batch = PackedCollator(TOKENS)([sample(t) for t in TALKS])
+
+    def gradients():
+        return torch.autograd.grad(model.train()(**batch).loss, list(model.parameters()))
+
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    assert all(map(torch.equal, gradients(), plain))
+
+
+def test_another_attention_gives_the_same(model):
+    samples = [sample(t) for t in TALKS]
+    packed, padded = PackedCollator(TOKENS)(samples), PaddedCollator(TOKENS)(samples)
+    expected = model(**packed).loss
+    model.set_attn_implementation("eager")
+    assert abs(model(**packed).loss - expected) < 1e-5
+    assert abs(model(**padded).loss - expected) < 1e-5
+
+
+def test_new_tokens_belong_to_another_tokenizer(model):
+    more = byte_tokenizer(HIGGS_V3)
+    more.add_tokens(["<laugh>"])
+    model.trained_tokenizer = "0" * 64
+    model.resize_token_embeddings(len(more))
+    assert model.trained_tokenizer is None
+    assert AudioTokens.from_config(model.config, more) == TOKENS
+    generate_speech(model, more, ["Ha. <laugh>"], max_frames=2)
 
 
 def test_text_is_not_supervised(model):
@@ -391,6 +425,8 @@ def test_a_run_trains_saves_resumes_and_reports_the_ends_apart(tmp_path):
     logs = whole.state.log_history
     assert any("eval_end_loss" in entry and "eval_code_loss" in entry for entry in logs)
     assert not any("text_loss" in entry for entry in logs)
+    assert "EOS (nats)" in [ax.get_title() for ax in plot_losses(logs).axes]
+    assert "step 6" in run_monitor(tmp_path / "whole", follow=False).still()
     first = trainer(6, tmp_path / "cut")
     first.add_callback(StopAt(4))
     with pytest.raises(Preempted, match="stopped after step 4"):

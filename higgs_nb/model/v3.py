@@ -203,6 +203,14 @@ class HiggsAudioV3ForTraining(TableLosses, RowGenerationMixin, Qwen3PreTrainedMo
             inputs["use_cache"] = False
         return self.model(**inputs).last_hidden_state.flatten(0, 1)
 
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        "As stock; the model then belongs to another tokenizer."
+        rows = self.config.vocab_size
+        table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.vocab_size != rows:
+            self.trained_tokenizer = None
+        return table
+
 # %% ../../nbs/model/17_v3.ipynb #42cdd8a7
 TINY = HIGGS_V3.architecture.tiny
 

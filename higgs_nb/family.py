@@ -5,11 +5,11 @@
 # %% ../nbs/family.ipynb #f4f6b106
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 
 # %% auto #0
 __all__ = ['HIGGS_V2', 'V3_CONTROLS', 'V3_MARKS', 'HIGGS_V3', 'FAMILIES', 'SpecialTokens', 'TurnTemplate', 'BlockTemplate',
-           'DelayForm', 'LoraTargets', 'Architecture', 'Family', 'v3_tokens', 'family_of']
+           'DelayForm', 'LoraTargets', 'Architecture', 'Recipe', 'Family', 'v3_tokens', 'family_of']
 
 # %% ../nbs/family.ipynb #04faf3a7
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Architecture:
     model_type: str  # in its config.json
     stock: str | None = None  # transformers' class of the whole model
     original_type: str | None = None  # in the config.json of the original format
-    released: str  # id of the released model on the hub
+    released: tuple[str, ...]  # ids of the released model on the hub, the newest first
     tiny: dict[str, int]  # sizes of a small model, see `tiny_config`
     targets: LoraTargets
     audio_head: str
@@ -143,6 +143,33 @@ class Architecture:
         "The heads, that of the codes first."
         return tuple(head for head in (self.audio_head, self.text_head) if head)
 
+    @property
+    def heads_and_embeddings(self) -> tuple[str, ...]:
+        "Both, each module once: what is trained in full on a base that cannot speak."
+        return tuple(dict.fromkeys(self.heads + self.embeddings))
+
+# %% ../nbs/family.ipynb #3c4bdafe
+@dataclass(frozen=True)
+class Recipe:
+    "What a first run on a base should use: the values of parameters that are `auto`."
+
+    codec: str  # that the base was trained with: a kind, a folder or a hub id, see `load_codec`
+    learning_rate: float  # peak, after warm-up
+    warmup: float  # steps; below 1, a share of all steps
+    rank: int  # of the LoRA matrices
+    dropout: float  # of LoRA's input
+    token_budget: int  # tokens per batch, frames included
+    epochs: float = 0  # passes over the training data; 0: `steps` says how long
+    steps: int = 0  # optimizer steps; 0: `epochs` says how long
+    eval_every: float = 0.1  # steps between evaluations; below 1, a share of all steps
+    save_every: float = 0.1  # steps between checkpoints; below 1, a share of all steps
+    train_in_full: tuple[str, ...] = ()  # heads and embeddings beside the adapter
+    code_noise: float = 0.0  # share of codes that the model reads wrongly in training
+    rehearse: float = 0.0  # utterances of the base's own speech per recording
+    max_duration_s: float = 30.0  # longest recording
+    max_speech_s: float = 30.0  # longest clip that a run generates
+    scene: str = ""  # of conversations that name none
+
 # %% ../nbs/family.ipynb #782642d6
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -157,7 +184,7 @@ class Family:
     frame_rate: float  # of the released codec, frames per second
     architecture: Architecture
     tied_groups: tuple[tuple[str, ...], ...] = ()  # names of one module; the first is its own
-    recipe: dict = field(default_factory=dict)  # training arguments for a first run
+    recipe: Recipe | None = None  # of the released model
     licence: str = ""  # of the released weights
     notice: str = ""  # that a model made from them has to carry
     heading: str = "{title}, fine-tuned"  # of the card of such a model
@@ -220,7 +247,7 @@ HIGGS_V2 = Family(
         stock="HiggsAudioV2ForConditionalGeneration",
         original_type="higgs_audio",
         # 128,256 tokens, 28 layers, 5.77 billion parameters
-        released="bosonai/higgs-audio-v2-generation-3B-base",
+        released=("bosonai/higgs-tts-2-3b-base", "bosonai/higgs-audio-v2-generation-3B-base"),
         tiny=dict(
             hidden_size=256,
             num_layers=4,
@@ -242,6 +269,16 @@ HIGGS_V2 = Family(
         tower="audio_tower",
         projector="audio_encoder_proj",
         text_network="mlp",
+    ),
+    recipe=Recipe(
+        codec="bosonai/higgs-audio-v2-tokenizer",
+        learning_rate=1e-4,
+        warmup=0.03,
+        rank=16,
+        dropout=0.05,
+        token_budget=4096,
+        epochs=3,
+        scene="Audio is recorded from a quiet room.",
     ),
     licence="Boson Higgs Audio 2 Community License",
 )
@@ -310,7 +347,7 @@ HIGGS_V3 = Family(
     architecture=Architecture(
         model_type="higgs_multimodal_qwen3",
         # 151,936 tokens, 36 layers, 4.04 billion parameters without the codec beside them
-        released="bosonai/higgs-tts-3-4b",
+        released=("bosonai/higgs-tts-3-4b", "bosonai/higgs-audio-v3-tts-4b"),
         tiny=dict(
             hidden_size=256,
             num_layers=4,
@@ -330,6 +367,15 @@ HIGGS_V3 = Family(
         embeddings=("model.embed_audio_tokens", "model.embed_tokens"),
     ),
     tied_groups=(("model.embed_audio_tokens", "audio_lm_head"),),
+    recipe=Recipe(
+        codec="bosonai/higgs-audio-v2-tokenizer",
+        learning_rate=5e-5,
+        warmup=0.03,
+        rank=16,
+        dropout=0.05,
+        token_budget=4096,
+        epochs=3,
+    ),
     licence="Boson Higgs TTS 3 (Audio v3) Research and Non-Commercial License",
     notice="Derived from Higgs Audio v3, licensed from Boson AI USA, Inc.",
     heading="Fine-tuned speech model, derived from {title}",

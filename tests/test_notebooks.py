@@ -1,37 +1,31 @@
-"""Every chapter runs, each in a process of its own, exactly as `nbdev_test` runs it; tutorials
-with parameters run on small ones.
+"""Explanations and tutorials run, those with parameters on small ones; the chapters of the floors
+are in `test_chapters_*.py`.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import papermill
 import pytest
-from conftest import ROOT, committed
+from chapters import GROUPS, chapters, others, run_chapter
+from conftest import ROOT
 
 SMALL = {  # tutorial: its parameters here; what it makes goes into the test's folder, where it runs
     "a_new_language.ipynb": dict(out="run", steps=2, texts=2, max_clips=2),
     "read_a_run.ipynb": dict(run="run", clips=2, steps=4),
     "your_voice.ipynb": dict(out="run", steps=2, texts=2, max_clips=2),
 }
-NOTEBOOKS = [
-    file
-    for file in committed()
-    if file.suffix == ".ipynb" and file.parts[0] == "nbs" and file.parts[1] != "runs"
-]
 
 
-@pytest.mark.parametrize("notebook", [str(file) for file in NOTEBOOKS if file.name not in SMALL])
+@pytest.mark.parametrize("notebook", [str(file) for file in others() if file.name not in SMALL])
 def test_notebook(notebook):
-    run = subprocess.run(
-        [Path(sys.executable).with_name("nbdev_test"), "--path", notebook],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and "Success." in run.stdout, f"{notebook}\n{run.stdout}{run.stderr}"
+    run_chapter(notebook)
+
+
+def test_every_group_has_a_file_and_chapters():
+    for name, folders in GROUPS.items():
+        assert (Path(__file__).parent / f"{name}.py").is_file(), f"tests/{name}.py is missing"
+        for folder in folders:
+            assert chapters(folder), f"nbs/{folder} has no chapters: take it out of GROUPS"
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))

@@ -175,12 +175,14 @@ def test_a_corpus_without_held_out_speech(tmp_path, name):
     rows, parameters = NOTHING_HELD[name]
     space, said = execute(
         tmp_path / "out",
-        until='base == "tiny"',
+        until="model = load_base(",
         data=corpus_of(tmp_path / "data", rows),
         **parameters,
     )
     assert (
-        "there is no evaluation" in said and space["held"] == [] and space["clip"] in space["train"]
+        "there is no evaluation" in said
+        and space["corpus"].held == []
+        and space["corpus"].typical(space["store"]) in space["corpus"].train
     )
 
 
@@ -231,15 +233,13 @@ def test_a_run_with_little_speech(tmp_path, rows, held_out):
 def test_a_run_without_speech_to_learn(tmp_path, rows, words):
     "One sentence, before the model is loaded."
     with pytest.raises(ValueError, match=words):
-        execute(
-            tmp_path / "out", until="load_codec(codec)", data=corpus_of(tmp_path / "data", rows)
-        )
+        execute(tmp_path / "out", until="open_store(", data=corpus_of(tmp_path / "data", rows))
 
 
 def test_a_corpus_is_not_replaced_while_it_is_read(tmp_path, monkeypatch):
     "Training holds it, and preparing refuses a directory that is held."
     data = tmp_path / "data"
-    execute(tmp_path / "out", until="def recording", data=corpus_of(data, [row(0), row(1)]))
+    execute(tmp_path / "out", until="open_store(", data=corpus_of(data, [row(0), row(1)]))
     with pytest.raises(BlockingIOError, match="a run reads"):
         claim(data, patience_s=0)
     while HELD:
@@ -247,7 +247,7 @@ def test_a_corpus_is_not_replaced_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("higgs_nb.cli.directory.claim", lambda out: claim(out, patience_s=0))
     reader = lock_directory(data, alone=False)
     with pytest.raises(BlockingIOError, match="a run reads"):
-        execute(data, until="load_codec(codec)", notebook="prepare", data="")
+        execute(data, until="open_inputs(", notebook="prepare", data="")
     os.close(reader)
 
 
@@ -258,7 +258,7 @@ def test_codes_of_a_read_only_corpus_go_into_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "access", lambda path, mode: "data" not in Path(path).parts and writable(path, mode)
     )
-    execute(tmp_path / "out", until='base == "tiny"', data=str(tmp_path / "data"))
+    execute(tmp_path / "out", until="model = load_base(", data=str(tmp_path / "data"))
     assert not list((tmp_path / "data/codes").iterdir())
     assert len(list((tmp_path / "out/codes").rglob("*.npy"))) == 2
 
@@ -297,11 +297,14 @@ def test_no_recording_is_trained_and_held_out(tmp_path_factory, numbers, seed):
         for i, n in enumerate(numbers)
     ]
     space, said = execute(
-        folder / "out", until="def recording", data=corpus_of(folder, rows), held_out=0.5, seed=seed
+        folder / "out", until="open_store(", data=corpus_of(folder, rows), held_out=0.5, seed=seed
     )
-    sides = [{Path(c.audio[-1].path).name for c in space[side]} for side in ("train", "held")]
+    sides = [
+        {Path(c.audio[-1].path).name for c in side}
+        for side in (space["corpus"].train, space["corpus"].held)
+    ]
     assert not sides[0] & sides[1] and sides[0] | sides[1] == {f"clip{n}.wav" for n in numbers}
-    assert len(space["train"]) + len(space["held"]) == len(numbers)
+    assert len(space["corpus"].train) + len(space["corpus"].held) == len(numbers)
 
 
 def test_a_long_clip_is_heard_to_the_end_of_the_run(tmp_path):
@@ -820,7 +823,7 @@ def test_what_a_run_reads_is_not_prepared_anew(tmp_path):
     "Train holds what it reads until it ends; and it does not begin while prepare writes there."
     folder = tmp_path / "prepared"
     data = corpus_of(folder, [row(i) for i in range(8)])
-    execute(tmp_path / "out", until='base == "tiny"', data=data)
+    execute(tmp_path / "out", until="model = load_base(", data=data)
     with pytest.raises(BlockingIOError, match="a run reads"):
         claim(folder, patience_s=0)
     let_go()
@@ -849,7 +852,7 @@ def test_a_run_that_was_cut_off_is_moved_or_its_data_changes(tmp_path):
         execute(tmp_path / "first", **run)
     let_go()
     (tmp_path / "first").rename(tmp_path / "moved")
-    _, said = execute(tmp_path / "moved", until="chance = math.log", **run)
+    _, said = execute(tmp_path / "moved", until="length = planned_length", **run)
     assert f"goes on from {tmp_path / 'moved' / 'checkpoint-2'}" in said
     corpus_of(tmp_path / "data", [{**r, "text": r["text"] + " again"} for r in rows])
     with pytest.raises(CheckpointError, match="-p resume_force=True"):

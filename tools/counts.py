@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 NBS = Path(__file__).parents[1] / "nbs"
-FLOORS = ("core", "data", "model", "checkpoint", "speech", "training", "view", "cli")
+FLOORS = ("core", "data", "model", "checkpoint", "speech", "training", "view", "cli", "tasks")
 CHAPTERS = ("core", "family.ipynb", *FLOORS[1:], "original", "small")
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 

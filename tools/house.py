@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "higgs_nb"
-FLOORS = ("core", "family", "data", "model", "checkpoint", "speech", "training", "view", "cli")
+FLOORS = (
+    *("core", "family", "data", "model", "checkpoint", "speech", "training", "view", "cli"),
+    "tasks",
+)
 WINGS = ("original", "small")
 
 

@@ -115,7 +115,10 @@ def reading(source: str | Path) -> None:  # directory that is read, or a file in
         raise BlockingIOError(f"a run writes {folder}, which is to be read: wait for it") from error
 
 # %% ../../nbs/cli/06_directory.ipynb #bc850374
-RESULTS = ("checkpoint-*", "adapter", "base", "samples", "log.*", "run.json", "parameters.json")
+RESULTS = (
+    *("checkpoint-*", "adapter", "base", "samples", "log.*"),
+    *("parameters.json", "settings.json", "run.json"),
+)
 
 
 def set_aside(
@@ -164,7 +167,8 @@ def interrupted(out: Path) -> dict | None:  # directory of a run
     restart = f"move what is in {out} elsewhere to start again"
     done = read_noted(out / "run.json", f"{resume}, {otherwise}")
     noted = read_noted(out / "parameters.json", f"{restart}, {otherwise}")
-    return noted if done is None else None
+    is_over = done is not None and done.get("finished", True)
+    return None if is_over else noted
 
 # %% ../../nbs/cli/06_directory.ipynb #2e1aa4e1
 def changes(before: dict, now: dict) -> str:  # parameters of two runs

@@ -12,8 +12,8 @@ from .notebooks import run_notebooks
 from ..core.messages import did_you_mean, shown
 
 # %% auto #0
-__all__ = ['COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'PART', 'COUNTS', 'NUMBERS', 'RANGES', 'CHOICES', 'WORDS', 'in_range',
-           'range_of', 'leaves', 'percent_hint', 'check_number', 'check_range', 'check_choice']
+__all__ = ['COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'PART', 'COUNTS', 'NUMBERS', 'POSITIVES', 'RANGES', 'CHOICES', 'WORDS',
+           'in_range', 'range_of', 'leaves', 'percent_hint', 'check_number', 'check_range', 'check_choice']
 
 # %% ../../nbs/cli/03_limits.ipynb #adc9a229
 def in_range(value: int | float, range: str) -> bool:  # such as "[0, 1)", or "-1 or [0, inf)"
@@ -32,15 +32,17 @@ SHARE = "[0, 1]"
 PART = "[0, 1)"
 
 # %% ../../nbs/cli/03_limits.ipynb #3cf000f5
-COUNTS = """accumulate batch_size eval_every hidden_size intermediate_size keep layers max_frames
-    rank rank_pattern save_every speak_every steps token_budget top_k variants vocabulary width"""
+COUNTS = """accumulate batch_size hidden_size intermediate_size keep layers max_frames
+    rank rank_pattern speak_every steps token_budget top_k variants vocabulary width"""
 NUMBERS = """alpha audio_loss_weight clips codebook_weights edge_s evaluate.max_duration_s guide
     held_out_clips max_clips max_texts players prompts readings rehearse score_every service speak
     swap table text_loss_weight voices.held_out warmup workers"""
+POSITIVES = """epochs eval_every learning_rate max_duration_s max_speech_s save_every temperature"""
 RANGES = {
+    "bits": "[0, 8]",
     **dict.fromkeys(COUNTS.split(), COUNT),
     **dict.fromkeys(NUMBERS.split(), NUMBER),
-    **dict.fromkeys(("learning_rate", "max_duration_s", "temperature"), POSITIVE),
+    **dict.fromkeys(POSITIVES.split(), POSITIVE),
     **dict.fromkeys(("code_noise", "described"), SHARE),
     **dict.fromkeys(("dropout", "held_out", "label_smoothing"), PART),
     "codebook_size": "[2, inf)",
@@ -102,7 +104,7 @@ def check_range(
     parameter.
     """
     range = range_of(name, key)
-    if range is None:
+    if range is None or value == "auto":
         return
     for part, leaf in leaves(value, key):
         if not part.startswith("a key of "):
@@ -110,12 +112,15 @@ def check_range(
 
 # %% ../../nbs/cli/03_limits.ipynb #b6d20d23
 CHOICES = {
+    "prepare.device": ("auto", "cpu", "cuda", "mps", "xpu"),
+    "train.device": ("auto", "cpu", "cuda", "mps", "xpu"),
+    "train.precision": ("auto", "float32", "bfloat16", "float16"),
     "evaluate.precision": ("float32", "bfloat16", "float16", "auto"),
     "export.what": ("both", "adapter", "merged"),
 }
 WORDS = {  # beside paths, names on the hub, names of modules
     "base": ("small", "tiny"),
-    "codec": ("world",),
+    "codec": ("auto", "world"),
     "targets": ("all", "attention", "audio"),
     "train_in_full": ("auto", "yes", "no"),
 }

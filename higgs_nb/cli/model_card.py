@@ -17,7 +17,7 @@ from ..family import FAMILIES, HIGGS_V2, Family
 # %% auto #0
 __all__ = ['PACKAGED', 'CARD', 'NOT_STOCK', 'NO_STOCK', 'SETTINGS', 'learned_clips', 'corpus_summary', 'part_summary',
            'data_summary', 'hub_name', 'card_family', 'licence_duties', 'base_summary', 'model_arguments',
-           'loading_code', 'loss_row', 'pairs', 'card_header', 'model_card']
+           'loading_code', 'loss_row', 'pairs', 'codec_summary', 'card_header', 'model_card']
 
 # %% ../../nbs/cli/15_model_card.ipynb #60f192b2
 def learned_clips(data: SampleDataset) -> list[Audio]:  # of a run
@@ -161,6 +161,14 @@ def pairs(
     "Names and values on a line of Markdown."
     return ", ".join(f"{in_markdown(k)} {in_markdown(format(v, form))}" for k, v in values.items())
 
+# %% ../../nbs/cli/15_model_card.ipynb #9d5b9642
+def codec_summary(codec: dict | None) -> str:  # `codec` of a run's record
+    "Name and fingerprint of the codec of a run, in words."
+    if not codec:
+        return "not recorded"
+    fingerprint = in_markdown(str(codec["fingerprint"])[:16])
+    return f"{in_markdown(str(codec['name']))}, fingerprint {fingerprint}"
+
 # %% ../../nbs/cli/15_model_card.ipynb #ae5bf661
 CARD = """---
 {header}
@@ -174,7 +182,7 @@ CARD = """---
 {code}
 ```
 {remark}
-Data: {data}, from {source}. Training: {training}.
+Data: {data}, from {source}. Training: {training}. Codec: {codec}.
 
 | held-out loss | before | after |
 |---|---|---|
@@ -228,6 +236,7 @@ def model_card(
         data=in_markdown(data_summary(run["corpus"])),
         source=in_markdown(Path(given["data"]).name or "the recordings in higgs_nb"),
         training=", ".join(f"{k} {in_markdown(given[k])}" for k in SETTINGS),
+        codec=codec_summary(run.get("codec")),
         losses="\n".join(loss_row(k, run[f"held_out_{k}_loss"]) for k in ("audio", "text")),
         verdict=in_markdown(run["verdict"]),
         probe=pairs(run["probe"], ".3f"),

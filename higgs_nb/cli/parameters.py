@@ -18,9 +18,9 @@ from ..core.files import check_plain
 from ..core.messages import did_you_mean, shown
 
 # %% auto #0
-__all__ = ['HALF_SURROGATE', 'TYPES', 'PATHS', 'SEVERAL_PATHS', 'check_leaves', 'as_float', 'as_type', 'is_control', 'path_text',
-           'expand_paths', 'check_value', 'check_parameter', 'check_parameters', 'injected_names', 'parameters',
-           'split_assignments', 'check_not_empty', 'read_pair', 'read_parameters']
+__all__ = ['HALF_SURROGATE', 'TYPES', 'PATHS', 'SEVERAL_PATHS', 'AUTO', 'check_leaves', 'as_float', 'as_type', 'is_control',
+           'path_text', 'expand_paths', 'may_be_auto', 'check_value', 'check_parameter', 'check_parameters',
+           'injected_names', 'parameters', 'split_assignments', 'check_not_empty', 'read_pair', 'read_parameters']
 
 # %% ../../nbs/cli/04_parameters.ipynb #931017bd
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -93,6 +93,14 @@ def expand_paths(
         return ",".join(path_text(part.strip(), key) for part in value.split(","))
     return path_text(value, key) if key in PATHS else value
 
+# %% ../../nbs/cli/04_parameters.ipynb #f7c19d47
+AUTO = "auto"
+
+
+def may_be_auto(p: dict) -> bool:  # see `check_value`
+    "Whether a parameter takes the word `auto` for a value that the run finds."
+    return p.get("default", "").strip("\"'") == AUTO
+
 # %% ../../nbs/cli/04_parameters.ipynb #a1d91ae1
 def check_value(
     key: str,
@@ -104,13 +112,16 @@ def check_value(
     what is wrong.
     """
     value = str(value) if isinstance(value, Path) else check_leaves(value, key)
+    if may_be_auto(p) and value == AUTO:
+        return value
     kind = p["inferred_type_name"]
     try:
         value = as_type(value, kind)
     except ValueError as error:
         quotes = "; write it in quotes" * (kind == "str")
+        kinds = kind + f" or {AUTO}" * may_be_auto(p)
         raise ValueError(
-            f"{notebook} takes {key} as {kind} ({p['help']}), and {shown(str(value))[:200]!r}"
+            f"{notebook} takes {key} as {kinds} ({p['help']}), and {shown(str(value))[:200]!r}"
             f" is {type(value).__name__}{quotes}"
         ) from error
     if kind == "str":

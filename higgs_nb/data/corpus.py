@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -41,9 +42,20 @@ def _check_depth(row: Row) -> None:
         raise corpus_error(shown(str(error)[:200]), "write it flat") from error
 
 # %% ../../nbs/data/11_corpus.ipynb #ef38e20f
-def _read_rows(rows: list[Row], problems: list[Problem], allow_outside: bool) -> list[Conversation]:
+def _with_scene(row: Row, scene: str) -> Row:
+    "The row of a table with that scene, if it has none of its own."
+    if not scene or not isinstance(row.value, dict) or "scene" in row.value:
+        return row
+    return replace(row, value=row.value | dict(scene=scene))
+
+
+def _read_rows(
+    rows: list[Row], problems: list[Problem], allow_outside: bool, scene: str = ""
+) -> list[Conversation]:
     "The conversations of the rows that can be read; what is wrong goes into `problems`."
     parse = chatml_conversation if any(map(_is_chatml, rows)) else table_conversation
+    if parse is table_conversation:
+        rows = [_with_scene(row, scene) for row in rows]
     conversations = []
     for number, row in enumerate(rows, 1):
         with collect_problems(problems, row.source):
@@ -60,12 +72,13 @@ def conversations_of(
     items: Iterable[Row | Problem],  # from a reader
     path: Path,  # that was read, for the error
     allow_outside: bool = False,  # paths may lead out of their folder
+    scene: str = "",  # of rows of a table or folder that have none; empty: none
 ) -> list[Conversation]:
     "The conversations of all rows. Raises one `CorpusError` with everything that is wrong."
     items = list(items)
     problems = [item for item in items if isinstance(item, Problem)]
     rows = [item for item in items if isinstance(item, Row)]
-    conversations = _read_rows(rows, problems, allow_outside)
+    conversations = _read_rows(rows, problems, allow_outside, scene)
     if problems:
         raise CorpusError(*problems, *structure_problems(conversations))
     if not conversations:
@@ -149,6 +162,8 @@ def load_corpus(
     path: str | Path,
     # True: also read files outside of the corpus' folder, absolute paths and links
     allow_outside: bool = False,
+    # where recordings of a table or folder were made, if they do not say so; not for ChatML
+    scene: str = "",
 ) -> list[Conversation]:
     """Read a corpus, one conversation per row. Raises a `CorpusError` with everything that cannot
     be read. A table from a stranger could name any file of yours, so paths stay inside its folder
@@ -166,7 +181,7 @@ def load_corpus(
     read = reader_of(path)
     if read is None:
         raise _no_reader(path)
-    return conversations_of(read(path, allow_outside), path, allow_outside)
+    return conversations_of(read(path, allow_outside), path, allow_outside, scene)
 
 # %% ../../nbs/data/11_corpus.ipynb #790570e4
 def embedded_corpus(

@@ -35,7 +35,7 @@ from .whisper import whisper_settings
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'PANGRAMS', 'base_path', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_source',
+__all__ = ['logger', 'PANGRAMS', 'base_path', 'base_family', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_source',
            'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer', 'check_not_switched_off',
            'check_tower_source', 'check_extendable', 'extend_config', 'start_audio_attention', 'start_tower',
            'precise_modules', 'keep_precise', 'keep_packing', 'load_config', 'weights_source', 'check_keys',
@@ -52,6 +52,17 @@ def base_path(
     if base == "small":
         return str(files("higgs_nb") / "assets" / "base")
     return str(Path(run) / "base") if base == "tiny" else base
+
+# %% ../../nbs/model/11_load.ipynb #de2360ca
+def base_family(base: str) -> Family:  # "small", "tiny", a directory or a hub id
+    "The family of a base, as far as it is known without loading it."
+    file = Path(base_path(base)) / "config.json"
+    config = load_json(file) if file.is_file() else {}
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    for family in FAMILIES.values():
+        if kind == family.architecture.model_type or base in family.architecture.released:
+            return family
+    return HIGGS_V2
 
 # %% ../../nbs/model/11_load.ipynb #2b1b1382
 def is_hub_id(text: str) -> bool:  # a name that is no directory

@@ -23,10 +23,10 @@ logger = logging.get_logger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'PRESETS', 'HEADS', 'EMBEDDINGS', 'LORA', 'IN_FULL', 'SINGLE_ROWS', 'FROZEN', 'NARROWING', 'preset_targets',
-           'heads_and_embeddings', 'create_lora_config', 'only_lora', 'fit_targets', 'untied', 'fit_config', 'Match',
-           'html_row', 'MatchTable', 'no_match', 'matching', 'in_order', 'lora_parameters', 'lora_matches',
-           'check_ranks', 'full_matches', 'row_matches', 'match_table', 'narrowed', 'check_applied', 'keep_float32',
-           'split_match', 'freeze_silent', 'apply_lora']
+           'create_lora_config', 'only_lora', 'fit_targets', 'untied', 'fit_config', 'Match', 'html_row', 'MatchTable',
+           'no_match', 'matching', 'in_order', 'lora_parameters', 'lora_matches', 'check_ranks', 'full_matches',
+           'row_matches', 'match_table', 'narrowed', 'check_applied', 'keep_float32', 'split_match', 'freeze_silent',
+           'apply_lora']
 
 # %% ../../nbs/model/12_lora.ipynb #ec8e0f0a
 PRESETS = HIGGS_V2.architecture.targets.presets
@@ -42,12 +42,6 @@ def preset_targets(preset: str) -> tuple[str, ...]:  # "all", "attention" or "au
             f"list of names such as {PRESETS['all'][:2]}"
         )
     return PRESETS[preset]
-
-# %% ../../nbs/model/12_lora.ipynb #381a67ce
-def heads_and_embeddings(model: nn.Module) -> tuple[str, ...]:  # without adapter
-    "The heads and embeddings of a model by the names of its family, each module once."
-    names = family_of(model.config).architecture
-    return tuple(dict.fromkeys(names.heads + names.embeddings))
 
 # %% ../../nbs/model/12_lora.ipynb #f7f11aaa
 def create_lora_config(

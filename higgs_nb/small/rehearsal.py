@@ -20,10 +20,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.conversation import Audio, Conversation, tts_conversation
+from ..model.load import base_path
 from .world_codec import WorldCodec
 
 # %% auto #0
-__all__ = ['VoiceStatistics', 'converted', 'nearer', 'varied', 'random_variation', 'codes_of', 'Rehearsal', 'Codes']
+__all__ = ['VoiceStatistics', 'converted', 'nearer', 'varied', 'random_variation', 'codes_of', 'Rehearsal', 'Codes',
+           'rehearse_base']
 
 # %% ../../nbs/small/04_rehearsal.ipynb #20d2d598
 @dataclass(frozen=True)
@@ -242,3 +244,22 @@ class Codes:
     def get(self, audio: Audio) -> Tensor:
         "Codes (codebooks, frames) int64 of a recording."
         return self.codes[audio.path] if audio.path in self.codes else self.store.get(audio)
+
+# %% ../../nbs/small/04_rehearsal.ipynb #eda33d87
+def rehearse_base(
+    settings,  # of a run: base, rehearse, rehearse_voices and seed
+    codec: WorldCodec,  # of the base
+    store,  # codes of the recordings
+    conversations: Sequence[Conversation],  # to train on
+) -> tuple[list[Conversation], object]:
+    """Conversations of the base's own speech in the voice of the recordings, `rehearse` per
+    conversation, and a store with their codes. `FileNotFoundError` if the base brings none.
+    """
+    if not settings.rehearse:
+        return [], store
+    brought = Rehearsal.load(base_path(settings.base), codec)
+    recordings = [store.get(audio) for c in conversations for audio in c.audio]
+    voices = [name.strip() for name in settings.rehearse_voices.split(",") if name.strip()]
+    count = round(settings.rehearse * len(conversations))
+    rehearsed, codes = brought.in_voice(codec, recordings, count, voices, settings.seed)
+    return rehearsed, Codes(codes, store)

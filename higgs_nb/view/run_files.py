@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import getitem
 from pathlib import Path
 
 from ..checkpoint.validate import members, validate_checkpoint
@@ -15,8 +16,8 @@ from ..core.files import load_json, within
 from ..core.messages import shown
 
 # %% auto #0
-__all__ = ['is_number', 'is_entry', 'read_entry', 'read_log_lines', 'read_log', 'planned_steps', 'has_ended', 'checkpoint_rows',
-           'listed_clips', 'sample_folders', 'samples_of']
+__all__ = ['is_number', 'is_entry', 'read_entry', 'read_log_lines', 'read_log', 'planned_steps', 'is_finished', 'has_ended',
+           'checkpoint_rows', 'listed_clips', 'sample_folders', 'samples_of']
 
 # %% ../../nbs/view/06_run_files.ipynb #1e77bbec
 def is_number(value) -> bool:  # any value of a JSON file
@@ -68,21 +69,32 @@ def read_log(run_dir: str | Path) -> list[dict]:  # output directory of a run
 # %% ../../nbs/view/06_run_files.ipynb #82d5a468
 def planned_steps(run_dir: str | Path) -> int:  # output directory of a run
     "How many steps a run is to take, from its parameters or its newest checkpoint; 0: unknown."
-    places = [(Path(run_dir) / "parameters.json", "steps")]
-    places += [(r.path / "trainer_state.json", "max_steps") for r in members(run_dir)][-1:]
-    for file, name in places:
+    places = [(Path(run_dir) / "settings.json", ("parameters", "steps"))]
+    places += [(Path(run_dir) / "parameters.json", ("steps",))]
+    places += [(r.path / "trainer_state.json", ("max_steps",)) for r in members(run_dir)][-1:]
+    for file, names in places:
         try:
-            steps = load_json(file)[name]
+            steps = reduce(getitem, names, load_json(file))
         except (OSError, ValueError, TypeError, KeyError, IndexError):
             continue
         if type(steps) is int and 0 < steps < 10**12:
             return steps
     return 0
 
+# %% ../../nbs/view/06_run_files.ipynb #248a36da
+def is_finished(record: Path) -> bool:  # run.json of a run
+    "Whether the record of a run is there and does not say that more is to come."
+    if not record.exists():
+        return False
+    try:
+        return load_json(record).get("finished", True)
+    except (OSError, ValueError, AttributeError):
+        return True
+
 # %% ../../nbs/view/06_run_files.ipynb #caca8a8b
 def has_ended(run_dir: str | Path) -> bool:  # output directory of a run
     "Whether a run has come to its end."
-    if (Path(run_dir) / "run.json").exists():
+    if is_finished(Path(run_dir) / "run.json"):
         return True
     return planned_steps(run_dir) > 0 and any("train_runtime" in e for e in read_log(run_dir)[-2:])
 

@@ -1,0 +1,9 @@
+"The chapters of some floors, see `chapters.GROUPS`."
+
+import pytest
+from chapters import GROUPS, chapters, run_chapter
+
+
+@pytest.mark.parametrize("notebook", chapters(*GROUPS["test_chapters_tasks"]))
+def test_chapter(notebook):
+    run_chapter(notebook)

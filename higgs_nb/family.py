@@ -8,33 +8,37 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 # %% auto #0
-__all__ = ['HIGGS_V2', 'SpecialTokens', 'TurnTemplate', 'DelayForm', 'LoraTargets', 'Architecture', 'Recipe', 'Family']
+__all__ = ['HIGGS_V2', 'V3_CONTROLS', 'V3_MARKS', 'HIGGS_V3', 'FAMILIES', 'SpecialTokens', 'TurnTemplate', 'BlockTemplate',
+           'DelayForm', 'LoraTargets', 'Architecture', 'Recipe', 'Family', 'v3_tokens', 'family_of']
 
 # %% ../nbs/family.ipynb #04faf3a7
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    "The tokens that structure a sequence, as they are written in the tokenizer."
+    "The tokens that structure a sequence, as they are written in the tokenizer; None: no such."
 
     conversation_begin: str
     padding: str
-    header_begin: str
-    header_end: str
-    turn_continues: str  # ends a turn that the same role continues
+    header_begin: str | None = None
+    header_end: str | None = None
+    turn_continues: str | None = None  # ends a turn that the same role continues
     turn_end: str
-    recipient_end: str
-    scene_begin: str
-    scene_end: str
+    recipient_end: str | None = None
+    scene_begin: str | None = None
+    scene_end: str | None = None
     reference_begin: str  # precedes a recording that is context
-    audio_end: str
+    audio_end: str | None = None
     speech_begin: str  # precedes a recording that the assistant speaks
     audio_delay: str  # placeholder of the last rows of a clip, where codebook 0 has ended
     audio_in: str  # placeholder of a recording that is context
     audio_out: str  # placeholder of a row of codes
+    controls: tuple[str, ...] = ()  # those that a text may hold: they say how it is spoken
+    vocabulary: tuple[str, ...] = ()  # all, where their order is not that of the fields
 
     @property
     def names(self) -> tuple[str, ...]:
-        "All of them, in the order of the fields."
-        return astuple(self)
+        "All of them, in the order of a new tokenizer's vocabulary."
+        marks = (value for value in astuple(self) if isinstance(value, str))
+        return self.vocabulary or tuple(marks)
 
 # %% ../nbs/family.ipynb #12cde013
 @dataclass(frozen=True)
@@ -50,6 +54,20 @@ class TurnTemplate:
     speech: str  # a recording that the assistant speaks
     turn_end: str
     turn_continues: str  # instead, where another turn of the assistant follows
+    answer: str  # precedes speech that is generated
+
+# %% ../nbs/family.ipynb #e0da0bfc
+@dataclass(frozen=True)
+class BlockTemplate:
+    "The marks before the blocks of a conversation that has no turns."
+
+    opening: str  # before the first block
+    reference_text: str  # before the words of a reference
+    reference: str  # a recording that is context
+    text: str  # before the words that are to be spoken
+    speech: str  # a recording that is learned
+    answer: str  # precedes speech that is generated
+    no_system: tuple[str, ...] = ()  # system turns of other families, which are left out
 
 # %% ../nbs/family.ipynb #c11893dc
 @dataclass(frozen=True)
@@ -59,7 +77,7 @@ class DelayForm:
     opening: int = 1  # BOS entries before the codes of each codebook
     closing: int = 1  # EOS entries after them
     shift: int = 1  # rows from the start of a codebook to the start of the next
-    labelled_closing: int = 1  # closing entries that are labelled
+    labelled_closing: int | None = 1  # EOS entries that are labelled; None: all of them
 
     def rows(self, frames: int, codebooks: int) -> int:
         "Rows of a clip of so many frames."
@@ -71,7 +89,14 @@ class DelayForm:
 
     def is_labelled(self, entry, frames: int):
         "Whether the entries of a stream are labelled."
+        if self.labelled_closing is None:
+            return entry >= self.opening
         return self.is_code(entry, frames + self.labelled_closing)
+
+    def labelled_ends(self, codebook: int, codebooks: int) -> int:
+        "EOS entries of a codebook that are labelled."
+        ends = self.closing + self.shift * (codebooks - 1 - codebook)
+        return ends if self.labelled_closing is None else min(self.labelled_closing, ends)
 
 # %% ../nbs/family.ipynb #80f9f3b8
 @dataclass(frozen=True)
@@ -95,27 +120,33 @@ class LoraTargets:
         return {"all": every, "attention": attention, "audio": audio}
 
 # %% ../nbs/family.ipynb #c928bdc5
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    "Names and sizes of the modules of one family of models."
+    "Names and sizes of the modules of one family of models; None: it has no such module."
 
     model_type: str  # in its config.json
-    original_type: str  # in the config.json of checkpoints in the original format
+    stock: str | None = None  # transformers' class of the whole model
+    original_type: str | None = None  # in the config.json of the original format
     released: tuple[str, ...]  # ids of the released model on the hub, the newest first
     tiny: dict[str, int]  # sizes of a small model, see `tiny_config`
     targets: LoraTargets
     audio_head: str
-    text_head: str
+    text_head: str | None = None
     embeddings: tuple[str, ...]
-    audio_attention: tuple[str, ...]  # modules of a layer for the attention among frames
-    tower: str  # the Whisper encoder
-    projector: str  # from the width of the tower to that of the decoder
-    text_network: str  # of a layer
+    audio_attention: tuple[str, ...] = ()  # modules of a layer for the attention among frames
+    tower: str | None = None  # the Whisper encoder
+    projector: str | None = None  # from the width of the tower to that of the decoder
+    text_network: str | None = None  # of a layer, if frames do not pass through it
 
     @property
     def heads(self) -> tuple[str, ...]:
-        "The two heads, that of the codes first."
-        return (self.audio_head, self.text_head)
+        "The heads, that of the codes first."
+        return tuple(head for head in (self.audio_head, self.text_head) if head)
+
+    @property
+    def heads_and_embeddings(self) -> tuple[str, ...]:
+        "Both, each module once: what is trained in full on a base that cannot speak."
+        return tuple(dict.fromkeys(self.heads + self.embeddings))
 
 # %% ../nbs/family.ipynb #3c4bdafe
 @dataclass(frozen=True)
@@ -145,28 +176,32 @@ class Family:
     "What one family of models does in its own way."
 
     name: str
+    title: str  # as people write it
     special: SpecialTokens
-    template: TurnTemplate
+    template: TurnTemplate | BlockTemplate
     delay: DelayForm
     released_ids: dict[str, int]  # of the released tokenizer and model, see `AudioTokens`
     frame_rate: float  # of the released codec, frames per second
     architecture: Architecture
-    tied_groups: tuple[tuple[str, ...], ...] = ()  # parameters that share their storage
+    tied_groups: tuple[tuple[str, ...], ...] = ()  # names of one module; the first is its own
     recipe: Recipe | None = None  # of the released model
     licence: str = ""  # of the released weights
+    notice: str = ""  # that a model made from them has to carry
+    heading: str = "{title}, fine-tuned"  # of the card of such a model
 
     @property
     def placeholders(self) -> dict[str, str]:
         "Field of the model's configuration -> the token that it holds the id of."
         return {
             "audio_token_id": self.special.audio_out,
-            "audio_bos_token_id": self.special.speech_begin,
             "audio_delay_token_id": self.special.audio_delay,
+            "audio_bos_token_id": self.special.speech_begin,
         }
 
 # %% ../nbs/family.ipynb #f80a2f25
 HIGGS_V2 = Family(
     name="higgs_audio_v2",
+    title="Higgs Audio V2",
     special=SpecialTokens(
         conversation_begin="<|begin_of_text|>",
         padding="<|end_of_text|>",
@@ -194,6 +229,7 @@ HIGGS_V2 = Family(
         speech="<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>",
         turn_end="<|eot_id|>",
         turn_continues="<|eom_id|>",
+        answer="<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|>",
     ),
     delay=DelayForm(),
     released_ids=dict(
@@ -208,6 +244,7 @@ HIGGS_V2 = Family(
     frame_rate=25,
     architecture=Architecture(
         model_type="higgs_audio_v2",
+        stock="HiggsAudioV2ForConditionalGeneration",
         original_type="higgs_audio",
         # 128,256 tokens, 28 layers, 5.77 billion parameters
         released=("bosonai/higgs-tts-2-3b-base", "bosonai/higgs-audio-v2-generation-3B-base"),
@@ -243,4 +280,115 @@ HIGGS_V2 = Family(
         epochs=3,
         scene="Audio is recorded from a quiet room.",
     ),
+    licence="Boson Higgs Audio 2 Community License",
 )
+
+# %% ../nbs/family.ipynb #423e8537
+V3_CONTROLS = {  # kind -> tags; written <|kind:tag|>
+    "emotion": "elation amusement enthusiasm determination pride contentment affection relief "
+    "contemplation confusion surprise awe longing arousal anger fear disgust bitterness sadness "
+    "shame helplessness",
+    "env": "music noise",
+    "style": "singing shouting whispering",
+    "sfx": "cough laughter crying screaming burping humming sigh sniff sneeze",
+    "prosody": "speed_very_slow speed_slow speed_fast speed_very_fast pitch_low pitch_high pause "
+    "long_pause expressive_high expressive_low",
+}
+V3_MARKS = (
+    "asr streaming_asr tts streaming_tts audio_cont_txt audio audio_end text text_end eoc user "
+    "assistant system await_audio ref_audio ref_text"
+)
+
+# %% ../nbs/family.ipynb #fc9f842a
+def v3_tokens() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    "The controls of Higgs Audio V3, and all of its 62 tokens in the order of the vocabulary."
+    kinds = ((kind, tag) for kind, tags in V3_CONTROLS.items() for tag in tags.split())
+    controls = tuple(f"<|{kind}:{tag}|>" for kind, tag in kinds)
+    marks = tuple(f"<|{mark}|>" for mark in V3_MARKS.split())
+    late = controls.index("<|prosody:expressive_high|>")
+    return controls, (*marks, *controls[:late], "<|chatml|>", *controls[late:])
+
+# %% ../nbs/family.ipynb #93193678
+HIGGS_V3 = Family(
+    name="higgs_audio_v3",
+    title="Higgs Audio V3",
+    special=SpecialTokens(
+        conversation_begin="<|tts|>",
+        padding="<|endoftext|>",
+        turn_end="<|endoftext|>",
+        reference_begin="<|ref_audio|>",
+        speech_begin="<|audio|>",
+        audio_delay="<|await_audio|>",
+        audio_in="<|asr|>",
+        audio_out="<|await_audio|>",
+        controls=v3_tokens()[0],
+        vocabulary=("<|endoftext|>", *v3_tokens()[1]),
+    ),
+    template=BlockTemplate(
+        opening="<|tts|>",
+        reference_text="<|ref_text|>",
+        reference="<|ref_audio|><|asr|>",
+        text="<|text|>",
+        speech="<|audio|><|await_audio|>",
+        answer="<|audio|>",
+        no_system=("Generate audio following instruction.",),
+    ),
+    delay=DelayForm(opening=0, closing=0, labelled_closing=None),
+    released_ids=dict(
+        audio_in=151665,
+        audio_out=151678,
+        audio_delay=151678,
+        pad=151643,
+        stream_bos=1024,
+        stream_eos=1025,
+        num_codebooks=8,
+    ),
+    frame_rate=25,
+    architecture=Architecture(
+        model_type="higgs_multimodal_qwen3",
+        # 151,936 tokens, 36 layers, 4.04 billion parameters without the codec beside them
+        released=("bosonai/higgs-tts-3-4b", "bosonai/higgs-audio-v3-tts-4b"),
+        tiny=dict(
+            hidden_size=256,
+            num_layers=4,
+            num_heads=4,
+            head_dim=64,
+            intermediate_size=768,
+            codebook_size=1026,
+            num_codebooks=8,
+        ),
+        targets=LoraTargets(
+            attention=tuple(f"self_attn.{p}_proj" for p in "qkvo"),
+            text_network=(),
+            audio_network=tuple(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+            audio_attention=(),
+        ),
+        audio_head="model.embed_audio_tokens",
+        embeddings=("model.embed_audio_tokens", "model.embed_tokens"),
+    ),
+    tied_groups=(("model.embed_audio_tokens", "audio_lm_head"),),
+    recipe=Recipe(
+        codec="bosonai/higgs-audio-v2-tokenizer",
+        learning_rate=5e-5,
+        warmup=0.03,
+        rank=16,
+        dropout=0.05,
+        token_budget=4096,
+        epochs=3,
+    ),
+    licence="Boson Higgs TTS 3 (Audio v3) Research and Non-Commercial License",
+    notice="Derived from Higgs Audio v3, licensed from Boson AI USA, Inc.",
+    heading="Fine-tuned speech model, derived from {title}",
+)
+
+# %% ../nbs/family.ipynb #96118dbb
+FAMILIES = {family.architecture.model_type: family for family in (HIGGS_V2, HIGGS_V3)}
+
+
+def family_of(config) -> Family:  # of a model
+    "The family of a model by its configuration; `ValueError` if it is none of `FAMILIES`."
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model_type {kind!r} is not that of a model known here: {known}")
+    return FAMILIES[kind]

@@ -20,6 +20,7 @@ from .manifest import MODEL_FILE
 from .saving import on_cpu
 from .validate import CheckpointReport
 from .writing import Content
+from ..family import family_of
 
 # %% auto #0
 __all__ = ['SHARD', 'is_stock', 'check_vocabulary', 'model_config', 'index_text', 'model_files', 'load_weights']
@@ -28,6 +29,8 @@ __all__ = ['SHARD', 'is_stock', 'check_vocabulary', 'model_config', 'index_text'
 def is_stock(model: nn.Module) -> bool:  # without an adapter
     "Whether transformers' own class holds all parts of the model."
     config = base_of(model).config
+    if family_of(config).architecture.stock is None:
+        return False
     own_parts = ("use_audio_out_self_attention", "encode_whisper_embed")
     return not any(getattr(config, key, False) for key in own_parts)
 

@@ -12,12 +12,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..core.messages import in_markdown
 from ..data.conversation import Audio
 from ..data.samples import SampleDataset
-from ..family import HIGGS_V2
+from ..family import FAMILIES, HIGGS_V2, Family
 
 # %% auto #0
-__all__ = ['PACKAGED', 'CARD', 'NOT_STOCK', 'TITLES', 'SETTINGS', 'LIBRARIES', 'learned_clips', 'corpus_summary', 'part_summary',
-           'data_summary', 'hub_name', 'base_summary', 'model_arguments', 'original_code', 'loading_code', 'loss_row',
-           'pairs', 'codec_summary', 'card_header', 'training_summary', 'model_card']
+__all__ = ['PACKAGED', 'CARD', 'NOT_STOCK', 'NO_STOCK', 'TITLES', 'SETTINGS', 'LIBRARIES', 'learned_clips', 'corpus_summary',
+           'part_summary', 'data_summary', 'hub_name', 'card_family', 'licence_duties', 'base_summary',
+           'model_arguments', 'original_code', 'loading_code', 'loss_row', 'pairs', 'codec_summary', 'card_header',
+           'training_summary', 'model_card']
 
 # %% ../../nbs/cli/15_model_card.ipynb #60f192b2
 def learned_clips(data: SampleDataset) -> list[Audio]:  # of a run
@@ -77,6 +78,23 @@ def hub_name(base: str) -> str | None:  # parameter of a run
     "The name of a base on the hub; None for one in the package or in a directory."
     return None if base in PACKAGED or Path(base).is_dir() else base
 
+# %% ../../nbs/cli/15_model_card.ipynb #0c6e37cf
+def card_family(base: dict) -> Family:  # of `describe_base`
+    "The family of a base; descriptions without a configuration are of the first one."
+    kind = base.get("config", {}).get("model_type", HIGGS_V2.architecture.model_type)
+    return FAMILIES[kind]
+
+
+def licence_duties(
+    name: str,  # the parameter `base` of the run
+    family: Family,  # of that base
+) -> str:
+    "The licence of released weights and the notice that it asks for, as sentences."
+    if name in PACKAGED:
+        return ""
+    notice = f" {family.notice}" if family.notice else ""
+    return f" Weights that were released by its makers are under the {family.licence}.{notice}"
+
 # %% ../../nbs/cli/15_model_card.ipynb #17f9c713
 def base_summary(
     name: str,  # the parameter `base` of the run
@@ -89,6 +107,7 @@ def base_summary(
     return (
         f"Base: {in_markdown(known_as)}, revision {revision}, {base['parameters']:,} parameters, "
         f"weights {weights}. Its licence and the rights to the recordings apply."
+        + licence_duties(name, card_family(base))
     )
 
 # %% ../../nbs/cli/15_model_card.ipynb #1cf3fdd3
@@ -126,9 +145,9 @@ def loading_code(
     if kind == "original":
         return original_code(given.get("codec") or "bosonai/higgs-audio-v2-tokenizer")
     arguments = model_arguments(given, kind, base)
-    call = f"load_model({arguments})  # of higgs_nb.model.model"
+    call = f"load_model({arguments})  # of higgs_nb.model.load"
     if stock:
-        name = "HiggsAudioV2ForConditionalGeneration"
+        name = card_family(base).architecture.stock
         call = f"{name}.from_pretrained({arguments}, use_text_head=True)  # of transformers"
     lines = [f"model = {call}"]
     if kind == "adapter":
@@ -166,7 +185,7 @@ CARD = """---
 {header}
 ---
 
-# Higgs Audio V2, fine-tuned: {title}
+# {heading}: {title}
 
 {base}
 
@@ -189,6 +208,9 @@ Versions: {versions}.
 NOT_STOCK = """
 It has audio self-attention or a Whisper tower, which the stock class would leave out.
 """
+NO_STOCK = """
+transformers has no class for it.
+"""
 TITLES = dict(
     adapter="LoRA adapter",
     merged="merged model",
@@ -203,13 +225,14 @@ LIBRARIES = dict(adapter="peft", merged="transformers", original="boson_multimod
 def card_header(
     name: str,  # the parameter `base` of the run
     kind: str,  # "adapter", "merged" or "original"
+    family: Family = HIGGS_V2,  # of the base
 ) -> str:
     "The metadata that a model hub reads, as YAML."
     data = ModelCardData(
         base_model=hub_name(name),
         library_name=LIBRARIES[kind],
         pipeline_tag="text-to-speech",
-        tags=["higgs-audio-v2", kind],
+        tags=[family.name.replace("_", "-"), kind],
     )
     return data.to_yaml()
 
@@ -228,10 +251,12 @@ def model_card(
     remark: str = "",  # more about how it is loaded, in Markdown
 ) -> str:
     "The README.md of an export, with the metadata that model hubs read."
-    given = run["parameters"]
-    remarks = ("" if stock else NOT_STOCK, f"\n{remark}\n" if remark else "")
+    given, family = run["parameters"], card_family(base)
+    class_note = NOT_STOCK if family.architecture.stock else NO_STOCK
+    remarks = ("" if stock else class_note, f"\n{remark}\n" if remark else "")
     card = CARD.format(
-        header=card_header(given["base"], kind),
+        header=card_header(given["base"], kind, family),
+        heading=family.heading.format(title=family.title),
         title=TITLES[kind],
         base=base_summary(given["base"], base),
         code=loading_code(given, kind, base, stock),

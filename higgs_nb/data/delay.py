@@ -27,11 +27,10 @@ def delay_clip(
 ) -> tuple[Tensor, Tensor]:
     "The rows of one clip: `(audio_ids, audio_labels)`, both (rows, codebooks)."
     codebooks, frames = codes.shape
-    wrapped = F.pad(codes, (form.opening, 0), value=bos)
-    wrapped = F.pad(wrapped, (0, form.closing), value=eos)
+    wrapped = F.pad(F.pad(codes, (1, 0), value=bos), (0, 1), value=eos)
     rows = torch.arange(form.rows(frames, codebooks))
     entry = rows[:, None] - form.shift * torch.arange(codebooks)
-    audio_ids = wrapped.t().gather(0, entry.clamp(0, wrapped.shape[1] - 1))
+    audio_ids = wrapped.t().gather(0, (entry - form.opening + 1).clamp(0, frames + 1))
     return audio_ids, audio_ids.where(form.is_labelled(entry, frames), IGNORE)
 
 # %% ../../nbs/data/16_delay.ipynb #244f0f97

@@ -143,7 +143,8 @@ def delay_cells(codes: Tensor, clip: Tensor, tokens: AudioTokens) -> tuple[Tenso
     next_is_bos = F.pad(is_bos[1:] & same_clip, (0, 0, 0, 1))[: len(codes)]
     previous_is_eos = F.pad(is_eos[:-1] & same_clip, (0, 0, 1, 0))[: len(codes)]
     opens = is_bos & ~next_is_bos
-    return opens, (is_bos & next_is_bos) | (is_eos & previous_is_eos)
+    before, behind = is_bos & next_is_bos, is_eos & previous_is_eos
+    return opens, before if tokens.family.delay.labelled_closing is None else before | behind
 
 # %% ../../nbs/data/21_label_checks.ipynb #248b43ef
 def wrong_cells(flat: FlatBatch, clips: Clips, tokens: AudioTokens) -> Iterator[tuple[Tensor, str]]:
@@ -207,15 +208,18 @@ def check_clips(flat: FlatBatch, clips: Clips, tokens: AudioTokens) -> None:
             f"{clips.name(clip)}: its {mark} is supervised and none of its cells: the clip has "
             "lost its audio labels"
         )
-    for clip, k in ((eos != 1) & trained[:, None]).nonzero().tolist():
+    codebooks, form = range(tokens.num_codebooks), tokens.family.delay
+    ends = torch.tensor([form.labelled_ends(k, tokens.num_codebooks) for k in codebooks])
+    for clip, k in ((eos != ends) & trained[:, None]).nonzero().tolist():
+        must = "one" if ends[k] == 1 else int(ends[k])
         raise LabelError(
-            f"{clips.name(clip)}, codebook {k}: {int(eos[clip, k])} EOS labels, must be one: it is "
-            "what teaches the model to stop"
+            f"{clips.name(clip)}, codebook {k}: {int(eos[clip, k])} EOS labels, must be {must}: it "
+            "is what teaches the model to stop"
         )
     for clip, k in ((labels != expected) & trained[:, None]).nonzero().tolist():
         raise LabelError(
             f"{clips.name(clip)}, codebook {k}: {int(labels[clip, k])} labels, must be "
-            f"{int(expected[clip, k])}: every code and one EOS"
+            f"{int(expected[clip, k])}: every code and the EOS that a clip ends with"
         )
 
 # %% ../../nbs/data/21_label_checks.ipynb #ba47548c

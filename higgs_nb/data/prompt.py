@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from .conversation import Audio, Conversation, Text
 from .problems import CorpusError, Problem
-from ..family import HIGGS_V2, Family, TurnTemplate
+from ..family import FAMILIES, HIGGS_V2, Family, TurnTemplate, family_of
 
 # %% auto #0
 __all__ = ['with_special_tokens', 'byte_tokenizer', 'fit_tokenizer', 'check_special_tokens', 'check_vocabulary', 'check_same_ids',
-           'check_codebook_size', 'AudioTokens', 'Turn', 'SceneMark', 'merge_scenes', 'special_ids', 'encode_words',
-           'Prompt', 'PromptWriter']
+           'check_codebook_size', 'family_of_tokenizer', 'AudioTokens', 'Turn', 'SceneMark', 'merge_scenes',
+           'special_ids', 'encode_words', 'Prompt', 'PromptWriter']
 
 # %% ../../nbs/data/17_prompt.ipynb #1a8a6ba6
 def with_special_tokens(core: Tokenizer, family: Family) -> PreTrainedTokenizerFast:
@@ -71,8 +71,8 @@ def check_special_tokens(tokenizer, family: Family) -> None:
             missing.append(token)
     if missing:
         raise ValueError(
-            f"the tokenizer has no single token for {missing}: it is not the tokenizer of a Higgs "
-            "Audio V2 model"
+            f"the tokenizer has no single token for {missing}: it is not the tokenizer of a "
+            f"{family.title} model"
         )
 
 # %% ../../nbs/data/17_prompt.ipynb #c09d77e5
@@ -91,12 +91,8 @@ def check_vocabulary(tokenizer, vocab_size: int) -> None:
 # %% ../../nbs/data/17_prompt.ipynb #83710df8
 def check_same_ids(config, tokenizer, family: Family) -> None:
     "`ValueError` if the config and the tokenizer give the placeholders different ids."
-    special = family.special
-    expected = {
-        special.audio_out: config.audio_token_id,
-        special.audio_delay: config.audio_delay_token_id,
-        special.speech_begin: config.audio_bos_token_id,
-    }
+    placeholders = family.placeholders.items()
+    expected = {token: getattr(config, field) for field, token in placeholders}
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in expected}
     if ids != expected:
         raise ValueError(
@@ -113,6 +109,19 @@ def check_codebook_size(config) -> None:
             f"{eos}: set codebook_size={eos + 1}"
         )
 
+# %% ../../nbs/data/17_prompt.ipynb #99163945
+def family_of_tokenizer(tokenizer) -> Family:  # a fast tokenizer
+    "The family whose mark before speech a tokenizer has; `ValueError` if it has none."
+    added = tokenizer.get_added_vocab()
+    for family in FAMILIES.values():
+        if family.special.speech_begin in added:
+            return family
+    marks = ", ".join(family.special.speech_begin for family in FAMILIES.values())
+    raise ValueError(
+        f"the tokenizer has none of the tokens that precede speech ({marks}): it is not that of "
+        "a model known here"
+    )
+
 # %% ../../nbs/data/17_prompt.ipynb #6ca0d430
 @dataclass(frozen=True)
 class AudioTokens:
@@ -128,8 +137,9 @@ class AudioTokens:
     family: Family = field(default=HIGGS_V2, compare=False, repr=False)
 
     @classmethod
-    def from_config(cls, config, tokenizer, family: Family = HIGGS_V2) -> AudioTokens:
+    def from_config(cls, config, tokenizer) -> AudioTokens:
         "Of a model's `config`; `ValueError` if `tokenizer` is not that of the model."
+        family = family_of(config)
         check_special_tokens(tokenizer, family)
         check_vocabulary(tokenizer, getattr(config, "vocab_size", len(tokenizer)))
         check_same_ids(config, tokenizer, family)
@@ -146,10 +156,9 @@ class AudioTokens:
         )
 
     @classmethod
-    def from_tokenizer(
-        cls, tokenizer, codebook_size: int, num_codebooks: int, family: Family = HIGGS_V2
-    ) -> AudioTokens:
+    def from_tokenizer(cls, tokenizer, codebook_size: int, num_codebooks: int) -> AudioTokens:
         "Of a model with this tokenizer, for codes below `codebook_size`; BOS and EOS follow them."
+        family = family_of_tokenizer(tokenizer)
         special = (family.special.audio_in, family.special.audio_out, family.special.audio_delay)
         ids = tokenizer.convert_tokens_to_ids(list(special))
         ends = (codebook_size, codebook_size + 1)

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
 from .audio import load_audio
+from .blocks import write_prompt
 from .conversation import Audio, Conversation
 from .delay import IGNORE, delay_pattern
-from .prompt import AudioTokens, PromptWriter
+from .prompt import AudioTokens
 from higgs_nb.data.whisper_inputs import (
     at_rate,
     code_bounds,
@@ -58,7 +59,7 @@ def encode_conversation(
     waveforms: dict[int, tuple[Tensor, int]] | None = None,
 ) -> Encoded:
     "Join the tokens of a conversation with the codes of its recordings."
-    prompt = PromptWriter(tokenizer).write(conversation)
+    prompt = write_prompt(conversation, tokenizer)
     if len(codes) != len(prompt.recordings):
         raise ValueError(
             f"conversation {conversation.id} has {len(prompt.recordings)} recordings, got codes "

@@ -13,25 +13,34 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import BitsAndBytesConfig, HiggsAudioV2Config, WhisperConfig, WhisperModel
+from transformers import (
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    WhisperConfig,
+    WhisperModel,
+)
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.files import load_json
 from ..core.messages import shown, weight_problems
-from ..family import HIGGS_V2
+from ..family import FAMILIES, HIGGS_V2, Architecture, Family, family_of
 from .audio_attention import start_as_identity
+from .classes import CLASSES
 from .model import HiggsAudioForTraining
+from .native import from_native_config, is_native, read_native
 from .whisper import whisper_settings
 
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'PANGRAMS', 'PRECISE', 'base_path', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_kind',
+__all__ = ['logger', 'PANGRAMS', 'base_path', 'base_family', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_kind',
            'check_source', 'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer', 'check_not_switched_off',
-           'check_tower_source', 'extend_config', 'start_audio_attention', 'start_tower', 'keep_precise',
-           'keep_packing', 'load_config', 'check_keys', 'check_stream_codes', 'load_model']
+           'check_tower_source', 'check_extendable', 'extend_config', 'start_audio_attention', 'start_tower',
+           'precise_modules', 'keep_precise', 'keep_packing', 'load_config', 'weights_source', 'check_keys',
+           'check_stream_codes', 'load_model']
 
 # %% ../../nbs/model/11_load.ipynb #b2b0a566
 def base_path(
@@ -44,6 +53,17 @@ def base_path(
     if base == "small":
         return str(files("higgs_nb") / "assets" / "base")
     return str(Path(run) / "base") if base == "tiny" else base
+
+# %% ../../nbs/model/11_load.ipynb #de2360ca
+def base_family(base: str) -> Family:  # "small", "tiny", a directory or a hub id
+    "The family of a base, as far as it is known without loading it."
+    file = Path(base_path(base)) / "config.json"
+    config = load_json(file) if file.is_file() else {}
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    for family in FAMILIES.values():
+        if kind == family.architecture.model_type or base in family.architecture.released:
+            return family
+    return HIGGS_V2
 
 # %% ../../nbs/model/11_load.ipynb #2b1b1382
 def is_hub_id(text: str) -> bool:  # a name that is no directory
@@ -73,7 +93,7 @@ def kind_remedy(kind, name: str | Path = "SOURCE") -> str:
     """What a directory `name` holds that is no base, by the `model_type` of its config.json, and
     what to do with it.
     """
-    if kind == HIGGS_V2.architecture.original_type:
+    if kind in {family.architecture.original_type for family in FAMILIES.values()} - {None}:
         loader = "higgs_nb.original.convert.load_original"
         return (
             f"it is a checkpoint in the original format: load it with {loader}, or convert it "
@@ -84,14 +104,14 @@ def kind_remedy(kind, name: str | Path = "SOURCE") -> str:
             f"it is a codec ({kind}): give it to load_codec, and the directory of the "
             "language model here"
         )
-    expected = HIGGS_V2.architecture.model_type
-    return f"its config.json says model_type {kind!r}, and a base has {expected!r}"
+    expected = " or ".join(map(repr, FAMILIES))
+    return f"its config.json says model_type {kind!r}, and a base has {expected}"
 
 # %% ../../nbs/model/11_load.ipynb #d5165a1f
 def check_kind(config, name: str | Path) -> None:  # content of config.json; of `name`
     "`ValueError` names what `name` is, if its configuration is not that of a base."
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != HIGGS_V2.architecture.model_type:
+    if kind not in FAMILIES:
         raise ValueError(f"{name} cannot be loaded as a base: {kind_remedy(kind, name)}")
 
 # %% ../../nbs/model/11_load.ipynb #a4f6e673
@@ -154,7 +174,7 @@ def check_tokenizer(
 
 # %% ../../nbs/model/11_load.ipynb #9b948374
 def check_not_switched_off(
-    config: HiggsAudioV2Config,  # of the checkpoint
+    config: PretrainedConfig,  # of the checkpoint
     name: str,  # of the checkpoint, for the error
     **asked: bool | None,  # fields of the configuration; None: as the checkpoint has it
 ) -> None:
@@ -182,9 +202,28 @@ def check_tower_source(
             "whisper='openai/whisper-large-v3', or leave encode_whisper_embed out"
         )
 
+# %% ../../nbs/model/11_load.ipynb #de39d671
+def check_extendable(
+    architecture: Architecture,
+    name: str,  # of the checkpoint, for the error
+    attention: bool | None,  # `use_audio_out_self_attention` of `load_model`
+    tower: bool | None,  # `encode_whisper_embed` of `load_model`
+    whisper: str | None,  # see `load_model`
+) -> None:
+    "`ValueError` if a run asks for a module that models of this family cannot have."
+    asked = {"use_audio_out_self_attention": attention and not architecture.audio_attention}
+    asked["encode_whisper_embed"] = tower and not architecture.tower
+    asked["whisper"] = whisper and not architecture.tower
+    wrong = [key for key, value in asked.items() if value]
+    if wrong:
+        raise ValueError(
+            f"{name} is of a family ({architecture.model_type}) whose models have no part for "
+            f"{', '.join(wrong)}: leave it out"
+        )
+
 # %% ../../nbs/model/11_load.ipynb #5a1067da
 def extend_config(
-    config: HiggsAudioV2Config,  # of the checkpoint, changed in place
+    config: PretrainedConfig,  # of the checkpoint, changed in place
     name: str,  # of the checkpoint, for errors
     use_audio_out_self_attention: bool | None,  # see `load_model`
     encode_whisper_embed: bool | None,  # see `load_model`
@@ -193,6 +232,10 @@ def extend_config(
     """Change `config` to what a run asks for; returns the modules that its checkpoint lacks.
     `ValueError` if that cannot be done.
     """
+    architecture = family_of(config).architecture
+    check_extendable(
+        architecture, name, use_audio_out_self_attention, encode_whisper_embed, whisper
+    )
     has_attention = getattr(config, "use_audio_out_self_attention", False)
     has_tower = getattr(config, "encode_whisper_embed", False)
     check_not_switched_off(
@@ -205,11 +248,11 @@ def extend_config(
     new = ()
     if use_audio_out_self_attention and not has_attention:
         config.use_audio_out_self_attention = True
-        new = HIGGS_V2.architecture.audio_attention
+        new = architecture.audio_attention
     if whisper:
         check_directory(whisper, "Whisper model")
         whisper_settings(config, WhisperConfig.from_pretrained(whisper))
-        new += (HIGGS_V2.architecture.projector,)
+        new += (architecture.projector,)
     return new
 
 # %% ../../nbs/model/11_load.ipynb #65d59bab
@@ -247,23 +290,24 @@ def start_tower(model: HiggsAudioForTraining, whisper: str) -> None:  # director
     )
 
 # %% ../../nbs/model/11_load.ipynb #9002b3a4
-# names of modules, as regular expressions
-PRECISE = (
-    HIGGS_V2.architecture.text_head,
-    HIGGS_V2.architecture.audio_head,
-    HIGGS_V2.architecture.tower,
-    HIGGS_V2.architecture.projector,
-    rf".*\.{HIGGS_V2.architecture.audio_attention[0]}",
-)
+def precise_modules(family: Family) -> list[str]:
+    "Names of modules that are not rounded, as regular expressions."
+    names = family.architecture
+    whole = (*names.heads[::-1], names.tower, names.projector)
+    in_layers = (rf".*\.{name}" for name in names.audio_attention[:1])
+    return [name for name in (*whole, *in_layers) if name]
 
 
-def keep_precise(config: QuantizationConfigMixin | None) -> QuantizationConfigMixin | None:
+def keep_precise(
+    config: QuantizationConfigMixin | None, family: Family = HIGGS_V2
+) -> QuantizationConfigMixin | None:
     """A quantization that leaves heads, Whisper tower and audio self-attention as they are, if it
     does not name itself what it leaves.
     """
     if not isinstance(config, BitsAndBytesConfig) or config.llm_int8_skip_modules is not None:
         return config
-    return BitsAndBytesConfig.from_dict({**config.to_dict(), "llm_int8_skip_modules": [*PRECISE]})
+    left_out = {"llm_int8_skip_modules": precise_modules(family)}
+    return BitsAndBytesConfig.from_dict({**config.to_dict(), **left_out})
 
 # %% ../../nbs/model/11_load.ipynb #ddaef794
 def keep_packing(model: nn.Module) -> None:  # changed in place
@@ -273,19 +317,39 @@ def keep_packing(model: nn.Module) -> None:  # changed in place
             module.support_avx512bf16_for_cpu = False
 
 # %% ../../nbs/model/11_load.ipynb #b37bfa13
-def load_config(name: str, revision: str | None) -> HiggsAudioV2Config:  # see `load_model`
-    "The configuration of a checkpoint. `OSError` says what to do without a network."
+def load_config(name: str, revision: str | None) -> tuple[PretrainedConfig, bool]:
+    """The configuration of a checkpoint, see `load_model`, and whether it is in the native form of
+    its family. `OSError` says what to do without a network.
+    """
     check_source(name)
     try:
-        settings, _ = HiggsAudioV2Config.get_config_dict(name, revision=revision)
-        check_kind(settings, name)
-        return HiggsAudioV2Config.from_pretrained(name, revision=revision)
+        values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except OSError as error:
         raise OSError(
             f"{error}\nWithout a network, fetch the base where there is one, `hf "
             f"download {name}`, and give its directory. `higgs_doctor --base "
             f"{name}` looks what is wrong."
         ) from error
+    if is_native(values):
+        return from_native_config(values, str(name)), True
+    check_kind(values, name)
+    of_family = CLASSES[FAMILIES[values["model_type"]].name].config
+    return of_family.from_pretrained(name, revision=revision), False
+
+# %% ../../nbs/model/11_load.ipynb #9aa1bc94
+def weights_source(
+    name: str | Path,  # see `load_model`
+    revision: str | None,
+    native: bool,  # of `load_config`
+) -> dict:
+    "Arguments of `from_pretrained` that give the weights of a checkpoint."
+    if not native:
+        return dict(pretrained_model_name_or_path=name, revision=revision, use_safetensors=True)
+    folder = Path(name)
+    if not folder.is_dir():
+        wanted = ["*.json", "*.safetensors"]
+        folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+    return dict(pretrained_model_name_or_path=None, state_dict=read_native(folder))
 
 # %% ../../nbs/model/11_load.ipynb #53043961
 def check_keys(
@@ -306,7 +370,7 @@ def check_keys(
         )
 
 # %% ../../nbs/model/11_load.ipynb #3faeb508
-def check_stream_codes(config: HiggsAudioV2Config, name: str) -> None:
+def check_stream_codes(config: PretrainedConfig, name: str) -> None:
     "`ValueError` if the codebooks of a checkpoint have no room for the code that ends a clip."
     if config.codebook_size <= config.audio_stream_eos_id:
         raise ValueError(
@@ -331,30 +395,31 @@ def load_model(
     # a BitsAndBytesConfig: the decoder layers' matrices in 4 or 8 bits, see `keep_precise`
     quantization_config: QuantizationConfigMixin | None = None,
     **kwargs,  # more for `from_pretrained`
-) -> HiggsAudioForTraining:
-    """Load a checkpoint in transformers' format with its text head; `ValueError` if weights are
-    missing, left over or of another shape.
+) -> nn.Module:
+    """Load a checkpoint of one of `FAMILIES`, in transformers' format with all its heads or in the
+    native form of Higgs Audio V3; `ValueError` if weights are missing, left over or of another
+    shape.
     """
-    config = load_config(name_or_path, revision)
+    config, native = load_config(name_or_path, revision)
     asked = (use_audio_out_self_attention, encode_whisper_embed, whisper)
     new = extend_config(config, str(name_or_path), *asked)
-    model, info = HiggsAudioForTraining.from_pretrained(
-        name_or_path,
+    family = family_of(config)
+    model, info = CLASSES[family.name].model.from_pretrained(
+        **weights_source(name_or_path, revision, native),
         config=config,
-        revision=revision,
         dtype=dtype,
         attn_implementation=attn_implementation,
         output_loading_info=True,
-        use_safetensors=True,
-        quantization_config=keep_precise(quantization_config),
+        quantization_config=keep_precise(quantization_config, family),
         **kwargs,
     )
     check_keys(name_or_path, info, new)
     check_stream_codes(model.config, name_or_path)
-    if HIGGS_V2.architecture.audio_attention[0] in new:
+    if set(new) & set(family.architecture.audio_attention):
         start_audio_attention(model)
-    if HIGGS_V2.architecture.projector in new:
+    if family.architecture.projector in new:
         start_tower(model, whisper)
+    model.config.name_or_path = str(name_or_path)
     model.new_modules = new
     model.trained_tokenizer = noted_tokenizer(name_or_path)
     keep_packing(model)

@@ -16,15 +16,14 @@ from torch import nn
 from transformers.utils import logging
 
 from ..core.messages import did_you_mean, in_html
-from ..family import HIGGS_V2
-from .decoder import HiggsDecoder
+from ..family import HIGGS_V2, Architecture, Family, family_of
 from .modules import HALF, to_float32
 
 logger = logging.get_logger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'PRESETS', 'HEADS', 'EMBEDDINGS', 'LORA', 'IN_FULL', 'SINGLE_ROWS', 'FROZEN', 'NARROWING', 'preset_targets',
-           'create_lora_config', 'only_lora', 'fit_targets', 'fit_config', 'Match', 'html_row', 'MatchTable',
+           'create_lora_config', 'only_lora', 'fit_targets', 'untied', 'fit_config', 'Match', 'html_row', 'MatchTable',
            'no_match', 'matching', 'in_order', 'lora_parameters', 'lora_matches', 'check_ranks', 'full_matches',
            'row_matches', 'match_table', 'narrowed', 'check_applied', 'keep_float32', 'split_match', 'freeze_silent',
            'apply_lora']
@@ -91,18 +90,16 @@ def fit_targets(
     config: LoraConfig,  # of `create_lora_config`, or one of PEFT's
     parts: set[str],  # of the names of the model's modules
     new: tuple[str, ...],  # modules that the checkpoint lacked
+    names: Architecture,  # of the model's family
 ) -> list[str]:
     "The targets that the model has. `ValueError` if one is named that is in a new module."
-    targets = list(config.target_modules)
-    if getattr(config, "preset", None):
-        audio_attention = HIGGS_V2.architecture.audio_attention[0]
-        if audio_attention in parts and audio_attention not in new:
-            return targets
-        return [
-            target
-            for target in targets
-            if target not in HIGGS_V2.architecture.targets.audio_attention
-        ]
+    targets, preset = list(config.target_modules), getattr(config, "preset", None)
+    if preset:
+        if set(targets) == set(PRESETS[preset]):
+            targets = list(names.targets.presets[preset])
+        has_attention = set(names.audio_attention[:1]) & (parts - set(new))
+        left_out = () if has_attention else names.targets.audio_attention
+        return [target for target in targets if target not in left_out]
     inside = [target for target in targets if set(target.split(".")) & set(new)]
     if inside:
         raise ValueError(
@@ -111,6 +108,22 @@ def fit_targets(
             "in full, or save the model with save_pretrained and use that as the base"
         )
     return targets
+
+# %% ../../nbs/model/12_lora.ipynb #991523fc
+def untied(
+    trained: tuple[str, ...],  # modules that a configuration trains in full
+    family: Family,  # of the model
+) -> list[str]:
+    "The modules under their own names; `ValueError` if two of them are one."
+    own = {name: group[0] for group in family.tied_groups for name in group}
+    for group in family.tied_groups:
+        both = [name for name in trained if name in group]
+        if len(set(both)) > 1:
+            raise ValueError(
+                f"{' and '.join(both)} are one table, which cannot be trained as two: name "
+                f"{group[0]} alone"
+            )
+    return [own.get(name, name) for name in trained]
 
 # %% ../../nbs/model/12_lora.ipynb #993c5687
 def fit_config(
@@ -128,11 +141,14 @@ def fit_config(
         )
     new = getattr(model, "new_modules", ())
     parts = {part for name, _ in model.named_modules() for part in name.split(".")}
+    family = family_of(model.config)
     config = copy.copy(config)
-    config.target_modules = fit_targets(config, parts, new)
-    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *new])) or None
-    if HIGGS_V2.architecture.tower in parts and not config.exclude_modules:
-        config.exclude_modules = rf"(.*\.)?{HIGGS_V2.architecture.tower}\..*"
+    config.target_modules = fit_targets(config, parts, new, family.architecture)
+    trained = (*untied(config.modules_to_save or (), family), *new)
+    config.modules_to_save = list(dict.fromkeys(trained)) or None
+    tower = family.architecture.tower
+    if tower in parts and not config.exclude_modules:
+        config.exclude_modules = rf"(.*\.)?{tower}\..*"
     return config
 
 # %% ../../nbs/model/12_lora.ipynb #cf4e2d41
@@ -296,9 +312,8 @@ def match_table(
     config = fit_config(config, model)
     owner = type(model).__name__
     new = getattr(model, "new_modules", ())
-    modules = {
-        n: m for n, m in model.named_modules() if HIGGS_V2.architecture.tower not in n.split(".")
-    }
+    tower = family_of(model.config).architecture.tower
+    modules = {n: m for n, m in model.named_modules() if tower not in n.split(".")}
     linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear)}
     adapted = lora_matches(config, linear, owner)
     check_ranks(config, [name for match in adapted for name in match.modules], owner)
@@ -359,7 +374,7 @@ def keep_float32(model: PeftModel) -> None:  # changed in place
     the base stays as it is. Embeddings of transformers' own class stay as it has them: its
     decoder does not cast what they give.
     """
-    casts = isinstance(model.get_base_model().model, HiggsDecoder)
+    casts = hasattr(model.get_base_model().model, "precision")
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             for trained in module.modules_to_save.values():
@@ -384,21 +399,19 @@ def split_match(
 # %% ../../nbs/model/12_lora.ipynb #1082849d
 def freeze_silent(model: PeftModel) -> list[str]:  # of `apply_lora`, changed in place
     """Freeze what has no gradient without text loss, the last layer's text network and the text
-    head; logs and returns their names, and the match table shows them.
+    head; logs and returns their names, and the match table shows them. Where frames pass through
+    the same network as text, there is nothing to freeze.
     """
-    last = f"layers.{model.config.num_hidden_layers - 1}.{HIGGS_V2.architecture.text_network}."
+    names = family_of(model.config).architecture
+    if names.text_network is None:
+        return []
+    last = f"layers.{model.config.num_hidden_layers - 1}.{names.text_network}."
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    silent = {
-        n: p for n, p in trainable.items() if last in n or HIGGS_V2.architecture.text_head in n
-    }
+    silent = {n: p for n, p in trainable.items() if last in n or names.text_head in n}
     for p in silent.values():
         p.requires_grad_(False)
     for match in list(getattr(model, "match_table", ())):
-        modules = [
-            name
-            for name in match.modules
-            if last in name or name == HIGGS_V2.architecture.text_head
-        ]
+        modules = [name for name in match.modules if last in name or name == names.text_head]
         if modules and match.kind != FROZEN:
             inside = [n for n in silent if any(f".{module}." in n for module in modules)]
             frozen = sum(silent[n].numel() for n in inside)

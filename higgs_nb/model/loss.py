@@ -18,8 +18,9 @@ from .device import autocast_dtype, device_type, without_autocast
 from .modules import InputPrecisionLinear, active
 
 # %% auto #0
-__all__ = ['DEFAULT_CHUNKS', 'codebook_loss_sums', 'target_counts', 'LossWeights', 'loss_shares', 'LossChunks', 'label_sums',
-           'class_mean_sums', 'logit_gradient', 'ChunkedCrossEntropy', 'chunked_cross_entropy']
+__all__ = ['DEFAULT_CHUNKS', 'HEAD_KINDS', 'codebook_loss_sums', 'target_counts', 'LossWeights', 'loss_shares', 'LossChunks',
+           'label_sums', 'class_mean_sums', 'logit_gradient', 'ChunkedCrossEntropy', 'check_head',
+           'chunked_cross_entropy']
 
 # %% ../../nbs/model/02_loss.ipynb #44656b94
 def codebook_loss_sums(
@@ -118,11 +119,10 @@ class ChunkedCrossEntropy(Function):
     "The arithmetic of `chunked_cross_entropy`."
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, smoothing, chunks, with_grad):
+    def forward(ctx, hidden, weight, targets, scale, smoothing, chunks, apart, with_grad):
         w, wide = weight.to(hidden.dtype), scale.dtype
         parts = targets.shape[1]
-        sums = hidden.new_zeros(parts, dtype=wide)
-        smooth = hidden.new_zeros(parts, dtype=wide)
+        sums, smooth, some_sums = hidden.new_zeros(3, parts, dtype=wide)
         trains_head = with_grad and ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if with_grad else None
         d_weight = torch.zeros_like(weight, dtype=wide) if trains_head else None
@@ -134,6 +134,9 @@ class ChunkedCrossEntropy(Function):
                 some = some.view(len(some), parts, -1)
                 log_p = torch.log_softmax(some, -1, dtype=wide)
                 sums.sub_(label_sums(log_p, labels))
+                if apart is not None:
+                    only = labels.masked_fill(labels != apart, IGNORE)
+                    some_sums.sub_(label_sums(log_p, only))
                 if smoothing:
                     smooth.sub_(class_mean_sums(log_p, labels))
                 if with_grad:
@@ -144,8 +147,10 @@ class ChunkedCrossEntropy(Function):
                 d_weight.add_(logits.t() @ hidden[rows])
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
+        loss = (scale * ((1 - smoothing) * sums + smoothing * smooth)).sum()
+        sums = sums.clone() if apart is None else torch.stack([sums, some_sums])
         ctx.mark_non_differentiable(sums)
-        return (scale * ((1 - smoothing) * sums + smoothing * smooth)).sum(), sums
+        return loss, sums
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -153,30 +158,41 @@ class ChunkedCrossEntropy(Function):
         d_hidden = d_hidden * grad.to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.dtype)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, *[None] * 6
+
+# %% ../../nbs/model/02_loss.ipynb #709e295f
+HEAD_KINDS = (nn.Linear, InputPrecisionLinear, nn.Embedding)
+
+
+def check_head(head: nn.Module) -> None:
+    "`TypeError` if the weight of a head is not all there is to it."
+    if type(head) not in HEAD_KINDS or getattr(head, "bias", None) is not None:
+        raise TypeError(
+            f"a head must be a linear layer without bias, not {head}; train it in full, not by LoRA"
+        )
 
 # %% ../../nbs/model/02_loss.ipynb #c4e2b6c6
 @torch.compiler.disable  # torch 2.11 cannot trace it
 def chunked_cross_entropy(
     hidden: Tensor,  # (rows, hidden)
-    head: nn.Module,  # a linear layer without bias: hidden -> parts * classes
+    # a linear layer without bias, hidden -> parts * classes, or an embedding with such a weight
+    head: nn.Module,
     # (rows, parts), -100 = not supervised; a part is a codebook, the text is one part
     targets: Tensor,
     scale: Tensor,  # (parts,) the weight of each part's summed loss in the loss
     smoothing: float = 0.0,  # label smoothing of the loss; the sums are without
     chunks: LossChunks = DEFAULT_CHUNKS,
+    apart: int | None = None,  # a label whose cells are also summed apart
 ) -> tuple[Tensor, Tensor]:
     """`(loss, sums)`: the loss to call backward on, a scalar, and the summed cross-entropy of each
-    part, (parts,), in float32. `TypeError` if the head is another layer.
+    part, (parts,), in float32; with `apart` (2, parts), first of all cells, then of those with
+    that label. `TypeError` if the head is another layer.
     """
     head = active(head)
-    if type(head) not in (nn.Linear, InputPrecisionLinear) or head.bias is not None:
-        raise TypeError(
-            f"a head must be a linear layer without bias, not {head}; train it in full, not by LoRA"
-        )
+    check_head(head)
     hidden = hidden.to(autocast_dtype(hidden) or hidden.dtype)
     scale = scale.to(torch.promote_types(hidden.dtype, torch.float32))
     with without_autocast(hidden):
         return ChunkedCrossEntropy.apply(
-            hidden, head.weight, targets, scale, smoothing, chunks, torch.is_grad_enabled()
+            hidden, head.weight, targets, scale, smoothing, chunks, apart, torch.is_grad_enabled()
         )

@@ -45,6 +45,9 @@ class HiggsOutput(ModelOutput):
     audio_loss: Tensor | None = None  # mean over codebooks
     codebook_losses: Tensor | None = None  # (codebooks,)
     counts: Tensor | None = None  # (1 + codebooks,) supervised cells of this batch, text first
+    # (codebooks,) of the EOS cells alone, where the model reports them
+    end_losses: Tensor | None = None
+    end_counts: Tensor | None = None  # (codebooks,) those cells
 
 # %% ../../nbs/model/10_model.ipynb #e2fe7313
 # of `PackedCollator`, for the decoder
@@ -144,6 +147,16 @@ class TwoLosses:
         shape = (self.config.num_codebooks, self.config.codebook_size)
         return self.audio_lm_head(hidden).unflatten(-1, shape)
 
+    def text_part(self, hidden: Tensor, targets: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        "The text loss, weighted, and its sum, (1,), of rows (rows, hidden) and their targets."
+        options = (self.loss_weights.label_smoothing, self.loss_chunks)
+        return chunked_cross_entropy(hidden, self.text_lm_head, targets[:, None], share, *options)
+
+    def audio_part(self, hidden: Tensor, targets: Tensor, share: Tensor) -> tuple:
+        "The audio loss, weighted, the sum of each codebook, and more for the `HiggsOutput`."
+        options = (self.loss_weights.label_smoothing, self.loss_chunks)
+        return *chunked_cross_entropy(hidden, self.audio_lm_head, targets, share, *options), {}
+
     def losses(
         self, hidden: Tensor, text_rows, text_targets, audio_rows, audio_targets, counts=None
     ) -> HiggsOutput:
@@ -154,15 +167,10 @@ class TwoLosses:
         own = target_counts(dict(text_targets=text_targets, audio_targets=audio_targets))
         divisors = (own if counts is None else counts).clamp(min=1)
         share = loss_shares(weights, self.config.num_codebooks, hidden.device) / divisors
-        options = (weights.label_smoothing, self.loss_chunks)
         text_hidden = hidden.index_select(0, text_rows)
-        text, text_sum = chunked_cross_entropy(
-            text_hidden, self.text_lm_head, text_targets[:, None], share[:1], *options
-        )
+        text, text_sum = self.text_part(text_hidden, text_targets, share[:1])
         audio_hidden = hidden.index_select(0, audio_rows)
-        audio, audio_sums = chunked_cross_entropy(
-            audio_hidden, self.audio_lm_head, audio_targets, share[1:], *options
-        )
+        audio, audio_sums, more = self.audio_part(audio_hidden, audio_targets, share[1:])
         means = torch.cat([text_sum, audio_sums]) / own.clamp(min=1)
         return HiggsOutput(
             loss=text + audio,
@@ -170,6 +178,7 @@ class TwoLosses:
             audio_loss=means[1:].mean(),
             codebook_losses=means[1:],
             counts=own,
+            **more,
         )
 
 # %% ../../nbs/model/10_model.ipynb #61c17d9d

@@ -16,7 +16,7 @@ from transformers import InfNanRemoveLogitsProcessor
 from ..checkpoint.base import base_of
 from ..data.codec import Codec
 from ..data.conversation import Conversation
-from ..data.delay import delay_pattern
+from ..data.delay import delay_clip
 from ..data.prompt import AudioTokens
 from .clips import Speech
 from .generate import Encoder, generate_speech
@@ -33,7 +33,8 @@ class ForcedCodes(InfNanRemoveLogitsProcessor):
     def __init__(self, codes: Sequence[Tensor], given: Sequence[int], tokens: AudioTokens):
         self.ends = [tokens.stream_bos, tokens.stream_eos]
         self.step = 0
-        grids = [delay_pattern(c, torch.tensor([c.shape[1]]), *self.ends)[0] for c in codes]
+        form = tokens.family.delay
+        grids = [delay_clip(c.long(), *self.ends, form)[0] for c in codes]
         # (clips, rows, codebooks), delayed as `generate` makes them
         self.grid = pad_sequence(grids, batch_first=True, padding_value=tokens.stream_eos)
         self.forced = self.grid >= tokens.stream_bos

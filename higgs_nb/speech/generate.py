@@ -23,7 +23,7 @@ from ..data.conversation import Audio, Conversation, Text, tts_conversation
 from ..data.delay import undelay
 from ..data.prompt import AudioTokens
 from ..data.samples import Sample, encode_with, expand, sample_options
-from ..family import HIGGS_V2
+from ..family import family_of
 from ..model.load import check_tokenizer
 from ..model.shard import is_sharded
 from .clips import Speech
@@ -31,9 +31,9 @@ from .options import OF_REPEATS, OF_SAMPLING, check_options
 from .sampling import ClipSampler
 
 # %% auto #0
-__all__ = ['OPENING', 'without_answer', 'prompt_of', 'FiniteLogits', 'generation_config', 'generation_inputs', 'generate_codes',
-           'Encoder', 'as_conversations', 'prompts_of', 'asked_text', 'clip_of', 'in_eval_mode', 'chosen_here',
-           'check_seeds', 'generate_speech']
+__all__ = ['without_answer', 'prompt_of', 'FiniteLogits', 'generation_config', 'generation_inputs', 'generate_codes', 'Encoder',
+           'as_conversations', 'prompts_of', 'asked_text', 'clip_of', 'in_eval_mode', 'chosen_here', 'check_seeds',
+           'generate_speech']
 
 # %% ../../nbs/speech/03_generate.ipynb #f43bc8f2
 def without_answer(conversation: Conversation) -> Conversation:  # with its answer or without
@@ -48,9 +48,6 @@ def without_answer(conversation: Conversation) -> Conversation:  # with its answ
     return replace(conversation, messages=messages, start_index=len(messages))
 
 # %% ../../nbs/speech/03_generate.ipynb #99f0e3e8
-OPENING = "<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|>"
-
-
 def prompt_of(
     conversation: Conversation,  # a trained answer at its end is left out
     tokenizer,  # that of the model
@@ -58,7 +55,7 @@ def prompt_of(
     store=None,  # gives the codes of recordings in the prompt
     **options,  # of `sample_options`: how the model reads recordings
 ) -> Sample:
-    "The sequence up to and with `<|audio_out_bos|>`, as in training."
+    "The sequence up to and with the mark before speech, as in training."
     context = without_answer(conversation)
     if context.audio and store is None:
         raise ValueError(
@@ -67,7 +64,8 @@ def prompt_of(
         )
     encoded = encode_with(context, tokenizer, store, options.get("extractor"))
     sample = expand(encoded, tokens, conversation.id, **options)
-    opening = torch.tensor(tokenizer.encode(OPENING, add_special_tokens=False))
+    answer = tokens.family.template.answer
+    opening = torch.tensor(tokenizer.encode(answer, add_special_tokens=False))
     return replace(
         sample,
         input_ids=torch.cat([sample.input_ids, opening]),
@@ -98,7 +96,8 @@ def generation_config(
 ):
     "A copy of the model's generation config with these options."
     config = copy.deepcopy(model.generation_config)
-    config.max_new_tokens = HIGGS_V2.delay.rows(max_frames, model.config.num_codebooks)
+    rows = family_of(model.config).delay.rows(max_frames, model.config.num_codebooks)
+    config.max_new_tokens = rows
     for name, value in options.items():
         setattr(config, name, value)
     if config.temperature is not None:
@@ -201,7 +200,8 @@ def clip_of(
     codes, ended = undelay(rows.cpu(), tokens.stream_bos, tokens.stream_eos)
     stopped = ended and codes.shape[1] <= max_frames
     codes = codes[:, :max_frames]
-    clip = Speech(conversation.id, asked_text(conversation), codes, stopped)
+    rate = tokens.family.frame_rate
+    clip = Speech(conversation.id, asked_text(conversation), codes, stopped, frame_rate=rate)
     if codec is None:
         return clip
     sound = codec.decode(codes) if codes.shape[1] else torch.zeros(0)

@@ -12,9 +12,8 @@ from ..cli.parameters import AUTO
 from ..core.html import table
 from ..core.messages import shown
 from ..data.codec_pairs import codec_of_base
-from ..family import Recipe
-from ..model.load import base_path
-from ..model.lora import EMBEDDINGS, HEADS
+from ..family import HIGGS_V2, Architecture, Recipe
+from ..model.load import base_family, base_path
 from ..training.recipe import recipe_of
 
 # %% auto #0
@@ -83,9 +82,11 @@ def listed(names: str) -> tuple[str, ...]:  # with commas between them
     return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
-def resolve_modules(text: str, recipe: Recipe) -> tuple[str, ...]:
-    "The modules that `train_in_full` names."
-    words = {AUTO: recipe.train_in_full, "yes": HEADS + EMBEDDINGS, "no": ()}
+def resolve_modules(
+    text: str, recipe: Recipe, names: Architecture = HIGGS_V2.architecture
+) -> tuple[str, ...]:
+    "The modules that `train_in_full` names, of a base with these `names`."
+    words = {AUTO: recipe.train_in_full, "yes": names.heads_and_embeddings, "no": ()}
     return words[text] if text in words else listed(text)
 
 # %% ../../nbs/tasks/01_settings.ipynb #57e3eb9c
@@ -120,5 +121,6 @@ def resolve(
         ignored = "steps" if not values["steps"] else "epochs"
         sources[ignored] = "default"
     if "train_in_full" in given:
-        values["train_in_full"] = resolve_modules(given["train_in_full"], recipe)
+        names = base_family(given["base"]).architecture
+        values["train_in_full"] = resolve_modules(given["train_in_full"], recipe, names)
     return Settings(run, values, sources)

@@ -15,7 +15,7 @@ from ..checkpoint.errors import CheckpointError
 from ..cli.doctor import memory_advice
 from ..data.prompt import byte_tokenizer
 from ..data.samples import SampleDataset, sample_options
-from ..family import HIGGS_V2
+from ..family import family_of
 from ..model.load import base_path, load_model
 from ..model.lora import PRESETS, apply_lora, create_lora_config
 from ..model.model import HiggsAudioForTraining, tiny_model
@@ -86,7 +86,7 @@ def optional_parts(
     model: HiggsAudioForTraining,  # of `load_base`
 ) -> list[str]:
     "A line for each optional part of a base: whether it is on, its size, whether it is new."
-    network, lines = HIGGS_V2.architecture, []
+    network, lines = family_of(model.config).architecture, []
     parts = {
         "audio self-attention": set(network.audio_attention),
         "Whisper tower": {network.tower},

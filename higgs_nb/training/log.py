@@ -17,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import HiggsAudioV2Config
+from transformers import PretrainedConfig
 
 from ..core.events import send_event
 from ..core.system import unix_module
@@ -29,9 +30,9 @@ from .processes import device_module
 resource = unix_module("resource")
 
 # %% auto #0
-__all__ = ['resource', 'named_losses', 'LossMeter', 'log_columns', 'json_line', 'csv_row', 'LogFileCallback', 'check_trackers',
-           'tracked', 'TrackerCallback', 'ProgressCallback', 'EventCallback', 'useful_flops', 'matmul_rate',
-           'peak_memory_mb', 'SpeedCallback', 'speed_metrics']
+__all__ = ['resource', 'named_losses', 'named_ends', 'LossMeter', 'log_columns', 'json_line', 'csv_row', 'LogFileCallback',
+           'check_trackers', 'tracked', 'TrackerCallback', 'ProgressCallback', 'EventCallback', 'useful_flops',
+           'matmul_rate', 'peak_memory_mb', 'SpeedCallback', 'speed_metrics']
 
 # %% ../../nbs/training/08_log.ipynb #388a1f3a
 def named_losses(means: list[float | None], prefix: str = "") -> dict[str, float]:
@@ -43,9 +44,25 @@ def named_losses(means: list[float | None], prefix: str = "") -> dict[str, float
     named |= {f"codebook_{k}": mean for k, mean in enumerate(codebooks)}
     return {prefix + name: mean for name, mean in named.items() if mean is not None}
 
+# %% ../../nbs/training/08_log.ipynb #d4154e6c
+def named_ends(
+    sums: Tensor, counts: Tensor, end_sums: Tensor, end_counts: Tensor, prefix: str = ""
+) -> dict[str, float]:
+    "`code_loss` and `end_loss` from the sums of all cells and of EOS cells, (codebooks,) each."
+    codes, named = counts - end_counts, {}
+    if codes.all():
+        named["code_loss"] = ((sums - end_sums) / codes).mean().item()
+    if end_counts.any():
+        named["end_loss"] = (end_sums.sum() / end_counts.sum()).item()
+    return {prefix + name: mean for name, mean in named.items()}
+
 # %% ../../nbs/training/08_log.ipynb #d5df5e53
 class LossMeter:
-    "Running sums of the text loss and of each codebook's, with their counts, kept on the device."
+    """Running sums of the text loss and of each codebook's, with their counts, kept on the device,
+    and of the EOS cells alone, where a model reports them.
+    """
+
+    end_sums = end_counts = None
 
     def __init__(self):
         self.sums = self.counts = 0
@@ -54,14 +71,27 @@ class LossMeter:
         "Add the `HiggsOutput` of one batch."
         self.sums = self.sums + torch.cat([out.text_loss[None], out.codebook_losses]) * out.counts
         self.counts = self.counts + out.counts
+        if getattr(out, "end_counts", None) is not None:
+            sums = out.end_losses * out.end_counts
+            self.end_sums = sums if self.end_sums is None else self.end_sums + sums
+            counts = out.end_counts
+            self.end_counts = counts if self.end_counts is None else self.end_counts + counts
 
     def means(self, reduce, prefix: str = "") -> dict[str, float]:
         """Means over all that was added, on all devices; `reduce` sums a tensor over them. A part
         without any label is left out.
         """
-        exact = [x if x.device.type == "mps" else x.double() for x in (self.sums, self.counts)]
-        sums, counts = (reduce(x).tolist() for x in exact)  # MPS has no float64
-        return named_losses([s / n if n else None for s, n in zip(sums, counts)], prefix)
+
+        def exact(x):
+            return reduce(x if x.device.type == "mps" else x.double()).cpu()  # MPS has no float64
+
+        sums, counts = exact(self.sums), exact(self.counts)
+        parts = zip(sums.tolist(), counts.tolist())
+        named = named_losses([s / n if n else None for s, n in parts], prefix)
+        if self.end_counts is None:
+            return named
+        ends = (exact(self.end_sums), exact(self.end_counts))
+        return named | named_ends(sums[1:], counts[1:], *ends, prefix)
 
 # %% ../../nbs/training/08_log.ipynb #21f3581a
 def log_columns(codebooks: int) -> list[str]:
@@ -228,7 +258,7 @@ class EventCallback(Callback):
 
 # %% ../../nbs/training/08_log.ipynb #d5e21790
 def useful_flops(
-    config: HiggsAudioV2Config,  # of the model
+    config: PretrainedConfig,  # of the model
     batch: dict,  # of `PackedCollator`
     # the matrices are frozen, as under an adapter: they need no gradient of their own
     frozen: bool = True,
@@ -284,7 +314,7 @@ class SpeedCallback(Callback):
 
     def __init__(
         self,
-        config: HiggsAudioV2Config,
+        config: PretrainedConfig,
         token_budget: int,
         processes: int = 1,
         peak: float | None = None,  # operations per second of this device, see `matmul_rate`

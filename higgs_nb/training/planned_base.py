@@ -45,7 +45,8 @@ def plan_config(
         return tiny_config(byte_tokenizer()), "the tiny model of tests"
     if base in RELEASED and not revision and not is_cached(base):
         return released_config(), "the released configuration, which the package knows"
-    return load_config(base_path(base), revision), f"the config.json of {base}"
+    config, _ = load_config(base_path(base), revision)
+    return config, f"the config.json of {base}"
 
 # %% ../../nbs/training/22_planned_base.ipynb #72de4cd2
 def bytes_of(model: nn.Module, base: nn.Module) -> dict[str, int]:  # base: without adapters

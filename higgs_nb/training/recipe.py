@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from ..core.files import load_json, write_json
 from ..core.messages import did_you_mean
 from ..family import HIGGS_V2, Recipe
-from ..model.load import base_path
+from ..model.load import base_family, base_path
 
 # %% auto #0
 __all__ = ['NETWORK', 'TINY', 'FILE', 'VALUES', 'REASONS', 'read_recipe', 'save_recipe', 'recipe_of', 'far_from']
@@ -31,7 +31,7 @@ TINY = Recipe(
     steps=300,
     eval_every=100,
     save_every=150,
-    train_in_full=NETWORK.heads + NETWORK.embeddings,
+    train_in_full=NETWORK.heads_and_embeddings,
     code_noise=0.2,
     max_speech_s=12.0,
 )
@@ -75,7 +75,7 @@ def recipe_of(base: str) -> Recipe:  # "small", "tiny", a directory or a hub id
     "What a first run on a base should use; `ValueError` if its `recipe.json` is not valid."
     if base == "tiny":
         return TINY
-    return read_recipe(base_path(base), HIGGS_V2.recipe)
+    return read_recipe(base_path(base), base_family(base).recipe)
 
 # %% ../../nbs/training/19_recipe.ipynb #c2983168
 REASONS = {

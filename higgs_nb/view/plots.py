@@ -18,8 +18,8 @@ from tqdm import tqdm
 from ..training.callbacks import Callback
 
 # %% auto #0
-__all__ = ['SCORE_TITLES', 'LOG_NAMES', 'plot_waveform', 'plot_codes', 'series', 'plot_loss', 'codebooks_in', 'plot_losses',
-           'plot_scores', 'LiveLosses']
+__all__ = ['SCORE_TITLES', 'LOG_NAMES', 'plot_waveform', 'plot_codes', 'series', 'plot_loss', 'codebooks_in', 'second_loss',
+           'plot_losses', 'plot_scores', 'LiveLosses']
 
 # %% ../../nbs/view/01_plots.ipynb #a85ddd9b
 def plot_waveform(
@@ -74,6 +74,13 @@ def codebooks_in(history: list[dict]) -> list[int]:  # see `plot_loss`
     keys = {key.removeprefix("eval_") for entry in history for key in entry}
     return [k for k in range(64) if f"codebook_{k}" in keys]
 
+# %% ../../nbs/view/01_plots.ipynb #96615fcb
+def second_loss(history: list[dict]) -> tuple[str, str]:  # see `plot_loss`
+    "The loss to draw beside that of speech, and its title: of the text, or of EOS without text."
+    keys = {key.removeprefix("eval_") for entry in history for key in entry}
+    has_text = "text_loss" in keys or "end_loss" not in keys
+    return ("text_loss", "text") if has_text else ("end_loss", "EOS")
+
 # %% ../../nbs/view/01_plots.ipynb #7164f592
 def plot_losses(
     history: list[dict],  # `trainer.state.log_history`, or the lines of `log.jsonl`
@@ -81,20 +88,21 @@ def plot_losses(
     figure=None,  # matplotlib figure to draw on; None: a new one
 ):
     """Audio loss, text loss and each codebook's over steps, training as lines, held-out data as
-    dots; returns the figure.
+    dots; returns the figure. A model without a text loss has that of its EOS cells instead.
     """
     fig = figure or plt.figure(figsize=(9, 2.8), layout="constrained")
     fig.clear()
     audio, text, codebook = fig.subplots(1, 3)
     plot_loss(audio, history, "audio_loss", plt.cm.viridis(0.0))
-    plot_loss(text, history, "text_loss", plt.cm.viridis(0.0))
+    second, title = second_loss(history)
+    plot_loss(text, history, second, plt.cm.viridis(0.0))
     codebooks = codebooks_in(history)
     for i, k in enumerate(codebooks):
         color = plt.cm.viridis(i / max(len(codebooks), 2))
         plot_loss(codebook, history, f"codebook_{k}", color, (f"{k}", None))
     for ax in (audio, codebook) if chance else ():
         ax.axhline(chance, color="crimson", lw=0.8)
-    for ax, name in ((audio, "audio"), (text, "text"), (codebook, "each codebook")):
+    for ax, name in ((audio, "audio"), (text, title), (codebook, "each codebook")):
         ax.set_title(f"{name} (nats)", fontsize=10)
         ax.set_xlabel("step")
     audio.legend(fontsize=7)

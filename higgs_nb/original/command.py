@@ -15,6 +15,7 @@ from ..checkpoint.errors import CheckpointError
 from ..checkpoint.manifest import ADAPTER_FILES
 from ..checkpoint.stored import model_folder
 from ..core.messages import shown
+from ..model.load import check_directory
 from .adapters import convert_adapter
 from .disk import CODEC, convert_folder, layout_of
 
@@ -59,6 +60,7 @@ def convert(
             )
         convert_adapter(source, target, base, revision)
         return f"{target}: an adapter for {base}; load_lora_adapters and `adapter=` take it"
+    check_directory(source, "checkpoint")
     folder = model_folder(source, revision)
     layout = layout_of(folder)
     convert_folder(folder, target, codec)

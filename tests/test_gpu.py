@@ -1,8 +1,11 @@
 "What only a GPU can show; skipped without one."
 
+from dataclasses import replace
+
 import pytest
 import resume_job
 import torch
+from conftest import load_script
 from safetensors.torch import load_file
 
 from higgs_nb.checkpoint.validate import validate_checkpoint
@@ -108,3 +111,20 @@ def test_generation_says_the_same():
         for s in generate_speech(model.cuda(), tokenizer, ["One.", "Two words."], max_frames=20)
     ]
     assert all(torch.equal(a, b) for a, b in zip(want, got))
+
+
+@pytest.mark.parametrize("name", ["plain", "recomputed", "in full"])
+def test_the_plan_is_what_the_allocator_gives_out(name):
+    """A training run of two steps in bfloat16, large enough that the libraries' workspaces are a
+    small part of it.
+    """
+    measured = load_script("plan")
+    config = measured.configuration(2048, 8, 32_000, 16)
+    changes = {
+        "plain": {},
+        "recomputed": dict(gradient_checkpointing=True),
+        "in full": dict(lora=measured.EVERYTHING, accumulate=2),
+    }[name]
+    settings = dict(precision="bf16", device="cuda", token_budget=8192, max_duration_s=30)
+    row = measured.compare(config, replace(measured.PLAIN, **settings | changes))
+    assert abs(row["off"]) < 0.05, row

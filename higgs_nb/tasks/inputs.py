@@ -14,17 +14,21 @@ from transformers import AutoTokenizer
 
 from ..cli.directory import goes_on, occupy, output_directory
 from ..cli.parameters import parameters
+from ..cli.plan import plan_of
 from ..core.html import table
 from ..data.codec import CODECS, Codec, codec_class, load_codec
 from ..data.codec_pairs import check_codec_fits
 from ..data.prompt import AudioTokens, byte_tokenizer
+from ..family import HIGGS_V2, family_of
 from ..model.load import base_path, check_source, load_config
 from ..model.model import tiny_config
 from .settings import Settings, own_codec, resolve
+from ..training.advice import check_plan
+from ..training.plan import MemoryPlan
 
 # %% auto #0
 __all__ = ['Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_base', 'kind_of_codec', 'check_own_codec',
-           'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs']
+           'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs', 'not_planned', 'plan_run']
 
 # %% ../../nbs/tasks/02_inputs.ipynb #a9242b85
 class Run:
@@ -192,3 +196,30 @@ def open_inputs(
         device=device,
         precision=resolve_precision(settings.values.get("precision", "auto"), device),
     )
+
+# %% ../../nbs/tasks/02_inputs.ipynb #1376f43e
+def not_planned(settings: Settings, inputs: Inputs) -> str:
+    "Why there is no plan for a run; empty if there is one."
+    if inputs.device not in ("cuda", "cpu"):
+        return f"memory is not planned on {inputs.device}"
+    if family_of(inputs.config) is not HIGGS_V2:
+        return f"memory is not planned for {family_of(inputs.config).title}"
+    if settings.whisper or getattr(inputs.config, "encode_whisper_embed", False):
+        return "memory is not planned with a Whisper tower"
+    return ""
+
+
+def plan_run(
+    settings: Settings,  # of the run
+    inputs: Inputs,  # of `open_inputs`
+) -> MemoryPlan | None:
+    """The plan of a run's memory, None if there is none, which is said; `ValueError` names the
+    change that makes a run fit that does not.
+    """
+    if why := not_planned(settings, inputs):
+        print(why)
+        return None
+    device = dict(device=inputs.device, precision=inputs.precision)
+    plan = plan_of(settings.base, settings.values | device)
+    check_plan(plan)
+    return plan

@@ -12,10 +12,11 @@ quote = '$(subst ','\'',$(1))'
 TOOLS = $(call quote,$(BIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help train base test test-bits test-newest test-released test-gpu bench-gpu test-browser lint lab docs bench scores prepare readme clean
+.PHONY: help train codec base test test-bits test-newest test-released test-gpu bench-gpu test-browser lint lab docs bench scores prepare readme clean
 
 define HELP
 make train         train an adapter on the recordings in the package; runs/train holds it and the executed notebook
+make codec         install what the codec of the released model needs
 make base          pretrain the small base, in hours; needs the speech that nbs/runs/voices.ipynb makes in runs/voices
 make test          run every test and every notebook
 make test-bits     test quantised bases and 8-bit optimizers, with bitsandbytes beside the virtual environment
@@ -55,6 +56,11 @@ $(SETUP): settings.ini setup.py $(CONSTRAINTS)
 
 train: $(SETUP)
 	$(TOOLS)/higgs_run train --out runs/train $(ARGS)
+
+# torchaudio's wheel is built for another torch; nothing here uses its compiled parts.
+codec: $(SETUP)
+	$(TOOLS)/pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --no-deps torchaudio
+	rm -f $(VENV)/lib/python*/site-packages/torchaudio/lib/*.so
 
 # A small base, from scratch, in hours; runs/voices holds the speech that nbs/runs/voices.ipynb makes.
 base: $(SETUP)

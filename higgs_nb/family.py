@@ -40,6 +40,12 @@ class SpecialTokens:
         marks = (value for value in astuple(self) if isinstance(value, str))
         return self.vocabulary or tuple(marks)
 
+    @property
+    def rare(self) -> tuple[str, ...]:
+        "Those that only some corpora need: scenes, recipients, answers of several turns."
+        marks = (self.turn_continues, self.recipient_end, self.scene_begin, self.scene_end)
+        return tuple(mark for mark in marks if mark)
+
 # %% ../nbs/family.ipynb #12cde013
 @dataclass(frozen=True)
 class TurnTemplate:

@@ -5,6 +5,7 @@
 # %% ../../nbs/data/17_prompt.ipynb #c69e27a9
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,9 +17,9 @@ from .problems import CorpusError, Problem
 from ..family import FAMILIES, HIGGS_V2, Family, TurnTemplate, family_of
 
 # %% auto #0
-__all__ = ['with_special_tokens', 'byte_tokenizer', 'fit_tokenizer', 'check_special_tokens', 'check_vocabulary', 'check_same_ids',
-           'check_codebook_size', 'family_of_tokenizer', 'AudioTokens', 'Turn', 'SceneMark', 'merge_scenes',
-           'special_ids', 'encode_words', 'Prompt', 'PromptWriter']
+__all__ = ['with_special_tokens', 'byte_tokenizer', 'fit_tokenizer', 'missing_tokens', 'check_special_tokens', 'check_vocabulary',
+           'check_same_ids', 'check_codebook_size', 'family_of_tokenizer', 'AudioTokens', 'Turn', 'SceneMark',
+           'merge_scenes', 'special_ids', 'encode_words', 'Prompt', 'PromptWriter']
 
 # %% ../../nbs/data/17_prompt.ipynb #1a8a6ba6
 def with_special_tokens(core: Tokenizer, family: Family) -> PreTrainedTokenizerFast:
@@ -62,14 +63,20 @@ def fit_tokenizer(
     return with_special_tokens(core, family)
 
 # %% ../../nbs/data/17_prompt.ipynb #8e8976fb
-def check_special_tokens(tokenizer, family: Family) -> None:
-    "`ValueError` names special tokens that the tokenizer does not have as single tokens."
+def missing_tokens(tokenizer, names: Sequence[str]) -> list[str]:
+    "Those of the names that the tokenizer does not have as single tokens."
     missing = []
-    for token in family.special.names:
+    for token in names:
         ids = tokenizer.encode(token, add_special_tokens=False)
         if ids != [tokenizer.convert_tokens_to_ids(token)]:
             missing.append(token)
-    if missing:
+    return missing
+
+
+def check_special_tokens(tokenizer, family: Family) -> None:
+    "`ValueError` names tokens of every prompt that the tokenizer does not have as single tokens."
+    needed = [name for name in family.special.names if name not in family.special.rare]
+    if missing := missing_tokens(tokenizer, needed):
         raise ValueError(
             f"the tokenizer has no single token for {missing}: it is not the tokenizer of a "
             f"{family.title} model"
@@ -236,9 +243,17 @@ class PromptWriter:
         self.tokenizer = tokenizer
         self.template = family.template
         self.special = special_ids(tokenizer)
+        self.rare = family.special.rare
 
     def encode(self, text: str) -> list[int]:
-        "The ids of a text of the template."
+        "The ids of a text of the template; `ValueError` if the tokenizer lacks one of its marks."
+        marks = [mark for mark in self.rare if mark in text]
+        if marks and (missing := missing_tokens(self.tokenizer, marks)):
+            raise ValueError(
+                f"the tokenizer has no single token for {missing}, which this conversation needs: "
+                "take the tokenizer of the released model, or leave out scenes, recipients and "
+                "answers of several turns"
+            )
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def write(self, conversation: Conversation) -> Prompt:

@@ -24,8 +24,8 @@ from .settings import Settings
 from ..view.plots import plot_codes, plot_waveform
 
 # %% auto #0
-__all__ = ['NOTHING_HELD', 'learned_recording', 'digests_of', 'keep_apart', 'RunCorpus', 'check_sides', 'read_corpus',
-           'open_store', 'plot_clip']
+__all__ = ['NOTHING_HELD', 'learned_recording', 'digests_of', 'keep_apart', 'with_references', 'RunCorpus', 'check_sides',
+           'read_corpus', 'open_store', 'plot_clip']
 
 # %% ../../nbs/tasks/03_corpus.ipynb #c9726201
 def learned_recording(conversation: Conversation) -> Audio | None:
@@ -57,6 +57,11 @@ def keep_apart(
         names = ", ".join(cut_list(c.id for c in twice))
         print(f"a recording is held out and trained under other words, so it is trained: {names}")
         train, held = train + twice, [c for c in held if c not in twice]
+
+# %% ../../nbs/tasks/03_corpus.ipynb #68c4f574
+def with_references(conversations: list[Conversation]) -> list[Conversation]:
+    "The conversations, with the assistant's first turns learned as well."
+    return [replace(c, start_index=0) for c in conversations]
 
 # %% ../../nbs/tasks/03_corpus.ipynb #a0335a55
 @dataclass
@@ -150,6 +155,8 @@ def read_corpus(
     )
     limit = settings.max_clips or None
     train, held = (side[:limit] for side in keep_apart(*sides, report))
+    if settings.learn_references:
+        train = with_references(train)
     return check_sides(RunCorpus(train, held, report, settings.max_duration_s))
 
 # %% ../../nbs/tasks/03_corpus.ipynb #93bdea5b

@@ -164,7 +164,10 @@ class BlockWriter:
 WRITERS = {TurnTemplate: PromptWriter, BlockTemplate: BlockWriter}
 
 
-def write_prompt(conversation: Conversation, tokenizer) -> Prompt:  # a fast tokenizer
+def write_prompt(
+    conversation: Conversation,  # whose texts and recordings are written
+    tokenizer,  # a fast tokenizer with the special tokens of its family
+) -> Prompt:
     "The prompt of a conversation, in the form of the family that the tokenizer is of."
     family = family_of_tokenizer(tokenizer)
     return WRITERS[type(family.template)](tokenizer, family).write(conversation)

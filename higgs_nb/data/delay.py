@@ -23,7 +23,7 @@ def delay_clip(
     codes: Tensor,  # (codebooks, frames)
     bos: int,  # code that opens a clip
     eos: int,  # code that ends a clip
-    form: DelayForm = HIGGS_V2.delay,
+    form: DelayForm = HIGGS_V2.delay,  # of the family
 ) -> tuple[Tensor, Tensor]:
     "The rows of one clip: `(audio_ids, audio_labels)`, both (rows, codebooks)."
     codebooks, frames = codes.shape

@@ -39,8 +39,8 @@ logger = logging.get_logger(__name__)
 __all__ = ['logger', 'PANGRAMS', 'base_path', 'base_family', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_kind',
            'check_source', 'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer', 'check_not_switched_off',
            'check_tower_source', 'check_extendable', 'extend_config', 'start_audio_attention', 'start_tower',
-           'precise_modules', 'keep_precise', 'keep_packing', 'load_config', 'weights_source', 'check_keys',
-           'check_stream_codes', 'load_model']
+           'precise_modules', 'keep_precise', 'keep_packing', 'read_config', 'load_config', 'weights_source',
+           'check_keys', 'check_stream_codes', 'load_model']
 
 # %% ../../nbs/model/11_load.ipynb #b2b0a566
 def base_path(
@@ -317,30 +317,33 @@ def keep_packing(model: nn.Module) -> None:  # changed in place
             module.support_avx512bf16_for_cpu = False
 
 # %% ../../nbs/model/11_load.ipynb #b37bfa13
-def load_config(name: str, revision: str | None) -> tuple[PretrainedConfig, bool]:
-    """The configuration of a checkpoint, see `load_model`, and whether it is in the native form of
-    its family. `OSError` says what to do without a network.
-    """
+def read_config(name: str, revision: str | None) -> dict:  # see `load_model`
+    "The `config.json` of a checkpoint. `OSError` says what to do without a network."
     check_source(name)
     try:
-        values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+        return PretrainedConfig.get_config_dict(name, revision=revision)[0]
     except OSError as error:
         raise OSError(
             f"{error}\nWithout a network, fetch the base where there is one, `hf "
             f"download {name}`, and give its directory. `higgs_doctor --base "
             f"{name}` looks what is wrong."
         ) from error
+
+# %% ../../nbs/model/11_load.ipynb #aff63143
+def load_config(name: str, revision: str | None) -> PretrainedConfig:  # see `load_model`
+    "The configuration of a checkpoint; `ValueError` if it is of no family known here."
+    values = read_config(name, revision)
     if is_native(values):
-        return from_native_config(values, str(name)), True
+        return from_native_config(values, str(name))
     check_kind(values, name)
     of_family = CLASSES[FAMILIES[values["model_type"]].name].config
-    return of_family.from_pretrained(name, revision=revision), False
+    return of_family.from_pretrained(name, revision=revision)
 
 # %% ../../nbs/model/11_load.ipynb #9aa1bc94
 def weights_source(
     name: str | Path,  # see `load_model`
     revision: str | None,
-    native: bool,  # of `load_config`
+    native: bool,  # see `is_native`
 ) -> dict:
     "Arguments of `from_pretrained` that give the weights of a checkpoint."
     if not native:
@@ -400,7 +403,8 @@ def load_model(
     native form of Higgs Audio V3; `ValueError` if weights are missing, left over or of another
     shape.
     """
-    config, native = load_config(name_or_path, revision)
+    config = load_config(name_or_path, revision)
+    native = is_native(read_config(name_or_path, revision))
     asked = (use_audio_out_self_attention, encode_whisper_embed, whisper)
     new = extend_config(config, str(name_or_path), *asked)
     family = family_of(config)

@@ -83,7 +83,7 @@ def open_base(settings: Settings):
         return tiny_config(tokenizer), tokenizer
     path, revision = base_path(settings.base), settings.revision or None
     check_source(path)
-    config, _ = load_config(path, revision)
+    config = load_config(path, revision)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     AudioTokens.from_config(config, tokenizer)
     return config, tokenizer

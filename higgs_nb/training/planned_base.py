@@ -45,7 +45,7 @@ def plan_config(
         return tiny_config(byte_tokenizer()), "the tiny model of tests"
     if base in RELEASED and not revision and not is_cached(base):
         return released_config(), "the released configuration, which the package knows"
-    config, _ = load_config(base_path(base), revision)
+    config = load_config(base_path(base), revision)
     return config, f"the config.json of {base}"
 
 # %% ../../nbs/training/22_planned_base.ipynb #72de4cd2

@@ -11,7 +11,8 @@ machine's matrix-product rate, peak memory, agreement.
                                                        # random weights; train_step_gpu.json
 
 Arms, all with the same base, the same LoRA (r=16 on all linear layers of the decoder), bfloat16
-with float32 adapters, the same samples and the same seed:
+with float32 adapters (float32 on a CPU without instructions for bfloat16, which is said), the same
+samples and the same seed:
 
     stock   `transformers.Trainer` on `HiggsAudioV2ForConditionalGeneration`, padded batches of four
             in random order, four of them a step, labels by the rule of
@@ -56,7 +57,7 @@ from transformers import (
 
 from higgs_nb.data.collator import PaddedCollator
 from higgs_nb.data.delay import IGNORE, delay_pattern
-from higgs_nb.data.prompt import AudioTokens
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import Sample, SampleDataset
 from higgs_nb.family import HIGGS_V2
 from higgs_nb.model.lora import apply_lora, create_lora_config
@@ -66,6 +67,20 @@ from higgs_nb.training.callbacks import Callback
 from higgs_nb.training.loop import HiggsTrainer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def computes_bfloat16() -> bool:
+    """Whether this device has instructions for products in bfloat16. Without them a CPU takes them
+    apart, and a step takes minutes.
+    """
+    if DEVICE == "cuda":
+        return torch.cuda.is_bf16_supported()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    words = flags.split()  # the last is that of Arm
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))
+
+
+DTYPE = torch.bfloat16 if computes_bfloat16() else torch.float32
 RESULTS = (
     Path(__file__).parent
     / "results"
@@ -173,7 +188,7 @@ class Samples(SampleDataset):
         self.samples = [
             replace(make_sample(n, config, rule, g), id=str(i)) for i, n in enumerate(lengths)
         ]
-        super().__init__(self.samples, None, None, tokens_of(config))
+        super().__init__(self.samples, byte_tokenizer(), None, tokens_of(config))
 
     def __getitem__(self, i):
         return self.samples[i]
@@ -235,14 +250,18 @@ class Arm:
             if self.name == "stock"
             else (HiggsAudioForTraining, "stock" if self.name == "equal" else "ours")
         )
-        with torch.device(DEVICE):
-            base = kind(self.config, use_text_head=True)
+        torch.set_default_dtype(DTYPE)  # never twice as large, on a card that it just fits
+        try:
+            with torch.device(DEVICE):
+                base = kind(self.config, use_text_head=True)
+        finally:
+            torch.set_default_dtype(torch.float32)
         start = torch.Generator(DEVICE).manual_seed(1)
         with torch.no_grad():  # the same base, in whatever order a class makes its parts
             for _, p in sorted(base.named_parameters()):
                 if p.ndim > 1:
                     p.normal_(std=0.02, generator=start)
-        base.bfloat16()
+        base.to(DTYPE)
         self.data = Samples(self.config, rule, self.lengths)
         torch.manual_seed(0)
         if self.name == "stock":
@@ -271,7 +290,7 @@ class Arm:
         watch = Stopwatch()
         options = dict(
             max_steps=steps,
-            bf16=True,
+            bf16=DTYPE == torch.bfloat16,
             use_cpu=not torch.cuda.is_available(),
             report_to="none",
             save_strategy="no",
@@ -359,9 +378,9 @@ class Arm:
 
 
 def matrix_rate(n: int = 4096 if DEVICE == "cpu" else 8192) -> float:
-    "Operations a second of a large bfloat16 matrix product of random numbers."
+    "Operations a second of a large matrix product of random numbers, in the precision of the arms."
     a, wait = (
-        torch.randn(n, n, device=DEVICE).bfloat16(),
+        torch.randn(n, n, device=DEVICE).to(DTYPE),
         torch.cuda.synchronize if DEVICE == "cuda" else int,
     )
 
@@ -503,8 +522,11 @@ def main():
         torch=torch.__version__,
         transformers=transformers.__version__,
         capability=torch.backends.cpu.get_cpu_capability(),
+        precision=str(DTYPE).removeprefix("torch."),
         **(dict(gpu=torch.cuda.get_device_name()) if DEVICE == "cuda" else {}),
     )
+    if DTYPE == torch.float32:
+        print("this CPU has no instructions for bfloat16: both arms are measured in float32")
     if args.only in (None, "speed"):
         rows = [r for r in results.get("speed", []) if r["size"] not in args.sizes]
         print(

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -42,6 +43,15 @@ def committed():
         for name in sorted(set(listed.stdout.split("\0")))
         if name and ((ROOT / name).exists() or (ROOT / name).is_symlink())
     ]
+
+
+def load_script(name):
+    "A script of benchmarks/ as a module."
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where a dataclass looks for its module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,20 @@
 "What only a GPU can show; skipped without one."
 
+from dataclasses import replace
+
 import pytest
 import resume_job
 import torch
+from conftest import load_script
 from safetensors.torch import load_file
+from tiny_codec import needs_torchaudio, tiny_higgs_codec
 
 from higgs_nb.checkpoint.validate import validate_checkpoint
+from higgs_nb.data.audio import load_audio
+from higgs_nb.data.code_store import CodeStore
+from higgs_nb.data.codec import load_codec
+from higgs_nb.data.conversation import Audio
+from higgs_nb.data.corpus import embedded_corpus
 from higgs_nb.data.prompt import byte_tokenizer
 from higgs_nb.model.attention import attend, attend_to_itself
 from higgs_nb.model.model import tiny_model
@@ -108,3 +117,41 @@ def test_generation_says_the_same():
         for s in generate_speech(model.cuda(), tokenizer, ["One.", "Two words."], max_frames=20)
     ]
     assert all(torch.equal(a, b) for a, b in zip(want, got))
+
+
+@needs_torchaudio
+def test_the_codec_runs_there_and_gives_what_a_cpu_gives(tmp_path):
+    "Codes and sound come back to the CPU; codes are the same again, alone and among others."
+    clips = sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[:4]
+    folder = tiny_higgs_codec(tmp_path / "codec")
+    codec, cpu = load_codec(folder), load_codec(folder, device="cpu")
+    assert codec.device.type == "cuda" and cpu.device.type == "cpu"
+    assert codec.fingerprint == cpu.fingerprint
+    store = CodeStore(tmp_path / "codes", codec)
+    assert store.encode_all([Audio(str(clip)) for clip in clips], False)["misses"] == 4
+    same = 0
+    for clip in clips:
+        codes = codec.encode(load_audio(clip))
+        assert codes.device.type == "cpu" and torch.equal(store.get(clip), codes)
+        sound, expected = codec.decode(codes), cpu.decode(codes)
+        assert sound.device.type == "cpu"
+        assert (sound - expected).norm() < 0.01 * expected.norm()
+        same += (codes == cpu.encode(load_audio(clip))).float().mean().item() / 4
+    assert same > 0.98
+
+
+@pytest.mark.parametrize("name", ["plain", "recomputed", "in full"])
+def test_the_plan_is_what_the_allocator_gives_out(name):
+    """A training run of two steps in bfloat16, large enough that the libraries' workspaces are a
+    small part of it.
+    """
+    measured = load_script("plan")
+    config = measured.configuration(2048, 8, 32_000, 16)
+    changes = {
+        "plain": {},
+        "recomputed": dict(gradient_checkpointing=True),
+        "in full": dict(lora=measured.EVERYTHING, accumulate=2),
+    }[name]
+    settings = dict(precision="bf16", device="cuda", token_budget=8192, max_duration_s=30)
+    row = measured.compare(config, replace(measured.PLAIN, **settings | changes))
+    assert abs(row["off"]) < 0.05, row

@@ -261,6 +261,11 @@ FREE = {  # string parameters that take any text, and why
     "corpus.bitrate": "of ffmpeg",
     "corpus_fr.bitrate": "of ffmpeg",
     "export.text": "words to speak",
+    "speak.text": "words to speak",
+    "speak.reference_text": "the words of a recording",
+    "speak.scene": "where it is spoken",
+    "speak.revision": "a commit",
+    "speak.device": "of torch, or auto",
     "train.revision": "a commit",
     "train.optimizer": "of transformers, which has many",
     "train.scene": "where it was recorded",
@@ -468,7 +473,7 @@ def test_a_directory_is_held_before_its_kernel_starts(tmp_path, monkeypatch):
     "And let go at the end."
     out, held = tmp_path / "out", []
     monkeypatch.setattr(
-        execution, "execute", lambda *given: held.append((occupied(out), is_same(given[-1], out)))
+        execution, "execute", lambda *given: held.append((occupied(out), is_same(given[3], out)))
     )
     assert higgs_run(["train", "--out", str(out)]) == 0
     assert held == [(True, True)] and not occupied(out)

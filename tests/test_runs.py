@@ -36,6 +36,7 @@ from higgs_nb.data.codec import load_codec
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.model.load import load_model
 from higgs_nb.model.merge import merge_lora
+from higgs_nb.original.disk import convert_folder
 from higgs_nb.speech.judges import missing_judges
 
 RUNS = {
@@ -76,6 +77,7 @@ SMALL = {
         out="evaluate", max_texts=2, swap=1, max_frames=30, players=1, judge=not missing_judges()
     ),  # of the run that `trained` makes
     "export.ipynb": dict(out="export", text="Please hold."),  # of the run that `trained` makes
+    "speak.ipynb": dict(out="speak", base="small", text="Please hold.", max_frames=60),
     "train.ipynb": dict(
         out="run",
         base="tiny",
@@ -345,7 +347,7 @@ def test_an_evaluation_of_a_run(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    "The directory of `higgs_run export` on that run: `adapter` and `merged`."
+    "The directory of `higgs_run export` on that run: `adapter`, `merged` and `original`."
     out = tmp_path_factory.mktemp("exports") / SMALL["export.ipynb"]["out"]
     assert (
         higgs_run(
@@ -359,11 +361,23 @@ def exported(trained, tmp_path_factory):
                 "-p",
                 "text",
                 SMALL["export.ipynb"]["text"],
+                "-p",
+                "what",
+                "all",
             ]
         )
         == 0
     )
     return out
+
+
+def test_the_original_layout_is_the_merged_model(exported, tmp_path):
+    "The third export is what converting the second gives; its card says how it is loaded."
+    convert_folder(exported / "merged", tmp_path / "converted")
+    for file in (tmp_path / "converted").iterdir():
+        if file.name != "manifest.json":
+            assert file.read_bytes() == (exported / "original" / file.name).read_bytes(), file.name
+    assert "HiggsAudioServeEngine" in (exported / "original" / "README.md").read_text()
 
 
 def test_stock_classes_read_both_exports(trained, exported):

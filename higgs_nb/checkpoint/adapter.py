@@ -16,10 +16,11 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from torch import Tensor, float32, nn
+from torch import Tensor, empty_like, float32, nn
 
 from higgs_nb.checkpoint.base import (
     BASE_KEYS,
+    OF_ADAPTER,
     check_base,
     check_names,
     check_trained_tokenizer,
@@ -39,17 +40,21 @@ from ..model.lora import keep_float32
 __all__ = ['MOVES_BASE', 'MISFITS', 'adapter_state', 'trained_state', 'check_tuner', 'check_base_untouched',
            'check_all_trained_saved', 'adapter_tensors', 'adapter_files', 'copied', 'with_files',
            'check_contents_finite', 'take_snapshot', 'save_lora_adapters', 'load_adapter', 'check_keys', 'is_rounded',
-           'check_arrival', 'all_float32', 'any_float32_module', 'put_on_base', 'load_lora_adapters', 'tensor_kind',
-           'check_same_kinds', 'restore']
+           'check_arrival', 'all_float32', 'any_float32_module', 'give_memory', 'put_on_base', 'load_lora_adapters',
+           'tensor_kind', 'check_same_kinds', 'restore']
 
 # %% ../../nbs/checkpoint/13_adapter.ipynb #40217514
-def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+def adapter_state(
+    model: PeftModel,
+    name: str | None = None,  # of the adapter; None: the only one
+) -> dict[str, Tensor]:
     "The adapter's tensors under the names of PEFT's format, as they are in `model`."
-    if len(model.peft_config) != 1:
-        raise CheckpointError(
-            f"a checkpoint holds one adapter; the model has {sorted(model.peft_config)}"
-        )
-    name = next(iter(model.peft_config))
+    if name is None:
+        if len(model.peft_config) != 1:
+            raise CheckpointError(
+                f"a checkpoint holds one adapter; the model has {sorted(model.peft_config)}"
+            )
+        name = next(iter(model.peft_config))
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 # %% ../../nbs/checkpoint/13_adapter.ipynb #7c222b96
@@ -249,6 +254,19 @@ def any_float32_module(tensors: Mapping[str, Tensor]) -> bool:
     "Whether a tensor of a module trained in full is in float32."
     return any(t.dtype == float32 for name, t in tensors.items() if ".lora_" not in name)
 
+# %% ../../nbs/checkpoint/13_adapter.ipynb #5c9142fc
+def give_memory(model: PeftModel) -> None:  # changed in place
+    "Put the adapter's tensors onto the CPU, without values, if they are on the meta device."
+    for name, p in list(model.named_parameters()):
+        if p.is_meta and OF_ADAPTER.search(name):
+            owner, _, attribute = name.rpartition(".")
+            empty = nn.Parameter(empty_like(p, device="cpu"), p.requires_grad)
+            module = model.get_submodule(owner)
+            if isinstance(module, nn.ParameterDict):
+                module[attribute] = empty
+            else:
+                setattr(module, attribute, empty)
+
 # %% ../../nbs/checkpoint/13_adapter.ipynb #7069ae98
 def put_on_base(
     base_model: nn.Module, config: LoraConfig, saved: dict[str, Tensor], path: Path
@@ -258,6 +276,7 @@ def put_on_base(
         model = get_peft_model(base_model, config, autocast_adapter_dtype=all_float32(saved))
         if not config.inference_mode or any_float32_module(saved):
             keep_float32(model)
+        give_memory(model)
         check_keys(adapter_state(model), saved, path)
         set_peft_model_state_dict(model, saved)
     except MISFITS as error:
@@ -276,6 +295,7 @@ def load_lora_adapters(
     *,
     trainable: bool = False,  # to continue its training
     tokenizer=None,  # to be compared with that of training; None: compared at generation
+    known: dict | None = None,  # `describe_base` of `base_model`, if it was called before
 ) -> PeftModel:
     """Load an adapter that `save_lora_adapters` saved onto the base that it was trained on, in
     the precision of that base. `CheckpointError` if the checkpoint is not whole, the base or
@@ -287,7 +307,7 @@ def load_lora_adapters(
     report = path if isinstance(path, CheckpointReport) else validate_checkpoint(path)
     if report.status == "unverified":
         check_names(base_model, report.path)
-    report, saved = load_adapter(base_model, report)
+    report, saved = load_adapter(base_model, report, known)
     base = report.manifest.meta["base"]
     if tokenizer is not None:
         check_trained_tokenizer(base, tokenizer, report.path)

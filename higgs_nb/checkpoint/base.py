@@ -233,5 +233,6 @@ def check_names(base_model: nn.Module, path: Path) -> None:
         f"adapter not loaded: {len(lacking)} of its {len(names)} tensors belong to "
         f"modules that this base lacks, such as {lacking[0]!r}",
         path,
-        remedy=f"rename the tensors{renaming_hint(module_of(lacking[0]), modules)}",
+        remedy="`higgs_convert PATH TARGET --base BASE` knows the names of other trainers; or "
+        f"rename the tensors{renaming_hint(module_of(lacking[0]), modules)}",
     )

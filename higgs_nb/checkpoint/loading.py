@@ -37,8 +37,9 @@ def remedy_for(report: CheckpointReport) -> str:
             f"{PICKLED_WEIGHTS} to safetensors where it was made"
         )
     return (
-        "no manifest: if another tool made this adapter, `PeftModel.from_pretrained(base, path)` "
-        "of peft loads it, and verifies nothing; else take the newest whole checkpoint"
+        "no manifest: if another tool made this adapter, `higgs_convert PATH TARGET --base BASE` "
+        "makes it one of this package, and `PeftModel.from_pretrained(base, path)` of peft loads "
+        "it as it is, and verifies nothing; else take the newest whole checkpoint"
     )
 
 # %% ../../nbs/checkpoint/08_loading.ipynb #175cd1f4

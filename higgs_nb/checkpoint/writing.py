@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Thread
@@ -19,13 +21,12 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Content', 'CHUNK', 'bits', 'same_bits', 'dtype_name', 'safetensors_header', 'safetensors_parts', 'pieces',
-           'drop_from_cache', 'difference', 'write_parts', 'update_digest', 'write_file', 'write_content']
+__all__ = ['Content', 'Ordered', 'CHUNK', 'bits', 'same_bits', 'dtype_name', 'Deferred', 'safetensors_header', 'file_order',
+           'safetensors_parts', 'pieces', 'drop_from_cache', 'difference', 'append_parts', 'write_parts',
+           'update_digest', 'write_file', 'read_digest', 'deferred_parts', 'write_deferred', 'is_deferred',
+           'write_content']
 
 # %% ../../nbs/checkpoint/05_writing.ipynb #0e3126ba
-Content = Mapping[str, Tensor] | bytes  # of a file
-
-
 def bits(tensor: Tensor) -> Tensor:
     "The bytes of a tensor, uint8; a copy only if it is not contiguous or not on the CPU."
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -45,8 +46,41 @@ def dtype_name(dtype: torch.dtype) -> str:
     file = safetensors.torch.save({"x": torch.empty(0, dtype=dtype)})
     return json.loads(file[8:])["x"]["dtype"]
 
+# %% ../../nbs/checkpoint/05_writing.ipynb #79639441
+@dataclass(frozen=True)
+class Deferred:
+    "A tensor that is read, or computed, while its file is written."
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]  # gives the tensor
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes of the tensor."
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def element_size(self) -> int:
+        "Bytes of one value."
+        return self.dtype.itemsize
+
+    def load(self) -> Tensor:
+        "The tensor; `ValueError` if it has another dtype or shape than was promised."
+        tensor = self.read()
+        if (tensor.dtype, tuple(tensor.shape)) != (self.dtype, tuple(self.shape)):
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"a tensor is {found}, expected {self.dtype} {tuple(self.shape)}")
+        return tensor
+
+
+# of a file; all of its tensors are in memory, or all are deferred
+Content = Mapping[str, Tensor] | Mapping[str, Deferred] | bytes
+
 # %% ../../nbs/checkpoint/05_writing.ipynb #b0260c83
-def safetensors_header(ordered: list[tuple[str, Tensor]], table: dict[str, dict]) -> bytes:
+Ordered = list[tuple[str, Tensor | Deferred]]  # tensors in the order of their file
+
+
+def safetensors_header(ordered: Ordered, table: dict[str, dict]) -> bytes:
     "The length and the header of a safetensors file with these tensors in this order."
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in ordered:
@@ -57,12 +91,18 @@ def safetensors_header(ordered: list[tuple[str, Tensor]], table: dict[str, dict]
     return len(text).to_bytes(8, "little") + text
 
 # %% ../../nbs/checkpoint/05_writing.ipynb #bb18b3ac
+def file_order(tensors: Mapping[str, Tensor | Deferred]) -> tuple[Ordered, dict[str, dict]]:
+    "The tensors in the order of their file, and for the manifest name -> {'dtype', 'shape'}."
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    table = {name: dict(dtype=dtype_name(t.dtype), shape=list(t.shape)) for name, t in ordered}
+    return ordered, table
+
+
 def safetensors_parts(tensors: Mapping[str, Tensor]) -> tuple[list[memoryview], dict[str, dict]]:
     """The bytes of a safetensors file in pieces, header first, and for the manifest name ->
     {'dtype', 'shape'}.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    table = {name: dict(dtype=dtype_name(t.dtype), shape=list(t.shape)) for name, t in ordered}
+    ordered, table = file_order(tensors)
     parts = [memoryview(safetensors_header(ordered, table))]
     parts += [memoryview(bits(tensor).numpy()) for _, tensor in ordered]
     return parts, table
@@ -101,13 +141,18 @@ def difference(fd: int, parts: list[memoryview]) -> str | None:
     return None
 
 # %% ../../nbs/checkpoint/05_writing.ipynb #99339aa1
-def write_parts(fd: int, parts: list[memoryview]) -> None:
-    "Write `parts` to an open file and wait until they are on the disk."
+def append_parts(fd: int, parts: list[memoryview], start: int = 0) -> None:
+    "Write `parts` at the end of an open file, which is at the offset `start`."
     for offset, piece in pieces(parts):
         rest = piece
         while rest:
             rest = rest[os.write(fd, rest) :]
-        drop_from_cache(fd, offset, len(piece))
+        drop_from_cache(fd, start + offset, len(piece))
+
+
+def write_parts(fd: int, parts: list[memoryview]) -> None:
+    "Write `parts` to an open file and wait until they are on the disk."
+    append_parts(fd, parts)
     os.fsync(fd)
 
 # %% ../../nbs/checkpoint/05_writing.ipynb #e5deb0c2
@@ -135,10 +180,58 @@ def write_file(path: Path, parts: list[memoryview]) -> dict:
         hashing.join()
     return dict(size=sum(map(len, parts)), sha256=digest.hexdigest())
 
+# %% ../../nbs/checkpoint/05_writing.ipynb #d44c4e7b
+def read_digest(fd: int) -> str:
+    "The sha256 of an open file, read from its start in pieces."
+    digest, offset = hashlib.sha256(), 0
+    buffer = np.empty(CHUNK, np.uint8)
+    while count := os.preadv(fd, [buffer], offset):
+        digest.update(buffer[:count])
+        offset += count
+    drop_from_cache(fd)
+    return digest.hexdigest()
+
+# %% ../../nbs/checkpoint/05_writing.ipynb #4b3008cd
+def deferred_parts(ordered: Ordered, table: dict[str, dict]) -> Iterator[memoryview]:
+    "The bytes of a safetensors file in pieces, header first; each tensor is read when it is due."
+    yield memoryview(safetensors_header(ordered, table))
+    for _, tensor in ordered:
+        yield memoryview(bits(tensor.load()).numpy())
+
+
+def write_deferred(path: Path, tensors: Mapping[str, Deferred]) -> dict:
+    """Write a new safetensors file durably, with one tensor in memory at a time, and read it
+    back; its entry for the manifest. `ValueError` if it holds something else.
+    """
+    ordered, table = file_order(tensors)
+    digest, size = hashlib.sha256(), 0
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for part in deferred_parts(ordered, table):
+            digest.update(part)
+            append_parts(fd, [part], size)
+            size += len(part)
+            del part  # before the next one is read
+        os.fsync(fd)
+        if read_digest(fd) != digest.hexdigest():
+            raise ValueError(f"reading {path.name} back, it differs from what was written")
+    finally:
+        os.close(fd)
+    return dict(size=size, sha256=digest.hexdigest(), tensors=table)
+
 # %% ../../nbs/checkpoint/05_writing.ipynb #4d7d3186
+def is_deferred(content: Content) -> bool:
+    "Whether the tensors of a file are read while it is written."
+    return not isinstance(content, bytes) and any(
+        isinstance(tensor, Deferred) for tensor in content.values()
+    )
+
+
 def write_content(path: Path, content: Content) -> dict:
     "Write a new file, durably and read back; its entry for the manifest."
     if isinstance(content, bytes):
         return write_file(path, [memoryview(content)])
+    if is_deferred(content):
+        return write_deferred(path, content)
     parts, table = safetensors_parts(content)
     return write_file(path, parts) | dict(tensors=table)

@@ -30,12 +30,13 @@ from higgs_nb.cli.machine import (
 )
 from ..core.files import load_json
 from ..core.messages import shown
+from ..core.system import torchaudio_remedy
 
 # %% auto #0
 __all__ = ['FORMATS', 'BASE_FORMS', 'WEIGHTS', 'INDEX', 'can_read', 'check_audio', 'try_data', 'check_data', 'check_torchaudio',
-           'missing_parts_of_weights', 'missing_files', 'check_base_directory', 'ask_hub', 'check_hub', 'check_kernel',
-           'check_notebooks', 'is_out_of_memory', 'memory_steps', 'memory_advice', 'one_line', 'print_findings',
-           'argument_parser', 'main']
+           'missing_parts_of_weights', 'missing_files', 'check_base_directory', 'ask_hub', 'check_cached', 'check_hub',
+           'check_kernel', 'check_notebooks', 'is_out_of_memory', 'memory_steps', 'memory_advice', 'one_line',
+           'print_findings', 'argument_parser', 'main']
 
 # %% ../../nbs/cli/20_doctor.ipynb #ccff738f
 FORMATS = (
@@ -116,18 +117,16 @@ def check_data() -> Finding:
 def check_torchaudio() -> Finding:
     "torchaudio loads beside this torch, if it is installed."
     version = version_of("torchaudio")
+    todo = "; ".join(torchaudio_remedy().splitlines())
     if version is None and importlib.util.find_spec("torchaudio") is None:
-        todo = "only the codec of the released model needs it: pip install 'higgs_nb[codec]'"
-        return Finding("torchaudio", "note", "not installed", todo)
+        return Finding(
+            "torchaudio", "note", "not installed; only the released codec needs it", todo
+        )
     try:
         module = importlib.import_module("torchaudio")
     except BROKEN as error:
         found = f"{version or ''} does not load beside torch {version_of('torch')}: {error}"
-        todo = (
-            "install the torchaudio that was built for this torch; if there is none, it loads "
-            "as pure Python, which is enough here: delete lib/*.so in its folder"
-        )
-        return Finding("torchaudio", "problem", found, todo)
+        return Finding("torchaudio", "problem", found, f"it is enough without libraries: {todo}")
     return Finding("torchaudio", "ok", f"{getattr(module, '__version__', 'loads')}")
 
 # %% ../../nbs/cli/20_doctor.ipynb #e77463ab
@@ -203,6 +202,19 @@ def ask_hub(name: str) -> Finding:
     found = f"{name} is on the hub, commit {commit}: pin it with revision"
     return Finding("base", "ok", found)
 
+# %% ../../nbs/cli/20_doctor.ipynb #b6cb10d3
+def check_cached(base: str, config: str) -> Finding:  # its `config.json` in the cache
+    "What the cache of the hub holds is a base in transformers' format."
+    try:
+        from higgs_nb.model.load import check_kind
+
+        check_kind(load_json(config), base)
+    except ImportError as error:
+        return Finding("base", "problem", f"{error}", "repair the packages first, see above")
+    except (OSError, ValueError) as error:
+        return Finding("base", "problem", f"{error}", BASE_FORMS)
+    return Finding("base", "ok", f"{base} is in the cache")
+
 # %% ../../nbs/cli/20_doctor.ipynb #ff1732a1
 def check_hub(base: str) -> Finding:  # as for `higgs_run train -p base=...`
     "A base is in the package, in a directory, in the cache, or on the hub."
@@ -222,8 +234,9 @@ def check_hub(base: str) -> Finding:  # as for `higgs_run train -p base=...`
         return Finding("base", "problem", f"{error}", "pip install huggingface_hub")
     except ValueError:  # such as ./a, which the hub does not allow as a name
         return not_a_name
-    is_cached = isinstance(cached, str)
-    return Finding("base", "ok", f"{base} is in the cache") if is_cached else ask_hub(base)
+    if not isinstance(cached, str):
+        return ask_hub(base)
+    return check_cached(base, cached)
 
 # %% ../../nbs/cli/20_doctor.ipynb #89ced3bf
 def check_kernel() -> Finding | None:

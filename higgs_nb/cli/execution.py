@@ -19,11 +19,12 @@ from .directory import CLAIM, claim, is_same, output_directory
 from .notebooks import RUNS, defaults_of, notebook_of
 from .parameters import check_parameters
 from .record import append_line, surroundings
+from .terminal import FollowedRun
 from ..core.files import write_whole
 
 # %% auto #0
-__all__ = ['WholeNotebook', 'kernel_environment', 'kernel_manager', 'execute', 'record_start', 'run', 'completed_parameters',
-           'is_done']
+__all__ = ['REPORT', 'WholeNotebook', 'kernel_environment', 'kernel_manager', 'kernel_options', 'execute', 'record_start', 'run',
+           'completed_parameters', 'is_done']
 
 # %% ../../nbs/cli/08_execution.ipynb #34a28032
 class WholeNotebook:
@@ -50,9 +51,12 @@ class WholeNotebook:
 def kernel_environment(
     fd: int,  # locked, for the kernel to keep
     own: bool,  # whether the notebook is the user's
+    followed: FollowedRun | None = None,  # shows the run on a terminal
 ) -> dict[str, str]:
     "The variables of the environment of a kernel."
     environment = {**os.environ, CLAIM: str(fd)}
+    if followed is not None:
+        environment |= followed.environment
     if own:
         return environment
     environment["PYTHONSAFEPATH"] = "1"
@@ -65,6 +69,7 @@ def kernel_environment(
 def kernel_manager(
     fd: int,  # locked, for the kernel to keep
     own: bool,  # whether the notebook is the user's
+    followed: FollowedRun | None = None,  # shows the run on a terminal
 ) -> type:
     "A class of kernel managers whose kernel inherits the lock of a run."
 
@@ -73,10 +78,27 @@ def kernel_manager(
 
         async def start_kernel(self, **given):
             "As the class above, with the file and its number."
-            inherits = dict(env=kernel_environment(fd, own), pass_fds=(fd,))
+            inherits = dict(env=kernel_environment(fd, own, followed), pass_fds=(fd,))
+            if followed is not None:
+                inherits |= followed.kernel_streams
             await super().start_kernel(**{**given, **inherits})
 
     return RunKernelManager
+
+# %% ../../nbs/cli/08_execution.ipynb #b5e1acd8
+REPORT = "from higgs_nb.core.events import report_warnings; report_warnings()"
+
+
+def kernel_options(
+    notebook: Path,
+    own: bool,  # whether the notebook is the user's
+) -> list[str]:
+    "Arguments of the command that starts a kernel."
+    spec = nbformat.read(notebook, 4).metadata.get("kernelspec", {})
+    if spec.get("language", "python") != "python":
+        return []
+    options = [f"--InteractiveShellApp.exec_lines={REPORT}"]
+    return options if own else [*options, "--InteractiveShellApp.ignore_cwd=True"]
 
 # %% ../../nbs/cli/08_execution.ipynb #9493b5ff
 def execute(
@@ -84,9 +106,11 @@ def execute(
     executed: Path,  # where the executed notebook is saved
     given: dict,  # checked parameters
     fd: int,  # locked, for the kernel to keep
+    followed: FollowedRun | None = None,  # shows the run on a terminal; None: papermill does
 ) -> None:
     "Let papermill execute a notebook in a kernel that shares the lock `fd`."
     own = notebook.resolve().parent != RUNS.resolve()
+    hooks = {} if followed is None else dict(on_cell_start=followed.on_cell_start)
     papermill_io.register(str(executed), WholeNotebook(executed))
     papermill.execute_notebook(
         str(notebook),
@@ -94,10 +118,11 @@ def execute(
         parameters=given,
         cwd=str(Path.cwd()),
         log_output=True,
-        progress_bar=True,
+        progress_bar=followed is None or followed.verbose,
         autosave_cell_every=30,
-        kernel_manager_class=kernel_manager(fd, own),
-        extra_arguments=[] if own else ["--InteractiveShellApp.ignore_cwd=True"],
+        kernel_manager_class=kernel_manager(fd, own, followed),
+        extra_arguments=kernel_options(notebook, own),
+        **hooks,
     )
 
 # %% ../../nbs/cli/08_execution.ipynb #85af32fc
@@ -113,6 +138,7 @@ def run(
     out: str | Path,  # directory for everything the run makes, the executed notebook too
     parameters: dict | None = None,  # name -> value; the others keep their defaults
     begun: Callable | None = None,  # called when `out` belongs to this run
+    followed: FollowedRun | None = None,  # shows the run on a terminal; None: papermill does
 ) -> Path:
     """Execute a run notebook; returns the executed notebook, which is saved after each cell and
     twice a minute. `PapermillExecutionError` if a cell fails, `ValueError` for invalid
@@ -125,8 +151,10 @@ def run(
     try:
         if begun:
             begun()
+        if followed is not None:
+            followed.begin()
         record_start(name, out, given)
-        execute(notebook_of(name), executed, given, held)
+        execute(notebook_of(name), executed, given, held, followed)
         if not is_same(held, out):
             raise FileNotFoundError(
                 f"{out} was moved during the run, which has written to both places"

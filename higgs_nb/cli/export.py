@@ -5,8 +5,11 @@
 # %% ../../nbs/cli/18_export.ipynb #53654b86
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,16 +18,19 @@ from torch import Tensor, nn
 from ..checkpoint.adapter import take_snapshot
 from ..checkpoint.base import base_of
 from ..checkpoint.errors import CheckpointError, explained
-from ..checkpoint.manifest import ADAPTER_FILES
+from ..checkpoint.manifest import ADAPTER_FILES, library_versions
+from ..checkpoint.merged import StoredModel
 from ..checkpoint.saving import Snapshot, staging_directory
 from ..checkpoint.validate import CheckpointReport, validate_checkpoint
+from ..checkpoint.whole_model import is_stock
 from .answers import answers, compare
-from .fresh_process import ask
+from .fresh_process import ask_about
+from .processor import carried_files
 from ..core.files import fsync
 
 # %% auto #0
-__all__ = ['files_below', 'contents_of', 'source_of', 'export_problem', 'still_to_export', 'check_merge', 'check_free',
-           'export_model']
+__all__ = ['LAYOUTS', 'NOTE', 'files_below', 'contents_of', 'merged_contents', 'source_of', 'export_problem', 'still_to_export',
+           'check_merge', 'check_free', 'Question', 'Exported', 'export_files', 'export_model']
 
 # %% ../../nbs/cli/18_export.ipynb #b330f23c
 def files_below(folder: str | Path) -> dict[str, bytes]:  # any directory
@@ -46,6 +52,30 @@ def contents_of(
         tokenizer.save_pretrained(folder)
         files = {"README.md": card.encode(), **files_below(folder)}
     return take_snapshot(model, base=base or {}, meta=meta, files=files, copy=False)
+
+# %% ../../nbs/cli/18_export.ipynb #6e4ee715
+# layout -> "module:function" that gives the files of a `StoredModel` with the folder of its base
+LAYOUTS = {"original": "higgs_nb.original.disk:to_original_layout"}
+NOTE = "original.json"  # of a base that was converted from the original's layout
+
+
+def merged_contents(
+    model: StoredModel,  # of `merge_stored`
+    kind: str,  # "merged" or "original"
+    base: Path | str,  # folder of the base, with its tokenizer
+    card: str,  # text of its README.md
+    *,
+    files: Mapping[str, bytes] | None = None,  # more files, see `processor_files`
+    meta: dict | None = None,  # for the manifest
+) -> Snapshot:
+    "What the export of a merged model holds; its tensors are read while they are written."
+    if kind in LAYOUTS:
+        module, name = LAYOUTS[kind].split(":")
+        own = getattr(importlib.import_module(module), name)(model, base)
+    else:
+        own = carried_files(base, NOTE) | dict(files or {}) | model.files()
+    noted = dict(versions=library_versions(), **meta or {}, finite=True, kind="model")
+    return Snapshot({"README.md": card.encode()} | own, noted)
 
 # %% ../../nbs/cli/18_export.ipynb #d014f39b
 def source_of(report: CheckpointReport) -> dict:  # on the adapter of a run
@@ -71,7 +101,7 @@ def export_problem(
 # %% ../../nbs/cli/18_export.ipynb #8926b930
 def still_to_export(
     out: Path,  # directory for exports
-    kinds: list[str],  # "adapter", "merged"
+    kinds: list[str],  # "adapter", "merged", "original"
     source: dict,  # of `source_of`
 ) -> list[str]:
     """Which exports are not in `out` yet: a valid one of the same adapter, of a call that was
@@ -115,6 +145,53 @@ def check_free(path: Path) -> None:  # of an export
             remedy="choose another directory, or move it away",
         )
 
+# %% ../../nbs/cli/18_export.ipynb #f809f547
+@dataclass(frozen=True)
+class Question:
+    "What the model in memory and the export are asked, and how the export is loaded."
+
+    text: str = "The line is busy."  # what both speak
+    max_frames: int = 75  # longest clip; 25 frames are a second
+    stock: bool = True  # with transformers' own class
+    device: str = "cpu"  # where the fresh process computes
+    base: dict | None = None  # of an adapter: arguments of `load_model` that give its base
+    dtype: str = "auto"  # of an adapter's base; "auto": as it was saved
+
+
+@dataclass(frozen=True)
+class Exported:
+    "What was found out about an export, which is in its place."
+
+    difference: float  # the largest of logits, as a share of the largest logit
+    same_codes: bool  # whether it speaks the same codes
+    processor: str  # see `Reply`
+
+# %% ../../nbs/cli/18_export.ipynb #9275445f
+def export_files(
+    contents: Snapshot,  # of `contents_of` or `merged_contents`
+    path: Path | str,  # the directory to be
+    question: Question,  # for the fresh process
+    expected: dict[str, Tensor],  # `answers` that it has to give
+    exact: bool = True,  # False: a merged model that is not in float32, whose clip may differ
+) -> Exported:
+    """Export files so that they are complete, load in a fresh process and answer as expected, or
+    are not there: `CheckpointError` says why.
+    """
+    path = Path(path)
+    check_free(path)
+    with staging_directory(path) as box:
+        staged = box / path.name
+        contents.save(staged)
+        reply = ask_about(staged, **vars(question))
+        tolerance = 1e-3 if exact else 0.05
+        share = compare(reply.answers, expected, "what was saved", path, tolerance, exact)
+        with explained("not exported: renaming it into place failed", path):
+            os.rename(staged, path)
+            box.rmdir()
+    with explained("exported, but its directory could not be made durable", path):
+        fsync(path.parent)
+    return Exported(share, torch.equal(reply.answers["codes"], expected["codes"]), reply.processor)
+
 # %% ../../nbs/cli/18_export.ipynb #93a0c6b4
 def export_model(
     model: nn.Module,  # a PeftModel: its adapter is exported; else the model, e.g. of `merge_lora`
@@ -130,21 +207,14 @@ def export_model(
     max_frames: int = 75,  # longest clip; 25 frames are a second
     meta: dict | None = None,  # more for the manifest, such as what it was made of
 ) -> float:
-    """Export a model so that it is complete, loads in a fresh process and answers as the one in
-    memory does, or is not there: `CheckpointError` says why. Returns the largest difference of
-    logits as a share of the largest.
+    """Export a model in memory so that it is complete, loads in a fresh process and answers as
+    the one in memory does, or is not there: `CheckpointError` says why. Returns the largest
+    difference of logits as a share of the largest.
     """
-    path = Path(path)
+    path, inner = Path(path), base_of(model)
     own = answers(model, tokenizer, text, max_frames)
     check_free(path)
-    merge_share = check_merge(own, expected, path, base_of(model).dtype == torch.float32)
-    with staging_directory(path) as box:
-        staged = box / path.name
-        contents_of(model, tokenizer, card, base, meta).save(staged)
-        share = compare(ask(staged, model, load, text, max_frames), own, "what was saved", path)
-        with explained("not exported: renaming it into place failed", path):
-            os.rename(staged, path)
-            box.rmdir()
-    with explained("exported, but its directory could not be made durable", path):
-        fsync(path.parent)
-    return max(share, merge_share)
+    merge_share = check_merge(own, expected, path, inner.dtype == torch.float32)
+    question = Question(text, max_frames, is_stock(model), str(inner.device), load)
+    contents = contents_of(model, tokenizer, card, base, meta)
+    return max(export_files(contents, path, question, own).difference, merge_share)

@@ -5,61 +5,131 @@
 # %% ../../nbs/cli/17_fresh_process.ipynb #6cd6a7fe
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
 from ..checkpoint.base import base_of
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.whole_model import is_stock
 from .answers import answers
+from .processor import SETTINGS
+from ..core.files import load_json
+from ..data.conversation import tts_conversation
+from ..data.prompt import AudioTokens
+from ..family import HIGGS_V2
 from ..model.load import load_model
+from ..speech.generate import prompt_of
 
 # %% auto #0
-__all__ = ['REPLY', 'load_export', 'reply', 'in_fresh_process', 'ask']
+__all__ = ['LOADERS', 'NOT_TRIED', 'REPLY', 'loader_of', 'load_export', 'try_processor', 'reply', 'Reply', 'in_fresh_process',
+           'ask_about', 'ask']
+
+# %% ../../nbs/cli/17_fresh_process.ipynb #01f21350
+# `model_type` -> "module:function" that loads a folder of that layout
+LOADERS = {HIGGS_V2.architecture.original_type: "higgs_nb.original.convert:load_original"}
+
+
+def loader_of(path: Path | str):
+    "The function that loads an export of another layout; None for transformers' layout."
+    file = Path(path) / "config.json"
+    kind = load_json(file).get("model_type") if file.is_file() else None
+    if kind not in LOADERS:
+        return None
+    module, name = LOADERS[kind].split(":")
+    return getattr(importlib.import_module(module), name)
 
 # %% ../../nbs/cli/17_fresh_process.ipynb #626ecca7
 def load_export(
     path: Path | str,  # directory of an export
     stock: bool = True,  # with transformers' own class
     base: dict | None = None,  # of an adapter: arguments of `load_model` that give its base
+    dtype: str = "auto",  # of an adapter's base; "auto": as it was saved
 ) -> nn.Module:
     "Load a merged model, or an adapter on its base, with no help from its manifest."
+    if loader := loader_of(path):
+        return loader(path)
     is_adapter = (Path(path) / "adapter_config.json").is_file()
     source = base if is_adapter else dict(name_or_path=str(path))
     if stock:
         model = HiggsAudioV2ForConditionalGeneration.from_pretrained(
             source["name_or_path"],
             revision=source.get("revision"),
+            dtype=dtype,
             use_safetensors=True,
             use_text_head=True,
         )
     else:
-        model = load_model(**source)
+        model = load_model(**source, dtype=dtype)
     return (PeftModel.from_pretrained(model, str(path)) if is_adapter else model).eval()
 
+# %% ../../nbs/cli/17_fresh_process.ipynb #05fb637a
+NOT_TRIED = "not tried"
+
+
+@torch.no_grad()
+def try_processor(path: str, model: nn.Module, tokenizer, text: str, max_frames: int) -> str:
+    "What `AutoProcessor` and `generate` gave, in words; `ValueError` if it is not speech."
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (ImportError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"{NOT_TRIED}: {reason}"
+    talk = tts_conversation(text, id="export")
+    messages = [
+        dict(role=m.role, content=[dict(type="text", text=m.content[0].text)])
+        for m in talk.messages
+    ]
+    options = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
+    tokens = AudioTokens.from_config(model.config, tokenizer)
+    expected = prompt_of(talk, tokenizer, tokens).input_ids
+    if inputs["input_ids"][0].tolist() != expected.tolist():
+        raise ValueError("the processor writes another prompt than the one of training")
+    frames = max_frames + 2 * tokens.num_codebooks
+    spoken = model.generate(**inputs.to(model.device), max_new_tokens=frames, do_sample=False)
+    [wave] = processor.batch_decode(spoken.cpu())
+    if not wave.numel() or not wave.isfinite().all():
+        raise ValueError("the processor decodes no sound")
+    return f"{wave.numel() / 24000:.2f} s of sound"
+
 # %% ../../nbs/cli/17_fresh_process.ipynb #3fead2e3
-def reply(question: str) -> None:  # JSON, see `ask`
-    "What the fresh process does with the question of `ask`."
+def reply(question: str) -> None:  # JSON, see `ask_about`
+    "What the fresh process does with the question of `ask_about`."
     q = json.loads(question)
-    model = load_export(q["path"], q["stock"], q["base"]).to(q["device"])
+    model = load_export(q["path"], q["stock"], q["base"], q["dtype"]).to(q["device"])
     tokenizer = AutoTokenizer.from_pretrained(q["path"], trust_remote_code=False)
     found = answers(model, tokenizer, q["text"], q["max_frames"])
-    safetensors.torch.save_file(found, q["file"])
+    processor = ""
+    if (Path(q["path"]) / SETTINGS).is_file():
+        processor = try_processor(q["path"], model, tokenizer, q["text"], q["max_frames"])
+    safetensors.torch.save_file(found, q["file"], metadata=dict(processor=processor))
 
 # %% ../../nbs/cli/17_fresh_process.ipynb #cbc795de
 REPLY = "import sys; from higgs_nb.cli.fresh_process import reply; reply(sys.argv[1])"
 
 
-def in_fresh_process(question: dict) -> dict[str, Tensor]:
-    "The answers to a question; `CheckpointError` with the end of what was printed if it fails."
+@dataclass(frozen=True)
+class Reply:
+    "What the fresh process found out about an export."
+
+    answers: dict[str, Tensor]  # see `answers`
+    processor: str  # of `try_processor`; empty: the export has no files for it
+
+
+def in_fresh_process(question: dict) -> Reply:
+    "The reply to a question; `CheckpointError` with the end of what was printed if it fails."
     command = [sys.executable, "-c", REPLY, json.dumps(question)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -68,7 +138,34 @@ def in_fresh_process(question: dict) -> dict[str, Tensor]:
             f"not exported: a fresh process could not load it ({code}):\n{done.stderr[-2000:]}",
             Path(question["path"]),
         )
-    return safetensors.torch.load_file(question["file"])
+    with safe_open(question["file"], "pt") as file:
+        processor = (file.metadata() or {}).get("processor", "")
+    return Reply(safetensors.torch.load_file(question["file"]), processor)
+
+# %% ../../nbs/cli/17_fresh_process.ipynb #de259724
+def ask_about(
+    path: Path,  # directory of an export
+    text: str,  # what is spoken
+    max_frames: int,  # longest clip; 25 frames are a second
+    *,
+    stock: bool,  # with transformers' own class
+    device: str = "cpu",  # that the process computes on
+    base: dict | None = None,  # of an adapter: arguments of `load_model` that give its base
+    dtype: str = "auto",  # of an adapter's base; "auto": as it was saved
+) -> Reply:
+    "What a fresh process finds out about an export; `CheckpointError` if it cannot be loaded."
+    with tempfile.TemporaryDirectory() as folder:
+        question = dict(
+            path=str(path),
+            stock=stock,
+            base=base,
+            dtype=dtype,
+            device=device,
+            text=text,
+            max_frames=max_frames,
+            file=f"{folder}/answers.safetensors",
+        )
+        return in_fresh_process(question)
 
 # %% ../../nbs/cli/17_fresh_process.ipynb #c3dd0793
 def ask(
@@ -81,14 +178,5 @@ def ask(
     """The answers of the export in `path`, from a fresh process on the device of `model`;
     `CheckpointError` if it cannot be loaded.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        question = dict(
-            path=str(path),
-            stock=is_stock(model),
-            base=base,
-            device=str(base_of(model).device),
-            text=text,
-            max_frames=max_frames,
-            file=f"{folder}/answers.safetensors",
-        )
-        return in_fresh_process(question)
+    device, stock = str(base_of(model).device), is_stock(model)
+    return ask_about(path, text, max_frames, stock=stock, device=device, base=base).answers

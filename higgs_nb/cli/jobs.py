@@ -36,7 +36,8 @@ def start_run(r: SweepRun, environment: dict) -> int:  # variables that are adde
     r.out.mkdir(parents=True, exist_ok=True)
     given = r.out / "given.yaml"
     write_json(given, r.parameters)
-    command = [sys.executable, "-c", HIGGS_RUN, r.notebook, "-f", given, "--out", r.out]
+    options = ["-f", given, "--out", r.out, "--verbose"]
+    command = [sys.executable, "-c", HIGGS_RUN, r.notebook, *options]
     with open(r.out / "higgs_run.log", "a", encoding="utf-8") as log:
         done = subprocess.run(
             command,

@@ -10,7 +10,7 @@ import sys
 import psutil
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import get_args_parser, run
 
 from ..core.signals import signal_handlers
 from ..training.callbacks import TRY_AGAIN, StopCallback
@@ -59,7 +59,9 @@ def main(
     lets every process save and stop, however long that takes; a second one ends them at once.
     """
     words = sys.argv[1:] if argv is None else argv
-    args = parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
+    parser = get_args_parser()
+    parser.prog = "higgs_launch"
+    args = parser.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
     if args.max_restarts:
         print(
             "higgs_launch: --max-restarts would start again what was asked to stop: "

@@ -12,8 +12,9 @@ from .notebooks import run_notebooks
 from ..core.messages import did_you_mean, shown
 
 # %% auto #0
-__all__ = ['COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'PART', 'COUNTS', 'NUMBERS', 'POSITIVES', 'RANGES', 'CHOICES', 'WORDS',
-           'in_range', 'range_of', 'leaves', 'percent_hint', 'check_number', 'check_range', 'check_choice']
+__all__ = ['COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'PART', 'COUNTS', 'NUMBERS', 'POSITIVES', 'RANGES', 'TAKE_DEVICE',
+           'TAKE_PRECISION', 'CHOICES', 'WORDS', 'in_range', 'range_of', 'leaves', 'percent_hint', 'check_number',
+           'check_range', 'check_choice']
 
 # %% ../../nbs/cli/03_limits.ipynb #adc9a229
 def in_range(value: int | float, range: str) -> bool:  # such as "[0, 1)", or "-1 or [0, inf)"
@@ -35,8 +36,8 @@ PART = "[0, 1)"
 COUNTS = """accumulate batch_size hidden_size intermediate_size keep layers max_frames
     rank rank_pattern speak_every steps token_budget top_k variants vocabulary width"""
 NUMBERS = """alpha audio_loss_weight clips codebook_weights edge_s evaluate.max_duration_s guide
-    held_out_clips max_clips max_texts players prompts readings rehearse score_every service speak
-    swap table text_loss_weight voices.held_out warmup workers"""
+    held_out_clips history max_clips max_texts pause_s players prompts readings rehearse score_every
+    service speak swap table text_loss_weight voices.held_out warmup workers"""
 POSITIVES = """epochs eval_every learning_rate max_duration_s max_speech_s save_every temperature"""
 RANGES = {
     "bits": "[0, 8]",
@@ -46,6 +47,8 @@ RANGES = {
     **dict.fromkeys(("code_noise", "described"), SHARE),
     **dict.fromkeys(("dropout", "held_out", "label_smoothing"), PART),
     "codebook_size": "[2, inf)",
+    "max_chars": "[20, inf)",
+    "speak.top_k": NUMBER,
     "end_silence": "-1 or [0, inf)",
     "seed": "[0, 4294967295]",
     "silence_db": "(-inf, 0)",
@@ -111,12 +114,13 @@ def check_range(
             check_number(leaf, range, f"{name} takes {part}", help)
 
 # %% ../../nbs/cli/03_limits.ipynb #b6d20d23
+TAKE_DEVICE = [f"{run}.device" for run in ("prepare", "train", "evaluate", "export")]
+TAKE_PRECISION = [f"{run}.precision" for run in ("train", "evaluate", "speak")]
 CHOICES = {
-    "prepare.device": ("auto", "cpu", "cuda", "mps", "xpu"),
-    "train.device": ("auto", "cpu", "cuda", "mps", "xpu"),
-    "train.precision": ("auto", "float32", "bfloat16", "float16"),
-    "evaluate.precision": ("float32", "bfloat16", "float16", "auto"),
-    "export.what": ("both", "adapter", "merged"),
+    **dict.fromkeys(TAKE_DEVICE, ("auto", "cpu", "cuda", "mps", "xpu")),
+    **dict.fromkeys(TAKE_PRECISION, ("auto", "float32", "bfloat16", "float16")),
+    "export.precision": ("auto", "float32", "bfloat16"),
+    "export.what": ("both", "adapter", "merged", "original", "all"),
 }
 WORDS = {  # beside paths, names on the hub, names of modules
     "base": ("small", "tiny"),

@@ -15,9 +15,10 @@ from ..data.samples import SampleDataset
 from ..family import FAMILIES, HIGGS_V2, Family
 
 # %% auto #0
-__all__ = ['PACKAGED', 'CARD', 'NOT_STOCK', 'NO_STOCK', 'SETTINGS', 'learned_clips', 'corpus_summary', 'part_summary',
-           'data_summary', 'hub_name', 'card_family', 'licence_duties', 'base_summary', 'model_arguments',
-           'loading_code', 'loss_row', 'pairs', 'codec_summary', 'card_header', 'model_card']
+__all__ = ['PACKAGED', 'CARD', 'NOT_STOCK', 'NO_STOCK', 'TITLES', 'SETTINGS', 'LIBRARIES', 'learned_clips', 'corpus_summary',
+           'part_summary', 'data_summary', 'hub_name', 'card_family', 'licence_duties', 'base_summary',
+           'model_arguments', 'original_code', 'loading_code', 'loss_row', 'pairs', 'codec_summary', 'card_header',
+           'training_summary', 'model_card']
 
 # %% ../../nbs/cli/15_model_card.ipynb #60f192b2
 def learned_clips(data: SampleDataset) -> list[Audio]:  # of a run
@@ -112,7 +113,7 @@ def base_summary(
 # %% ../../nbs/cli/15_model_card.ipynb #1cf3fdd3
 def model_arguments(
     given: dict,  # parameters of the run
-    kind: str,  # "adapter" or "merged"
+    kind: str,  # "adapter", "merged" or "original"
     base: dict,  # of `describe_base`
 ) -> str:
     "The arguments that load an export, or the base of an adapter, as Python code."
@@ -126,13 +127,23 @@ def model_arguments(
     return ", ".join(arguments)
 
 # %% ../../nbs/cli/15_model_card.ipynb #818c9d85
+def original_code(codec: str) -> str:  # name or folder of a codec in the original's layout
+    "Python code that loads an export in the original's layout."
+    return (
+        f'engine = HiggsAudioServeEngine("original", {codec!r}, device="cuda")'
+        "  # of boson_multimodal"
+    )
+
+
 def loading_code(
     given: dict,  # parameters of the run
-    kind: str,  # "adapter" or "merged"
+    kind: str,  # "adapter", "merged" or "original"
     base: dict,  # of `describe_base`
     stock: bool,  # with transformers' own class
 ) -> str:
     "Python code that loads an export."
+    if kind == "original":
+        return original_code(given.get("codec") or "bosonai/higgs-audio-v2-tokenizer")
     arguments = model_arguments(given, kind, base)
     call = f"load_model({arguments})  # of higgs_nb.model.load"
     if stock:
@@ -200,42 +211,59 @@ It has audio self-attention or a Whisper tower, which the stock class would leav
 NO_STOCK = """
 transformers has no class for it.
 """
-SETTINGS = ("targets", "rank", "steps", "learning_rate", "seed")
+TITLES = dict(
+    adapter="LoRA adapter",
+    merged="merged model",
+    original="merged model in the original's layout",
+)
+SETTINGS = ("targets", "rank", "steps", "epochs", "learning_rate", "seed", "codec")
 
 # %% ../../nbs/cli/15_model_card.ipynb #273621e0
+LIBRARIES = dict(adapter="peft", merged="transformers", original="boson_multimodal")
+
+
 def card_header(
     name: str,  # the parameter `base` of the run
-    kind: str,  # "adapter" or "merged"
+    kind: str,  # "adapter", "merged" or "original"
     family: Family = HIGGS_V2,  # of the base
 ) -> str:
     "The metadata that a model hub reads, as YAML."
     data = ModelCardData(
         base_model=hub_name(name),
-        library_name="peft" if kind == "adapter" else "transformers",
+        library_name=LIBRARIES[kind],
         pipeline_tag="text-to-speech",
         tags=[family.name.replace("_", "-"), kind],
     )
     return data.to_yaml()
 
 # %% ../../nbs/cli/15_model_card.ipynb #bd23c859
+def training_summary(given: dict) -> str:  # parameters of the run
+    "How a run trained, in words; what it does not name is left out."
+    named = {k: given[k] for k in SETTINGS if given.get(k) not in (None, "")}
+    return ", ".join(f"{k} {in_markdown(value)}" for k, value in named.items())
+
+
 def model_card(
     run: dict,  # what the training run has written to `run.json`
-    kind: str,  # "adapter" or "merged"
+    kind: str,  # "adapter", "merged" or "original"
     base: dict,  # of the adapter's manifest, see `describe_base`
     stock: bool,  # of `is_stock`
+    remark: str = "",  # more about how it is loaded, in Markdown
 ) -> str:
     "The README.md of an export, with the metadata that model hubs read."
     given, family = run["parameters"], card_family(base)
+    class_note = NOT_STOCK if family.architecture.stock else NO_STOCK
+    remarks = ("" if stock else class_note, f"\n{remark}\n" if remark else "")
     card = CARD.format(
         header=card_header(given["base"], kind, family),
         heading=family.heading.format(title=family.title),
-        title="LoRA adapter" if kind == "adapter" else "merged model",
+        title=TITLES[kind],
         base=base_summary(given["base"], base),
         code=loading_code(given, kind, base, stock),
-        remark="" if stock else NOT_STOCK if family.architecture.stock else NO_STOCK,
+        remark="".join(remarks),
         data=in_markdown(data_summary(run["corpus"])),
         source=in_markdown(Path(given["data"]).name or "the recordings in higgs_nb"),
-        training=", ".join(f"{k} {in_markdown(given[k])}" for k in SETTINGS),
+        training=training_summary(given),
         codec=codec_summary(run.get("codec")),
         losses="\n".join(loss_row(k, run[f"held_out_{k}_loss"]) for k in ("audio", "text")),
         verdict=in_markdown(run["verdict"]),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from .execution import run
 from .notebooks import describe, run_notebooks
 from .parameters import read_parameters, split_assignments
 from .stop import TRY_AGAIN, StopSignals, in_thread
+from .summary import record_of, summary_lines
+from .terminal import FollowedRun
 from ..core.messages import shown
 
 # %% auto #0
-__all__ = ['print_error', 'argument_parser', 'parse_arguments', 'chosen_directory', 'was_stopped', 'report_end', 'run_command',
-           'list_command', 'main']
+__all__ = ['MAX_INPUT', 'print_error', 'argument_parser', 'parse_arguments', 'chosen_directory', 'was_stopped', 'report_stop',
+           'report_failure', 'report_done', 'follow_run', 'with_standard_input', 'run_command', 'list_command', 'main']
 
 # %% ../../nbs/cli/09_run.ipynb #38837572
 def print_error(text: str) -> None:
@@ -49,6 +51,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("-p", "--parameter", **pair, help=pair_help)
     add("-f", "--file", type=Path, help="a YAML file of parameters; -p wins over it")
     add("--out", default=None, help="directory for everything the run makes (runs/NAME)")
+    verbose_help = "print all that the notebook prints, and the traceback of an error"
+    add("-v", "--verbose", action="store_true", help=verbose_help)
     list_help = "print what can be run or, after a name, its parameters, types and defaults"
     add("-l", "--list", action="store_true", help=list_help)
     add("-h", "--help", action="store_true", help="print this and, after a name, its parameters")
@@ -59,6 +63,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     "The options in `argv`; prints the help if it is asked for, and exits without a name."
     parser = argument_parser()
     args = parser.parse_args(split_assignments(argv))
+    args.command = shlex.join(["higgs_run", *argv])
     if args.help:
         parser.print_help()
     elif not args.name and not args.list:
@@ -81,35 +86,93 @@ def was_stopped(error: Exception, stop: StopSignals) -> bool:
     return is_preempted or (stop.asked is not None and isinstance(error, DeadKernelError))
 
 # %% ../../nbs/cli/09_run.ipynb #f7b685e4
-def report_end(name: str, error: Exception, stop: StopSignals) -> int:
-    "Print why a run ended before its end; returns the exit code."
-    if was_stopped(error, stop):
-        reason = stop.asked or "as asked"
-        print_error(f"\n{name} stopped before its end, {reason}: the same command goes on")
-        print_error(getattr(error, "evalue", ""))
-        return TRY_AGAIN
-    if isinstance(error, PapermillExecutionError):
-        error = f"in cell {error.cell_index}: {error.ename}: {error.evalue}"
-    print_error(f"\n{name} failed {error}")
+def report_stop(args: argparse.Namespace, error: Exception, stop: StopSignals) -> int:
+    "Print that a run has stopped and how to resume it; returns the exit code."
+    reason = stop.asked or "as asked"
+    print_error(
+        f"{Path(args.name).stem} stopped before its end, {reason}: the same command goes on"
+    )
+    if getattr(error, "evalue", ""):
+        print_error(f"  {error.evalue}")
+    print_error(f"  to resume: {args.command}")
+    return TRY_AGAIN
+
+# %% ../../nbs/cli/09_run.ipynb #81337f65
+def report_failure(args: argparse.Namespace, error: Exception, stage: str) -> int:
+    "Print why a run failed; returns the exit code."
+    where = f"{Path(args.name).stem} failed at {stage!r}"
+    if not isinstance(error, PapermillExecutionError):
+        print_error(f"{where}: {error}")
+        return 1
+    if args.verbose:
+        print_error(str(error))  # with the traceback
+    print_error(f"{where}, in cell [{error.exec_count}] of the executed notebook:")
+    print_error(f"{error.ename}: {error.evalue}")
     return 1
+
+# %% ../../nbs/cli/09_run.ipynb #8034d888
+def report_done(executed: Path) -> int:  # notebook, in the directory of the run
+    "Print what a run has made; returns the exit code."
+    name, out = executed.stem, executed.parent
+    print(f"{shown(name)} is done: {shown(str(executed))}")
+    try:
+        lines = summary_lines(record_of(name, out), name, out)
+    except (ValueError, OSError) as error:
+        lines = [f"  no summary: {shown(str(error))}"]
+    print("".join(f"{line}\n" for line in lines), end="")
+    return 0
+
+# %% ../../nbs/cli/09_run.ipynb #9959d674
+def follow_run(
+    args: argparse.Namespace,
+    given: dict,  # parameters
+    stop: StopSignals,
+    followed: FollowedRun,
+) -> int:
+    "Execute a run while it is shown, and say how it ended; returns the exit code."
+    try:
+        with stop, followed:
+            executed = in_thread(lambda: run(args.name, followed.out, given, stop.begin, followed))
+    except (PapermillExecutionError, DeadKernelError) as error:
+        if was_stopped(error, stop):
+            return report_stop(args, error, stop)
+        return report_failure(args, error, followed.screen.stage)
+    except (ValueError, OSError) as error:
+        print_error(f"higgs_run: {error}")
+        return 1 if stop.begun else 2
+    return report_done(executed)
+
+# %% ../../nbs/cli/09_run.ipynb #53ce2cdb
+MAX_INPUT = 2**22  # characters of standard input
+
+
+def with_standard_input(given: dict) -> dict:  # parameters
+    "The parameters, with what is on standard input where `text` is `-`; `ValueError` if too long."
+    if given.get("text") != "-":
+        return given
+    try:
+        text = sys.stdin.read(MAX_INPUT + 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 at byte {error.start}") from error
+    if len(text) > MAX_INPUT:
+        raise ValueError(f"standard input has more than {MAX_INPUT:,} characters: use texts=FILE")
+    return {**given, "text": text.strip()}
 
 # %% ../../nbs/cli/09_run.ipynb #d21659e6
 def run_command(args: argparse.Namespace) -> int:
     "Do what the options of `higgs_run` ask for; returns the exit code."
-    stop = None
     try:
-        given = read_parameters(args.name, args.file, args.parameter)
+        given = with_standard_input(read_parameters(args.name, args.file, args.parameter))
         out = chosen_directory(args, given)
-        stop = StopSignals(out)
-        with stop:
-            executed = in_thread(lambda: run(args.name, out, given, stop.begin))
-    except (PapermillExecutionError, DeadKernelError) as error:
-        return report_end(args.name, error, stop)
     except (ValueError, OSError) as error:
         print_error(f"higgs_run: {error}")
-        return 1 if stop is not None and stop.begun else 2
-    print(f"done: {shown(str(executed))}")
-    return 0
+        return 2
+    stop, followed = StopSignals(out), FollowedRun(Path(args.name).stem, out, args.verbose)
+    code = follow_run(args, given, stop, followed)
+    if stop.begun:
+        file = sys.stderr if code else sys.stdout
+        print(f"  log: {shown(str(followed.file))}", file=file)
+    return code
 
 # %% ../../nbs/cli/09_run.ipynb #7aaed1a4
 def list_command(args: argparse.Namespace) -> int:
@@ -129,7 +192,6 @@ def main(
     it could not start, 75: it was asked to stop, and the same command resumes it.
     """
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     return list_command(args) if args.help or args.list else run_command(args)
 
 # %% ../../nbs/cli/09_run.ipynb #70f2335b

@@ -59,7 +59,9 @@ class StopSignals:
             write_from_handler(f"{self.asked}: stopped before it began")
             sys.exit(TRY_AGAIN)
         write_from_handler(
-            f"{self.asked}: saving and stopping after this step, the same command goes on; "
+            "\n"
+            * sys.__stderr__.isatty()  # below a progress bar
+            + f"{self.asked}: saving and stopping after this step, the same command goes on; "
             "a second signal ends at once"
         )
         if self.file.parent.is_dir():

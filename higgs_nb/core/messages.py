@@ -9,10 +9,11 @@ import difflib
 import html
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # %% auto #0
-__all__ = ['REORDERING', 'shown', 'plain_text', 'visible', 'in_html', 'in_markdown', 'cut_list', 'did_you_mean']
+__all__ = ['REORDERING', 'shown', 'plain_text', 'visible', 'in_html', 'in_markdown', 'cut_list', 'did_you_mean',
+           'weight_problems']
 
 # %% ../../nbs/core/01_messages.ipynb #f4d9404d
 def _escaped(character: str) -> str:
@@ -93,3 +94,18 @@ def did_you_mean(
     "A question in brackets that names the closest of `options`, or an empty string."
     close = difflib.get_close_matches(word, list(options), count, cutoff)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+# %% ../../nbs/core/01_messages.ipynb #45dd04b7
+def weight_problems(
+    info: dict,  # of `from_pretrained`, with `output_loading_info=True`
+    may_lack: Callable[[str], bool] = lambda key: False,  # whether a missing weight is harmless
+) -> str:
+    "What does not fit, on one line: counts and the first names; empty if everything fits."
+    problems = []
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = sorted(shown(str(key)) for key in info.get(f"{what}_keys") or ())
+        if what == "missing":
+            keys = [key for key in keys if not may_lack(key)]
+        if keys:
+            problems.append(f"{len(keys)} {what} ({', '.join(keys[:4])})")
+    return "; ".join(problems)

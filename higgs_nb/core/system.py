@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
 import signal
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
 # %% auto #0
-__all__ = ['UNIX_ONLY', 'missing_parts', 'is_command', 'unix_module']
+__all__ = ['UNIX_ONLY', 'missing_parts', 'is_command', 'unix_module', 'torchaudio_remedy']
 
 # %% ../../nbs/core/03_system.ipynb #1b0088c2
 UNIX_ONLY = "higgs_nb runs on Linux and macOS; on Windows use WSL2"
@@ -43,3 +45,14 @@ def unix_module(name: str) -> ModuleType:
         print(sentence, file=sys.stderr)
         raise SystemExit(2)
     raise ImportError(sentence)
+
+# %% ../../nbs/core/03_system.ipynb #3cfe25aa
+def torchaudio_remedy() -> str:
+    "Two lines for a shell, which make torchaudio load beside this torch."
+    spec = importlib.util.find_spec("torchaudio")
+    if spec is None or not spec.submodule_search_locations:
+        folder = Path(sysconfig.get_path("purelib")) / "torchaudio"
+    else:
+        folder = Path(spec.submodule_search_locations[0])
+    install = "" if folder.is_dir() else "pip install --no-deps torchaudio\n"
+    return f"{install}rm -f {shlex.quote(str(folder / 'lib'))}/*.so"

@@ -8,22 +8,27 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import soundfile as sf
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from ..core.files import write_whole
+from ..core.events import tqdm
+from ..core.files import load_json, write_whole
+from ..core.messages import shown
 from .audio import load_audio, trim_end
 from .codec import Codec, checked_codes
 from .conversation import Audio
+from .encoders import encoders, in_order, number_of_workers
 
 # %% auto #0
-__all__ = ['file_digest', 'write_codes', 'read_codes', 'writable_folder', 'make_folder', 'CodeStore']
+__all__ = ['STORED', 'BAR', 'file_digest', 'write_codes', 'read_codes', 'writable_folder', 'make_folder', 'CodeStore',
+           'stored_fingerprints', 'noted_codec', 'check_prepared', 'seconds_of', 'Codes']
 
 # %% ../../nbs/data/15_code_store.ipynb #cf648803
 def file_digest(path: Path, content: bytes) -> bytes:
@@ -106,6 +111,7 @@ class CodeStore:
         self.hits = 0
         self.misses = 0
         self._memory = {}
+        self.root = Path(root)
         end = "" if end_silence_s is None else f"-end-{end_silence_s:g}s"
         name = f"{codec.fingerprint[:16]}-v{self.version}{end}"
         self.folder = Path(root) / name  # codes are read from here
@@ -153,25 +159,133 @@ class CodeStore:
             self._memory.pop(next(iter(self._memory)))
         self._memory[path] = codes
 
+    def __getstate__(self) -> dict:
+        "What another process needs, which is not the codes in memory."
+        return {**self.__dict__, "_memory": {}}
+
+# %% ../../nbs/data/15_code_store.ipynb #ce104b09
+STORED = re.compile(r"([0-9a-f]{16})-v\d+(-end-[\d.e+-]+s)?")  # a folder of `CodeStore`
+
+
+def stored_fingerprints(root: str | Path) -> list[str]:
+    "The first 16 digits of the fingerprints of the codecs whose codes are in `root`."
+    folders = Path(root).iterdir() if Path(root).is_dir() else ()
+    matches = [STORED.fullmatch(folder.name) for folder in folders if any(folder.glob("*.npy"))]
+    return sorted({match[1] for match in matches if match})
+
+
+def noted_codec(directory: str | Path) -> tuple[str, str] | None:
+    "Name and fingerprint of the codec in the `run.json` of a prepared directory, if there are any."
+    file = Path(directory) / "run.json"
+    run = load_json(file) if file.is_file() else None
+    noted = run.get("codec") if isinstance(run, dict) else None
+    if not isinstance(noted, dict) or not isinstance(noted.get("fingerprint"), str):
+        return None
+    return str(noted.get("name")), noted["fingerprint"]
+
+# %% ../../nbs/data/15_code_store.ipynb #948bea27
+def check_prepared(
+    directory: str | Path,  # that `prepare` made, or a corpus; its codes are in `codes`
+    codec: Codec,  # of the run
+    name: str | Path = "its codec",  # of `codec`, for the error
+    reencode: bool = False,  # True: another codec may encode every recording again
+) -> None:
+    "`ValueError` names both codecs if the codes of a prepared directory are of another codec."
+    stored = stored_fingerprints(Path(directory) / "codes")
+    noted = noted_codec(directory) or ((None, stored[0]) if stored else None)
+    if reencode or noted is None or codec.fingerprint[:16] in (noted[1][:16], *stored):
+        return
+    other, fingerprint = noted
+    called = f" {shown(other)!r}" if other else ""
+    raise ValueError(
+        f"{directory} was encoded by another codec:{called} ({shown(fingerprint[:16])}), and this "
+        f"run has {str(name)!r} ({codec.fingerprint[:16]}). Give the run the codec of "
+        f"{directory}, or prepare the corpus again with this one"
+    )
+
+# %% ../../nbs/data/15_code_store.ipynb #7f842aff
+def seconds_of(audio: Audio) -> float:
+    "Length of a recording by its header, in s; 0 if it has none, and encoding it raises the error."
+    file = audio.path if audio.raw is None else io.BytesIO(audio.raw)
+    try:
+        return sf.info(file).duration
+    except (sf.LibsndfileError, OSError):
+        return 0.0
+
+
+BAR = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s "
+    "[{elapsed}<{remaining}, {rate_noinv_fmt}]"
+)
+
+# %% ../../nbs/data/15_code_store.ipynb #40828a92
+@patch
+def what_is_new(self: CodeStore, new: int, clips: int, seconds: float, how: str) -> str:
+    "One line that says what `encode_all` is about to do, and why."
+    line = f"{new} of {clips} recordings have to be encoded, {seconds / 60:.1f} min of sound, {how}"
+    others = [f for f in stored_fingerprints(self.root) if f != self.codec.fingerprint[:16]]
+    if new == clips and others:
+        line += f"; {self.root} holds codes of another codec ({', '.join(others)})"
+    return line
+
+# %% ../../nbs/data/15_code_store.ipynb #13fa7d1b
+@patch
+def encode_new(
+    self: CodeStore,
+    new: dict[Path, Audio],  # file of codes -> recording without codes
+    clips: int,  # recordings, with those that have codes
+    progress: bool,
+    workers: int,
+) -> None:
+    "Encode recordings, several at a time; see `encode_all`."
+    lengths = [seconds_of(audio) for audio in new.values()]
+    workers = number_of_workers(self.codec, workers, len(new), sum(lengths))
+    with encoders(self, self.codec.concurrency, workers) as (encode, how):
+        if progress:
+            print(self.what_is_new(len(new), clips, sum(lengths), how))
+        jobs = [(audio, path) for path, audio in new.items()]
+        options = dict(desc="codes", total=sum(lengths), unit="s", bar_format=BAR)
+        with tqdm(**options, disable=not progress) as bar:
+            for path, length, codes in zip(new, lengths, in_order(encode, jobs, 4 * workers)):
+                self.remember(path, codes)
+                bar.update(length)
+
 # %% ../../nbs/data/15_code_store.ipynb #e036789f
 @patch
-def encode_all(self: CodeStore, audios: Iterable[Audio], progress: bool = True) -> dict[str, int]:
+def encode_all(
+    self: CodeStore,
+    audios: Iterable[Audio],
+    progress: bool = True,  # print what is encoded, and a bar in seconds of sound
+    workers: int = 0,  # recordings at a time; 0: as many as codec and machine allow
+) -> dict[str, int]:
     """Make sure that the codes of all recordings are stored; counts the `clips`, `hits` and
-    `misses` of this call.
+    `misses` of this call. Codes are the same for every number of `workers`.
     """
     audios = list(audios)
     clips = {self.path(audio): audio for audio in audios}
-    new = {path for path in clips if not path.exists()}
-
-    def codes_of(path):
-        return self.encode(clips[path], path) if path in new else self.read(path)
-
-    with ThreadPoolExecutor(self.codec.threads) as pool:
-        results = zip(clips, pool.map(codes_of, clips))
-        bar = dict(desc="codes", unit="clip", total=len(clips), disable=not progress)
-        for path, codes in tqdm(results, **bar):
-            self.remember(path, codes)
+    new = {path: audio for path, audio in clips.items() if not path.exists()}
+    stored = [path for path in clips if path not in new]
+    for path in tqdm(stored, desc="stored codes", unit="clip", disable=not (progress and stored)):
+        self.remember(path, self.read(path))
+    if new:
+        self.encode_new(new, len(clips), progress, workers)
     hits = len(audios) - len(new)
     self.hits += hits
     self.misses += len(new)
     return dict(clips=len(audios), hits=hits, misses=len(new))
+
+# %% ../../nbs/data/15_code_store.ipynb #ae998e4a
+class Codes:
+    "Codes by path, and those of every other recording from a store."
+
+    def __init__(
+        self,
+        codes: Mapping[str, Tensor],  # (codebooks, frames) each
+        store,  # a `CodeStore`, or an object with its `get`
+    ):
+        self.codes = codes
+        self.store = store
+
+    def get(self, audio: Audio) -> Tensor:
+        "Codes (codebooks, frames) int64 of a recording."
+        return self.codes[audio.path] if audio.path in self.codes else self.store.get(audio)

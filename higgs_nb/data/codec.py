@@ -9,15 +9,31 @@ import hashlib
 import importlib
 import json
 import math
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+
+from ..core.files import load_json
+from ..core.messages import shown, weight_problems
+from ..core.system import torchaudio_remedy
+from .audio import load_audio
+from .corpus import embedded_corpus
 
 # %% auto #0
-__all__ = ['CODECS', 'Codec', 'complete_frames', 'checked_codes', 'content_digest', 'HiggsCodec', 'codec_class', 'load_codec']
+__all__ = ['HUB_NAME', 'HIGGS_CODEC', 'HIGGS_CODEC_COPY', 'TRAINING_ONLY', 'LARGEST_SHARE', 'CODECS', 'Codec', 'complete_frames',
+           'checked_codes', 'content_digest', 'split_name', 'is_hub_name', 'is_training_only', 'other_copy',
+           'check_codec_keys', 'load_higgs_weights', 'repeatable_sums', 'HiggsCodec', 'tiny_higgs_config',
+           'tiny_higgs_codec', 'largest_shares', 'constant_codebooks', 'check_shape', 'check_codec', 'codec_class',
+           'what_it_is', 'load_codec']
 
 # %% ../../nbs/data/14_codec.ipynb #baf671e8
 class Codec(ABC):
@@ -27,7 +43,10 @@ class Codec(ABC):
     frame_rate: float = 25  # frames per second
     num_codebooks: int = 8
     codebook_size: int = 1024  # codes are in [0, codebook_size)
-    threads: int = 1  # recordings that `CodeStore.encode_all` encodes at a time
+    concurrency: str = "none"  # of `encode`: "none", "threads" or "processes" at a time
+    # frames that the sound of a frame depends on, for decoding while codes still come
+    decode_behind: int | None = None  # before it; None: all
+    decode_ahead: int = 12  # after it
 
     @classmethod
     def recognises(cls, name: str | Path) -> bool:
@@ -49,6 +68,12 @@ class Codec(ABC):
     def decode(self, codes) -> torch.Tensor:
         "Waveform (frames * samples_per_frame,) float32 of codes (codebooks, frames)."
 
+    def decode_part(self, codes) -> torch.Tensor:
+        """As `decode`, for codes that are not the whole clip: nothing in it, such as the level,
+        depends on frames beyond `decode_behind` and `decode_ahead`.
+        """
+        return self.decode(codes)
+
     @property
     def samples_per_frame(self) -> int:
         "Samples of a frame; `ValueError` if that is not a whole number."
@@ -63,6 +88,10 @@ class Codec(ABC):
     def frames(self, samples: int) -> int:
         "Number of frames that hold so many samples."
         return -(-samples // self.samples_per_frame)
+
+    def to(self, device: str | torch.device) -> Codec:
+        "This codec, computing on a device, if it can; codes and waveforms stay on the CPU."
+        return self
 
 # %% ../../nbs/data/14_codec.ipynb #1a016c3a
 def complete_frames(waveform, codec: Codec) -> np.ndarray:
@@ -110,70 +139,284 @@ def _require_torchaudio():
         importlib.import_module("torchaudio")
     except (ImportError, OSError) as error:
         raise ImportError(
-            f"the Higgs codec needs torchaudio, and it does not load: {error}\n"
-            "Install it with `pip install higgs_nb[codec]`. Its wheel must be built for the "
-            f"installed torch ({torch.__version__}).\nIf none is, torchaudio still loads as pure "
-            "Python, which is enough here: delete lib/*.so in its folder."
+            f"the Higgs codec needs torchaudio, and it does not load beside torch "
+            f"{torch.__version__}: {error}\nIt loads without its compiled parts, which are not "
+            f"used here:\n{torchaudio_remedy()}"
         ) from error
+
+# %% ../../nbs/data/14_codec.ipynb #1768efa3
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
+
+
+def split_name(name: str | Path) -> tuple[str, str]:
+    "Folder or repository of a codec, and the folder inside of a repository or an empty string."
+    match = HUB_NAME.fullmatch(str(name))
+    if match is None or Path(name).exists():
+        return str(name), ""
+    return match[1], match[2] or ""
+
+
+def is_hub_name(name: str | Path) -> bool:
+    "Whether `name` is OWNER/NAME or OWNER/NAME:FOLDER, and not a path here."
+    if HUB_NAME.fullmatch(str(name)) is None or Path(name).exists():
+        return False
+    return not Path(str(name).split("/")[0]).is_dir()
+
+# %% ../../nbs/data/14_codec.ipynb #26c3d5b3
+HIGGS_CODEC = "bosonai/higgs-audio-v2-tokenizer"
+HIGGS_CODEC_COPY = "k2-fsa/OmniVoice:audio_tokenizer"
+TRAINING_ONLY = (
+    r"semantic_model\.masked_spec_embed",
+    r"fc1\..*",
+    r"decoder_semantic\..*",
+    r"quantizer\.quantizers\.\d+\.codebook\.(inited|cluster_size|embed_avg)",
+)
+
+
+def is_training_only(key: str) -> bool:  # name of a tensor of `HiggsAudioV2TokenizerModel`
+    "Whether a tensor serves the training of the codec, and neither `encode` nor `decode`."
+    return any(re.fullmatch(pattern, key) for pattern in TRAINING_ONLY)
+
+# %% ../../nbs/data/14_codec.ipynb #220e2279
+def other_copy(name: str | Path) -> str:
+    "Where the released codec can be had, for the error about the codec `name`."
+    if str(name) == HIGGS_CODEC_COPY:
+        return "download it again, or give the folder of a codec that transformers has saved"
+    return f"a copy of the released codec is {HIGGS_CODEC_COPY}: give that name as codec"
+
+
+def check_codec_keys(
+    name: str | Path,  # of the codec, for the error
+    info: dict,  # of `from_pretrained`, with `output_loading_info=True`
+) -> None:
+    "`ValueError` if weights of a codec are missing, left over or of another shape."
+    problems = weight_problems(info, is_training_only)
+    if problems:
+        raise ValueError(
+            f"{name} does not hold the weights of the codec: {problems}. Parts of it would be "
+            f"random; {other_copy(name)}"
+        )
+
+# %% ../../nbs/data/14_codec.ipynb #e92e326b
+def load_higgs_weights(name: str, subfolder: str, revision: str):
+    "A `HiggsAudioV2TokenizerModel` in float32 with all of its weights; see `HiggsCodec`."
+    from transformers import HiggsAudioV2TokenizerModel
+
+    called = f"{name}:{subfolder}" if subfolder else name
+    try:
+        model, info = HiggsAudioV2TokenizerModel.from_pretrained(
+            name,
+            subfolder=subfolder,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and an error below
+        )
+    except OSError as error:
+        raise OSError(f"{error}\n{called} cannot be read; {other_copy(called)}") from error
+    check_codec_keys(called, info)
+    return model
+
+# %% ../../nbs/data/14_codec.ipynb #40d0feaa
+@contextmanager
+def repeatable_sums(device: torch.device) -> Iterator[None]:
+    "Within `with`, sums on `device` are computed in the same order each time."
+    if device.type == "cuda":
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+# %% ../../nbs/data/14_codec.ipynb #df156af7
+def _higgs_codec_of(config: dict, weights: bytes) -> HiggsCodec:
+    "A `HiggsCodec` of its configuration and its weights in safetensors' format."
+    from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
+
+    config = HiggsAudioV2TokenizerConfig.from_dict(config)
+    options = dict(config=config, state_dict=from_safetensors(weights))
+    return HiggsCodec(HiggsAudioV2TokenizerModel.from_pretrained(None, **options))
 
 # %% ../../nbs/data/14_codec.ipynb #29f3ba7a
 class HiggsCodec(Codec):
-    "transformers' `HiggsAudioV2TokenizerModel` as a `Codec`."
+    """transformers' `HiggsAudioV2TokenizerModel` as a `Codec`. `encode` is the same for one
+    recording or many, on every CPU; see `repeatable_sums`.
+    """
 
     model_type = "higgs_audio_v2_tokenizer"  # in `config.json`
+    decode_behind = decode_ahead = 12  # a DAC decoder of this hop reaches 9.7 frames either way
 
     def __init__(self, model):
         config = model.config
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)
         self.sampling_rate = config.sample_rate
         self.frame_rate = config.sample_rate / config.hop_length
         self.num_codebooks = config.num_quantizers
         self.codebook_size = config.codebook_size
+        self.lock = Lock()
 
     @classmethod
     def recognises(cls, name: str | Path) -> bool:
         settings = Path(name) / "config.json"
-        if settings.is_file():
-            return (
-                json.loads(settings.read_text(encoding="utf-8")).get("model_type") == cls.model_type
-            )
-        return not Path(name).exists() and str(name).count("/") == 1
+        if not settings.is_file():
+            return is_hub_name(name)
+        config = load_json(settings)
+        return isinstance(config, dict) and config.get("model_type") == cls.model_type
 
     @classmethod
     def from_pretrained(
         cls,
-        # a repository on the hub, or a folder
-        model_id_or_path: str | Path = "bosonai/higgs-audio-v2-tokenizer",
+        # a folder, a repository on the hub, or OWNER/NAME:FOLDER for a folder inside of one
+        model_id_or_path: str | Path = HIGGS_CODEC,
         revision: str = "main",  # a commit fixes the weights
         device: str | torch.device = "cpu",
+        subfolder: str = "",  # of the repository or the folder
     ) -> HiggsCodec:
-        "Load the weights in float32; `ImportError` if torchaudio cannot be used."
+        """Load the weights in float32; `ImportError` if torchaudio cannot be used, `ValueError` if
+        weights are missing, left over or of another shape.
+        """
         _require_torchaudio()
-        from transformers import HiggsAudioV2TokenizerModel
+        name, inside = split_name(model_id_or_path)
+        return cls(load_higgs_weights(name, subfolder or inside, revision)).to(device)
 
-        model = HiggsAudioV2TokenizerModel.from_pretrained(
-            model_id_or_path, revision=revision, dtype=torch.float32, use_safetensors=True
-        )
-        return cls(model.to(device))
+    @property
+    def device(self) -> torch.device:
+        "Where the weights are."
+        return self.model.device
+
+    def to(self, device: str | torch.device) -> HiggsCodec:
+        self.model.to(device)
+        return self
+
+    @property
+    def concurrency(self) -> str:
+        "Processes on a CPU; on a GPU threads, which read recordings while one is encoded."
+        return "processes" if self.device.type == "cpu" else "threads"
 
     @cached_property
     def fingerprint(self) -> str:
         config = self.model.config.to_dict()
         for irrelevant in ("_name_or_path", "transformers_version"):
             config.pop(irrelevant, None)
-        return content_digest(config, self.model.state_dict())
+        state = self.model.state_dict().items()
+        return content_digest(config, {k: v for k, v in state if not is_training_only(k)})
 
     @torch.inference_mode()
     def encode(self, waveform) -> torch.Tensor:
-        x = torch.from_numpy(complete_frames(waveform, self)).to(self.model.device)
-        codes = self.model.encode(x[None, None], return_dict=False)
+        x = torch.from_numpy(complete_frames(waveform, self))
+        with self.lock, repeatable_sums(self.device):
+            codes = self.model.encode(x[None, None].to(self.device), return_dict=False)
         return codes[0, :, : self.frames(len(x))].cpu()
 
     @torch.inference_mode()
     def decode(self, codes) -> torch.Tensor:
-        codes = checked_codes(codes, self).to(self.model.device)
+        codes = checked_codes(codes, self).to(self.device)
         waveform = self.model.decode(codes[None], return_dict=False)
         return waveform[0, 0, : codes.shape[1] * self.samples_per_frame].cpu()
+
+    def __reduce__(self):
+        state = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
+        return _higgs_codec_of, (self.model.config.to_dict(), to_safetensors(state))
+
+# %% ../../nbs/data/14_codec.ipynb #ce617639
+def tiny_higgs_config(frame_rate: float = 25, num_codebooks: int = 8, codebook_size: int = 1024):
+    "Settings of a tiny codec of the released class, see `tiny_higgs_codec`."
+    from transformers import HiggsAudioV2TokenizerConfig
+
+    ratios = {25: [8, 5, 4, 2, 3], 12.5: [8, 5, 4, 4, 3]}[frame_rate]
+    bits_per_frame = num_codebooks * math.ceil(math.log2(codebook_size))
+    acoustic = dict(model_type="dac", encoder_hidden_size=4, decoder_hidden_size=32, hidden_size=16)
+    acoustic.update(downsampling_ratios=ratios, upsampling_ratios=ratios)
+    semantic = dict(model_type="hubert", hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    semantic.update(num_attention_heads=2, conv_dim=[8] * 7, mask_time_prob=0.0)
+    semantic.update(num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
+    return HiggsAudioV2TokenizerConfig(
+        target_bandwidths=[bits_per_frame * math.ceil(frame_rate) / 1000],  # in kbit per second
+        codebook_dim=8,
+        codebook_size=codebook_size,
+        acoustic_model_config=acoustic,
+        semantic_model_config=semantic,
+    )
+
+# %% ../../nbs/data/14_codec.ipynb #fa7ba528
+def tiny_higgs_codec(
+    folder: str | Path,  # is made, or written to
+    frame_rate: float = 25,  # 25 or 12.5 frames per second, at 24 kHz
+    num_codebooks: int = 8,
+    codebook_size: int = 1024,
+    seed: int = 0,  # another seed gives another fingerprint
+) -> Path:
+    "Save a random codec of the released class that encodes a second in milliseconds; for tests."
+    _require_torchaudio()
+    from transformers import HiggsAudioV2TokenizerModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = tiny_higgs_config(frame_rate, num_codebooks, codebook_size)
+        model = HiggsAudioV2TokenizerModel(config)
+        for quantizer in model.quantizer.quantizers:
+            quantizer.codebook.embed.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return Path(folder)
+
+# %% ../../nbs/data/14_codec.ipynb #998b01aa
+LARGEST_SHARE = 0.9  # of the frames of speech that may have one and the same code
+
+
+def largest_shares(codes: torch.Tensor) -> list[float]:  # (codebooks, frames)
+    "Share of the frames that have the most frequent code, of each codebook."
+    return [row.bincount().max().item() / len(row) for row in codes]
+
+
+def constant_codebooks(codes: torch.Tensor) -> list[int]:  # (codebooks, frames), of speech
+    "Numbers of the codebooks in which nearly all frames have one code."
+    return [k for k, share in enumerate(largest_shares(codes)) if share > LARGEST_SHARE]
+
+# %% ../../nbs/data/14_codec.ipynb #134eb5ee
+def check_shape(
+    name: str | Path,  # of a codec
+    what: str,  # it makes
+    made: torch.Tensor,
+    expected: tuple[int, ...],  # shape by the codec's settings
+) -> None:
+    "`ValueError` if codes or a waveform have another shape than the codec's settings say."
+    if tuple(made.shape) != expected:
+        raise ValueError(
+            f"{name} makes {what} of shape {tuple(made.shape)}, and by its settings the shape is "
+            f"{expected}: its rates or its number of codebooks are wrong"
+        )
+
+# %% ../../nbs/data/14_codec.ipynb #40abfc8e
+def check_codec(
+    codec: Codec,
+    name: str | Path = "the codec",  # for errors
+) -> None:
+    """`ValueError` if codes of a recording in the package hardly change, or if codes or sound have
+    another length than the codec's rates say.
+    """
+    speech = load_audio(embedded_corpus() / "audio/tt-weasels.opus", codec.sampling_rate)
+    speech = speech[: 2 * codec.sampling_rate]
+    codes = checked_codes(codec.encode(speech), codec)
+    check_shape(name, "codes of 2 s", codes, (codec.num_codebooks, codec.frames(len(speech))))
+    remedy = other_copy(name) if isinstance(codec, HiggsCodec) else "give a codec that was trained"
+    constant = constant_codebooks(codes)
+    if constant:
+        raise ValueError(
+            f"{name} gives nearly every frame of speech the same code, in the codebooks "
+            f"{', '.join(map(str, constant))} of {codec.num_codebooks}: it was not trained, or its "
+            "weights are not those of a codec. A model that is trained on such codes learns "
+            f"nothing; {remedy}"
+        )
+    frames = codes.shape[1]
+    sound = codec.decode(codes)
+    check_shape(name, f"sound of {frames} frames", sound, (frames * codec.samples_per_frame,))
+    if not sound.isfinite().all():
+        raise ValueError(f"{name} makes NaN or infinite samples of codes; {remedy}")
 
 # %% ../../nbs/data/14_codec.ipynb #50650ac5
 CODECS = {  # kind -> "module:Class"
@@ -187,19 +430,44 @@ def codec_class(kind: str) -> type[Codec]:  # a key of `CODECS`
     module, name = CODECS[kind].split(":")
     return getattr(importlib.import_module(module), name)
 
+# %% ../../nbs/data/14_codec.ipynb #86e5857f
+def what_it_is(name: str | Path) -> str:
+    "Why `name` is not a codec, as the rest of a sentence."
+    folder = Path(name)
+    if not folder.is_dir():
+        missing = "is neither a folder here nor a name on the hub"
+        return f"{missing} (OWNER/NAME or OWNER/NAME:FOLDER); kinds are {', '.join(CODECS)}"
+    if (folder / "adapter_config.json").is_file():
+        return "is an adapter: give the codec of its base"
+    config = load_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind is not None:
+        return f"is a model of type {shown(str(kind))}: give the folder of its codec"
+    return "holds neither config.json nor codec.safetensors: give the folder of a codec"
+
 # %% ../../nbs/data/14_codec.ipynb #626c7a26
+_CHECKED = set()  # fingerprints of codecs that passed `check_codec` in this process
+
+
 def load_codec(
-    # a kind ("world": the codec in the package), the folder of a codec, or a hub id
+    # a kind ("world": the codec in the package), the folder of a codec, OWNER/NAME on the hub or
+    # OWNER/NAME:FOLDER there
     name: str | Path = "world",
-    **kwargs,  # for the `from_pretrained` of its class, such as revision and device
+    device: str | torch.device = "auto",  # "auto": a GPU of CUDA, if the codec uses one
+    **kwargs,  # for the `from_pretrained` of its class, such as revision
 ) -> Codec:
-    "The codec of that name; `ValueError` if no class recognises it."
+    "The codec of that name, see `check_codec`; `ValueError` if no class recognises it."
     if str(name) in CODECS:
-        return codec_class(str(name)).from_pretrained(**kwargs)
-    for kind in CODECS:
-        if codec_class(kind).recognises(name):
-            return codec_class(kind).from_pretrained(name, **kwargs)
-    raise ValueError(
-        f"{name} is not a codec: give a kind ({', '.join(CODECS)}), the folder of a codec or a "
-        "repository on the hub"
-    )
+        codec = codec_class(str(name)).from_pretrained(**kwargs)
+    else:
+        kinds = [kind for kind in CODECS if codec_class(kind).recognises(name)]
+        if not kinds:
+            raise ValueError(f"{name} is not a codec: it {what_it_is(name)}")
+        codec = codec_class(kinds[0]).from_pretrained(name, **kwargs)
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    codec = codec.to(device)
+    if codec.fingerprint not in _CHECKED:
+        check_codec(codec, name)
+        _CHECKED.add(codec.fingerprint)
+    return codec

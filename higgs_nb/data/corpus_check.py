@@ -11,8 +11,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterator
 
-from tqdm.auto import tqdm
-
+from ..core.events import tqdm
 from .conversation import Audio, Conversation, Text, parts_of
 from .conversation_check import structure_problems
 from .corpus_files import BRING_BACK, file_meant

@@ -89,6 +89,9 @@ class CorpusError(ValueError):
         self.problems = problems
         super().__init__(problem_list(problems))
 
+    def __reduce__(self):
+        return type(self), self.problems
+
 
 class AudioError(CorpusError):
     "A recording that cannot be used."

@@ -110,7 +110,6 @@ def write_clip(
     if codes is not None:
         lengths = torch.tensor([codes.shape[1]])
         ends = (tokens.stream_bos, tokens.stream_eos)
-        codes = codes[: tokens.num_codebooks]
         rows = delay_pattern(codes, lengths, *ends, delay, tokens.family.delay)
     delayed = min(len(rows[0]), tokens.num_codebooks - 1)
     counts = torch.tensor([features, len(rows[0]) - delayed, delayed])
@@ -126,11 +125,17 @@ def check_codes(encoded: Encoded, tokens: AudioTokens, id: str) -> None:
             f"sample {id!r} has {places} audio placeholders and codes for {len(encoded.codes)} "
             "recordings"
         )
-    too_few = [len(clip) for clip in encoded.codes if len(clip) < tokens.num_codebooks]
-    if too_few:
+    others = [len(clip) for clip in encoded.codes if len(clip) != tokens.num_codebooks]
+    if others:
         raise ValueError(
-            f"sample {id!r} has codes of {too_few[0]} codebooks, the model reads "
+            f"sample {id!r} has codes of {others[0]} codebooks, the model reads "
             f"{tokens.num_codebooks}: encode the recordings with the codec of the model"
+        )
+    largest = max((int(clip.max()) for clip in encoded.codes if clip.numel()), default=0)
+    if largest >= tokens.stream_bos:
+        raise ValueError(
+            f"sample {id!r} has the code {largest}, and the model reads codes below "
+            f"{tokens.stream_bos}: encode the recordings with the codec of the model"
         )
 
 # %% ../../nbs/data/19_samples.ipynb #42550900

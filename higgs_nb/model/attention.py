@@ -15,6 +15,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import eager_attention_forward
 
+from .device import device_type, without_autocast
+
 # %% auto #0
 __all__ = ['SHORT', 'GROUPED', 'later_mask', 'ShortAttention', 'attend_to_itself', 'attend_on_gpu', 'attend_one_by_one',
            'attend_by_library', 'attend']
@@ -36,7 +38,7 @@ class ShortAttention(Function):
         heads, rows, head_dim = q.shape
         groups = len(k)
         later = later_mask(rows, heads // groups, q)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             # (key-value heads, heads of each * rows, rows)
             scores = torch.baddbmm(
                 later, q.reshape(groups, -1, head_dim), k.transpose(1, 2), alpha=scale
@@ -137,7 +139,7 @@ def attend(
         return torch.cat([q, k, v], 1)[:, : q.shape[1]].flatten(1)
     if attn.config._attn_implementation != "sdpa":
         out = attend_by_library(attn, q, k, v, lengths, cu_seqlens, mask)
-    elif q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    elif device_type(q) == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
         out = attend_on_gpu(q, k, v, attn.scaling, max(lengths), cu_seqlens)
     else:
         out = attend_one_by_one(q, k, v, attn.scaling, lengths)

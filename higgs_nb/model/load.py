@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.files import load_json
-from ..core.messages import shown
+from ..core.messages import shown, weight_problems
 from ..family import FAMILIES, HIGGS_V2, Architecture, Family, family_of
 from .audio_attention import start_as_identity
 from .classes import CLASSES
@@ -35,11 +36,11 @@ from .whisper import whisper_settings
 logger = logging.get_logger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'PANGRAMS', 'base_path', 'base_family', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_source',
-           'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer', 'check_not_switched_off',
+__all__ = ['logger', 'PANGRAMS', 'base_path', 'base_family', 'is_hub_id', 'check_directory', 'kind_remedy', 'check_kind',
+           'check_source', 'tokenizer_fingerprint', 'noted_tokenizer', 'check_tokenizer', 'check_not_switched_off',
            'check_tower_source', 'check_extendable', 'extend_config', 'start_audio_attention', 'start_tower',
-           'precise_modules', 'keep_precise', 'keep_packing', 'read_config', 'load_config', 'weights_source',
-           'check_keys', 'check_stream_codes', 'load_model']
+           'precise_modules', 'keep_precise', 'keep_packing', 'load_config', 'weights_source', 'check_keys',
+           'check_stream_codes', 'load_model']
 
 # %% ../../nbs/model/11_load.ipynb #b2b0a566
 def base_path(
@@ -88,11 +89,16 @@ def check_directory(
     )
 
 # %% ../../nbs/model/11_load.ipynb #aa76bd00
-def kind_remedy(kind) -> str:  # `model_type` of a config.json that is not ours
-    "What a directory holds that is no base, and what to do with it."
+def kind_remedy(kind, name: str | Path = "SOURCE") -> str:
+    """What a directory `name` holds that is no base, by the `model_type` of its config.json, and
+    what to do with it.
+    """
     if kind in {family.architecture.original_type for family in FAMILIES.values()} - {None}:
         loader = "higgs_nb.original.convert.load_original"
-        return f"it is a checkpoint in the original format: load it with {loader}"
+        return (
+            f"it is a checkpoint in the original format: load it with {loader}, or convert it "
+            f"once, `higgs_convert {shlex.quote(str(name))} TARGET`, and give TARGET as base"
+        )
     if "tokenizer" in str(kind) or "codec" in str(kind):
         return (
             f"it is a codec ({kind}): give it to load_codec, and the directory of the "
@@ -100,6 +106,13 @@ def kind_remedy(kind) -> str:  # `model_type` of a config.json that is not ours
         )
     expected = " or ".join(map(repr, FAMILIES))
     return f"its config.json says model_type {kind!r}, and a base has {expected}"
+
+# %% ../../nbs/model/11_load.ipynb #d5165a1f
+def check_kind(config, name: str | Path) -> None:  # content of config.json; of `name`
+    "`ValueError` names what `name` is, if its configuration is not that of a base."
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in FAMILIES:
+        raise ValueError(f"{name} cannot be loaded as a base: {kind_remedy(kind, name)}")
 
 # %% ../../nbs/model/11_load.ipynb #a4f6e673
 def check_source(name: str | Path) -> None:  # see `load_model`
@@ -115,10 +128,7 @@ def check_source(name: str | Path) -> None:  # see `load_model`
                 f"load_lora_adapters(base, {str(name)!r})"
             )
         return
-    config = load_json(file)
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in FAMILIES:
-        raise ValueError(f"{name} cannot be loaded as a base: {kind_remedy(kind)}")
+    check_kind(load_json(file), name)
 
 # %% ../../nbs/model/11_load.ipynb #1d28fb13
 PANGRAMS = (
@@ -307,34 +317,30 @@ def keep_packing(model: nn.Module) -> None:  # changed in place
             module.support_avx512bf16_for_cpu = False
 
 # %% ../../nbs/model/11_load.ipynb #b37bfa13
-def read_config(name: str, revision: str | None) -> dict:  # see `load_model`
-    "The `config.json` of a checkpoint. `OSError` says what to do without a network."
+def load_config(name: str, revision: str | None) -> tuple[PretrainedConfig, bool]:
+    """The configuration of a checkpoint, see `load_model`, and whether it is in the native form of
+    its family. `OSError` says what to do without a network.
+    """
     check_source(name)
     try:
-        return PretrainedConfig.get_config_dict(name, revision=revision)[0]
+        values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except OSError as error:
         raise OSError(
             f"{error}\nWithout a network, fetch the base where there is one, `hf "
             f"download {name}`, and give its directory. `higgs_doctor --base "
             f"{name}` looks what is wrong."
         ) from error
-
-# %% ../../nbs/model/11_load.ipynb #aff63143
-def load_config(name: str, revision: str | None) -> PretrainedConfig:  # see `load_model`
-    "The configuration of a checkpoint; `ValueError` if it is of no family known here."
-    values = read_config(name, revision)
     if is_native(values):
-        return from_native_config(values, str(name))
-    kind = values.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"{name} cannot be loaded as a base: {kind_remedy(kind)}")
-    return CLASSES[FAMILIES[kind].name].config.from_pretrained(name, revision=revision)
+        return from_native_config(values, str(name)), True
+    check_kind(values, name)
+    of_family = CLASSES[FAMILIES[values["model_type"]].name].config
+    return of_family.from_pretrained(name, revision=revision), False
 
 # %% ../../nbs/model/11_load.ipynb #9aa1bc94
 def weights_source(
     name: str | Path,  # see `load_model`
     revision: str | None,
-    native: bool,  # see `is_native`
+    native: bool,  # of `load_config`
 ) -> dict:
     "Arguments of `from_pretrained` that give the weights of a checkpoint."
     if not native:
@@ -356,16 +362,10 @@ def check_keys(
     """
     if HIGGS_V2.architecture.projector in new:
         new = (*new, HIGGS_V2.architecture.tower)
-    problems = []
-    for what in ("missing", "unexpected", "mismatched"):
-        keys = sorted(map(str, info.get(f"{what}_keys") or ()))
-        if what == "missing":
-            keys = [key for key in keys if not set(key.split(".")) & set(new)]
-        if keys:
-            problems.append(f"{len(keys)} {what} ({', '.join(keys[:4])})")
+    problems = weight_problems(info, lambda key: bool(set(key.split(".")) & set(new)))
     if problems:
         raise ValueError(
-            f"{name} does not fit the model: {'; '.join(problems)}. "
+            f"{name} does not fit the model: {problems}. "
             "Is it in transformers' format, saved with its text head?"
         )
 
@@ -400,8 +400,7 @@ def load_model(
     native form of Higgs Audio V3; `ValueError` if weights are missing, left over or of another
     shape.
     """
-    config = load_config(name_or_path, revision)
-    native = is_native(read_config(name_or_path, revision))
+    config, native = load_config(name_or_path, revision)
     asked = (use_audio_out_self_attention, encode_whisper_embed, whisper)
     new = extend_config(config, str(name_or_path), *asked)
     family = family_of(config)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..data.delay import IGNORE
+from .device import autocast_dtype, device_type, without_autocast
 from .modules import InputPrecisionLinear, active
 
 # %% auto #0
@@ -125,7 +126,7 @@ class ChunkedCrossEntropy(Function):
         trains_head = with_grad and ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if with_grad else None
         d_weight = torch.zeros_like(weight, dtype=wide) if trains_head else None
-        chunk, block = chunks.rows(len(weight), hidden.device)
+        chunk, block = chunks.rows(len(weight), torch.device(device_type(hidden)))
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], w)
@@ -189,11 +190,9 @@ def chunked_cross_entropy(
     """
     head = active(head)
     check_head(head)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    hidden = hidden.to(autocast_dtype(hidden) or hidden.dtype)
     scale = scale.to(torch.promote_types(hidden.dtype, torch.float32))
-    with torch.autocast(device, enabled=False):
+    with without_autocast(hidden):
         return ChunkedCrossEntropy.apply(
             hidden, head.weight, targets, scale, smoothing, chunks, apart, torch.is_grad_enabled()
         )

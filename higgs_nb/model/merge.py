@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 # %% auto #0
-__all__ = ['untrained', 'merge_lora']
+__all__ = ['untrained', 'merge_in_place', 'merge_lora']
 
 # %% ../../nbs/model/13_merge.ipynb #2b87384a
 def untrained(model: PeftModel) -> list[str]:  # of `apply_lora`, after training
@@ -31,9 +31,9 @@ def untrained(model: PeftModel) -> list[str]:  # of `apply_lora`, after training
     return same
 
 # %% ../../nbs/model/13_merge.ipynb #18b19208
-def merge_lora(model: PeftModel) -> nn.Module:  # of `apply_lora` or `load_lora_adapters`
-    """A copy of the base with the adapter added into its weights; `model` is left as it is.
-    `ValueError` if the base is quantised.
+def merge_in_place(model: PeftModel) -> nn.Module:  # of `apply_lora` or `load_lora_adapters`
+    """The base of `model` with the adapter added into its weights; `model` cannot be used any
+    more. `ValueError` if the base is quantised.
     """
     if getattr(model.get_base_model(), "is_quantized", False):
         raise ValueError(
@@ -42,10 +42,17 @@ def merge_lora(model: PeftModel) -> nn.Module:  # of `apply_lora` or `load_lora_
             "PeftModel.from_pretrained, listen to what "
             "has changed, and merge that"
         )
-    merged = copy.deepcopy(model)
-    for module in merged.modules():
+    for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.to(next(module.original_module.parameters()).dtype)
-    merged = merged.merge_and_unload()
+    merged = model.merge_and_unload()
     merged.new_modules = ()  # they are in its weights now
     return merged
+
+# %% ../../nbs/model/13_merge.ipynb #57670346
+def merge_lora(model: PeftModel) -> nn.Module:  # of `apply_lora` or `load_lora_adapters`
+    """A copy of the base with the adapter added into its weights; `model` is left as it is.
+    `ValueError` if the base is quantised.
+    """
+    is_quantized = getattr(model.get_base_model(), "is_quantized", False)
+    return merge_in_place(model if is_quantized else copy.deepcopy(model))

@@ -13,6 +13,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from .device import autocast_dtype, without_autocast
+
 # %% auto #0
 __all__ = ['STEPS', 'dropout_mask', 'dropped', 'split_kinds', 'by_rank', 'input_gradient', 'LoraProjections', 'PlainLora',
            'sole_adapter', 'has_hooks', 'is_plain', 'plain_lora', 'fused_outputs', 'project']
@@ -64,7 +66,7 @@ class LoraProjections(Function):
     @staticmethod
     def forward(ctx, x, scales, mask, *matrices):
         W, A, B = split_kinds(matrices)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             inner = dropped(x, mask) @ torch.cat(A).to(x.dtype).t()
             outputs = [F.linear(x, w.to(x.dtype)) for w in W]
             for y, b, scale, part in zip(outputs, B, scales, by_rank(inner, A, 1)):
@@ -139,8 +141,7 @@ def fused_outputs(layers: list[PlainLora], x: Tensor) -> tuple[Tensor, ...]:  # 
     if not layers:
         return ()
     W, A, B, scales, shares = zip(*layers)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W[0].dtype
+    dtype = autocast_dtype(x) or W[0].dtype
     p = round(shares[0] * STEPS) / STEPS
     mask = dropout_mask(x, p) if p else None
     scales = [scale / (1 - p) for scale in scales]

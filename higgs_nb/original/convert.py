@@ -172,15 +172,18 @@ def from_original(
     config: dict,  # of the original's `config.json`
     *state_dicts: dict[str, Tensor],  # the checkpoint, in one part or several
 ) -> HiggsAudioForTraining:
-    """Our model with the original's weights, in their precision; `ValueError` if they are not
-    exactly its tensors.
+    """Our model with the original's weights, which it takes over without a copy, in their
+    precision; `ValueError` if they are not exactly its tensors.
     """
     state = convert_state_dict(*state_dicts)
+    ours = convert_config(config)
     with torch.device("meta"):
-        empty = HiggsAudioForTraining(convert_config(config)).state_dict()
-    check_tensors(state, {name: tensor.shape for name, tensor in empty.items()})
-    model = HiggsAudioForTraining(convert_config(config)).to(state["text_lm_head.weight"].dtype)
-    model.load_state_dict(state)
+        empty = HiggsAudioForTraining(ours)
+    check_tensors(state, {name: tensor.shape for name, tensor in empty.state_dict().items()})
+    dtype = state["text_lm_head.weight"].dtype
+    model = HiggsAudioForTraining.from_pretrained(None, config=ours, state_dict=state, dtype=dtype)
+    for name, parameter in empty.named_parameters():  # Whisper's positions are fixed
+        model.get_parameter(name).requires_grad_(parameter.requires_grad)
     return model.eval()
 
 # %% ../../nbs/original/03_convert.ipynb #3f952f36

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +17,15 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..core.events import tqdm
+from ..data.code_store import Codes
 from ..data.conversation import Audio, Conversation, tts_conversation
 from ..model.load import base_path
 from .world_codec import WorldCodec
 
 # %% auto #0
-__all__ = ['VoiceStatistics', 'converted', 'nearer', 'varied', 'random_variation', 'codes_of', 'Rehearsal', 'Codes',
-           'rehearse_base']
+__all__ = ['VoiceStatistics', 'converted', 'nearer', 'varied', 'random_variation', 'codes_of', 'Rehearsal', 'rehearse_base']
 
 # %% ../../nbs/small/04_rehearsal.ipynb #20d2d598
 @dataclass(frozen=True)
@@ -228,22 +228,6 @@ def in_voice(
         codes[path] = codes_of(features, codec)
         conversations.append(tts_conversation(text, Audio(path), id=path))
     return conversations, codes
-
-# %% ../../nbs/small/04_rehearsal.ipynb #9ba2faad
-class Codes:
-    "Codes by path, and those of every other recording from a store."
-
-    def __init__(
-        self,
-        codes: Mapping[str, Tensor],  # (codebooks, frames) each
-        store,  # a `CodeStore`, or an object with its `get`
-    ):
-        self.codes = codes
-        self.store = store
-
-    def get(self, audio: Audio) -> Tensor:
-        "Codes (codebooks, frames) int64 of a recording."
-        return self.codes[audio.path] if audio.path in self.codes else self.store.get(audio)
 
 # %% ../../nbs/small/04_rehearsal.ipynb #eda33d87
 def rehearse_base(

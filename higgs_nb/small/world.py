@@ -106,7 +106,11 @@ def split_features(features, config: WorldConfig):
     return features[..., :a], features[..., a:b], features[..., b], features[..., b + 1]
 
 # %% ../../nbs/small/01_world.ipynb #6199df80
-def world_synthesis(features: np.ndarray, config: WorldConfig = STANDARD) -> np.ndarray:
+def world_synthesis(
+    features: np.ndarray,  # (rows, features)
+    config: WorldConfig = STANDARD,
+    is_scaled: bool = True,  # False: samples may leave [-1, 1]
+) -> np.ndarray:
     """The waveform (frames * samples_per_frame,) float32 of WORLD features; scaled down where it
     would leave [-1, 1].
     """
@@ -122,7 +126,8 @@ def world_synthesis(features: np.ndarray, config: WorldConfig = STANDARD) -> np.
     waveform = world.synthesize(f0, envelope, aperiodicity, rate, 1000 / config.rows_per_s)
     samples = len(features) * rate // config.rows_per_s
     waveform = np.pad(waveform, (0, max(0, samples - len(waveform))))[:samples]
-    return (waveform / max(1.0, np.abs(waveform).max())).astype(np.float32)
+    loudest = np.abs(waveform).max() if is_scaled else 0.0
+    return (waveform / max(1.0, loudest)).astype(np.float32)
 
 # %% ../../nbs/small/01_world.ipynb #a78fba8b
 TOP_HZ = 9000  # a recording made at 16 kHz is empty above

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from functools import cached_property
 from importlib.resources import files
@@ -40,7 +39,8 @@ class WorldCodec(Codec):
     format = "higgs_nb.WorldCodec"
     version = 4
     file = "codec.safetensors"
-    threads = min(16, os.cpu_count() or 1)  # WORLD uses one core and releases the GIL
+    concurrency = "threads"  # WORLD uses one core and releases the GIL
+    decode_ahead = 6  # 5 of the network, and half a window; the phase goes back to the start
 
     def __init__(self, net: WorldVQ):
         self.net = net
@@ -74,6 +74,9 @@ class WorldCodec(Codec):
 
     def decode(self, codes) -> torch.Tensor:
         return torch.from_numpy(world_synthesis(self.features(codes), self.config))
+
+    def decode_part(self, codes) -> torch.Tensor:
+        return torch.from_numpy(world_synthesis(self.features(codes), self.config, False))
 
 # %% ../../nbs/small/03_world_codec.ipynb #dcadf1cb
 def extended(features: np.ndarray, net: WorldVQ) -> np.ndarray:

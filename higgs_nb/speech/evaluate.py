@@ -11,8 +11,8 @@ from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tqdm.auto import tqdm
 
+from ..core.events import tqdm
 from ..core.html import Html, element, table
 from ..core.messages import in_html, plain_text, shown
 from .clips import Speech, player

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import InfNanRemoveLogitsProcessor
 
+from ..core.events import tqdm
 from ..data.audio import load_audio
 from ..data.codec import Codec
 from ..data.collator import PaddedCollator
@@ -26,11 +27,13 @@ from ..family import family_of
 from ..model.load import check_tokenizer
 from ..model.shard import is_sharded
 from .clips import Speech
-from .options import check_options
+from .options import OF_REPEATS, OF_SAMPLING, check_options
+from .sampling import ClipSampler
 
 # %% auto #0
 __all__ = ['without_answer', 'prompt_of', 'FiniteLogits', 'generation_config', 'generation_inputs', 'generate_codes', 'Encoder',
-           'as_conversations', 'asked_text', 'clip_of', 'in_eval_mode', 'generate_speech']
+           'as_conversations', 'prompts_of', 'asked_text', 'clip_of', 'in_eval_mode', 'chosen_here', 'check_seeds',
+           'generate_speech']
 
 # %% ../../nbs/speech/03_generate.ipynb #f43bc8f2
 def without_answer(conversation: Conversation) -> Conversation:  # with its answer or without
@@ -166,6 +169,19 @@ def as_conversations(
             raise TypeError(f"prompt {i} is a {kind}: give a text or a Conversation")
     return conversations
 
+# %% ../../nbs/speech/03_generate.ipynb #fd7c9cb5
+def prompts_of(
+    model,  # of transformers' class, without PEFT around it
+    tokenizer,  # that of the model
+    conversations: list[Conversation],  # that end with the user
+    store,  # see `generate_speech`
+) -> tuple[list[Sample], PaddedCollator]:
+    "What the model reads before it answers, and what makes a batch of it."
+    tokens = AudioTokens.from_config(model.config, tokenizer)
+    options = sample_options(model.config)
+    samples = [prompt_of(c, tokenizer, tokens, store, **options) for c in conversations]
+    return samples, PaddedCollator(tokens, pad_left=True, extractor=options["extractor"])
+
 # %% ../../nbs/speech/03_generate.ipynb #9919b3e6
 def asked_text(conversation: Conversation) -> str:  # that ends with the user
     "The words of the user."
@@ -202,6 +218,36 @@ def in_eval_mode(model):  # a module
     finally:
         model.train(was_training)
 
+# %% ../../nbs/speech/03_generate.ipynb #b7ba045e
+def chosen_here(
+    model,  # of transformers' class, without PEFT around it
+    seeds: Sequence[int] | None,  # of each clip of the batch; None: greedy
+    on_row: Callable[[Tensor], None] | None = None,  # gets each row (clips, codebooks)
+    **generation,  # see `generate_speech`
+) -> dict:
+    "Options of `generate_codes` with which a `ClipSampler` chooses every code."
+    config = generation_config(model, 1, **generation)
+    codebooks, special = model.config.num_codebooks, model.config.audio_stream_bos_id
+    sampler = ClipSampler(config, codebooks, special, seeds, on_row)
+    options = {k: v for k, v in generation.items() if k not in (*OF_SAMPLING, *OF_REPEATS)}
+    before = options.pop("logits_processor", None) or ()
+    unset = dict.fromkeys((*OF_SAMPLING, *OF_REPEATS))
+    return {**options, **unset, "do_sample": False, "logits_processor": [*before, sampler]}
+
+
+def check_seeds(
+    seeds: Sequence[int] | None,  # of each prompt
+    clips: int,  # prompts
+    do_sample: bool,  # whether anything is drawn
+) -> None:
+    "`ValueError` if there is not a seed for each clip, or nothing is drawn."
+    if seeds is None:
+        return
+    if not do_sample:
+        raise ValueError("seeds are for sampling: add do_sample=True, or leave them out")
+    if len(seeds) != clips:
+        raise ValueError(f"{len(seeds)} seeds for {clips} prompts: give one for each")
+
 # %% ../../nbs/speech/03_generate.ipynb #152af88e
 @torch.no_grad()
 def generate_speech(
@@ -215,6 +261,8 @@ def generate_speech(
     batch_size: int = 8,  # prompts spoken at the same time
     do_sample: bool = False,  # False: greedy
     progress: bool = False,  # a progress bar over batches
+    # of each prompt, for sampling that does not depend on the batch; None: torch's generator
+    seeds: Sequence[int] | None = None,
     **generation,  # options of `HONOURED`: temperature, top_k, top_p, ras_win_len, ...
 ) -> list[Speech]:
     """Speak each prompt; the model's mode is restored. Options that are not given are as in the
@@ -225,17 +273,19 @@ def generate_speech(
     check_options(generation, base.generation_config, max_frames, batch_size, do_sample)
     check_tokenizer(base, tokenizer)
     conversations = as_conversations(prompts)
+    check_seeds(seeds, len(conversations), do_sample)
     tokens = AudioTokens.from_config(base.config, tokenizer)
-    options = sample_options(base.config)
     store = store or (codec and Encoder(codec))
-    samples = [prompt_of(c, tokenizer, tokens, store, **options) for c in conversations]
-    collate = PaddedCollator(tokens, pad_left=True, extractor=options["extractor"])
+    samples, collate = prompts_of(base, tokenizer, conversations, store)
     batches = range(0, len(samples), batch_size)
     speech = []
     with in_eval_mode(model):
         for i in tqdm(batches, desc="speaking", disable=not progress):
             batch = collate(samples[i : i + batch_size])
-            codes = generate_codes(base, batch, max_frames, do_sample=do_sample, **generation)
+            options = dict(generation, do_sample=do_sample)
+            if seeds is not None:
+                options = chosen_here(base, seeds[i : i + batch_size], **generation)
+            codes = generate_codes(base, batch, max_frames, **options)
             for conversation, rows in zip(conversations[i : i + batch_size], codes):
                 speech.append(clip_of(conversation, rows, tokens, max_frames, codec))
     return speech

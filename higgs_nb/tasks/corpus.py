@@ -14,12 +14,12 @@ import numpy as np
 from ..cli.directory import reading
 from ..core.messages import cut_list, plain_text
 from ..data.audio import load_audio
-from ..data.code_store import CodeStore
+from ..data.code_store import CodeStore, check_prepared
 from ..data.conversation import Audio, Conversation
 from ..data.corpus import embedded_corpus, load_corpus
 from ..data.corpus_check import CorpusReport, check_corpus
 from ..data.corpus_split import split_corpus
-from .inputs import Inputs, check_prepared
+from .inputs import Inputs
 from .settings import Settings
 from ..view.plots import plot_codes, plot_waveform
 
@@ -140,7 +140,7 @@ def read_corpus(
     """
     if settings.data:
         reading(settings.data)  # `prepare` does not replace it meanwhile
-        check_prepared(settings.data, inputs.codec)
+        check_prepared(settings.data, inputs.codec, inputs.codec_name)
     source = settings.data or embedded_corpus()
     options = dict(allow_outside=settings.allow_outside, scene=settings.scene)
     conversations = load_corpus(source, **options)

@@ -12,21 +12,23 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
-from ..cli.directory import goes_on, occupy, output_directory, read_noted
+from ..cli.directory import goes_on, occupy, output_directory
 from ..cli.parameters import parameters
-from ..core.files import write_json
+from ..cli.plan import plan_of
 from ..core.html import table
-from ..core.messages import shown
 from ..data.codec import CODECS, Codec, codec_class, load_codec
+from ..data.codec_pairs import check_codec_fits
 from ..data.prompt import AudioTokens, byte_tokenizer
+from ..family import HIGGS_V2, family_of
 from ..model.load import base_path, check_source, load_config
 from ..model.model import tiny_config
-from .settings import Settings, resolve
-from ..training.recipe import recipe_of
+from .settings import Settings, own_codec, resolve
+from ..training.advice import check_plan
+from ..training.plan import MemoryPlan
 
 # %% auto #0
 __all__ = ['Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_base', 'kind_of_codec', 'check_own_codec',
-           'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs', 'check_prepared']
+           'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs', 'not_planned', 'plan_run']
 
 # %% ../../nbs/tasks/02_inputs.ipynb #a9242b85
 class Run:
@@ -81,7 +83,7 @@ def open_base(settings: Settings):
         return tiny_config(tokenizer), tokenizer
     path, revision = base_path(settings.base), settings.revision or None
     check_source(path)
-    config = load_config(path, revision)
+    config, _ = load_config(path, revision)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     AudioTokens.from_config(config, tokenizer)
     return config, tokenizer
@@ -96,7 +98,8 @@ def kind_of_codec(name: str) -> str | None:
 # %% ../../nbs/tasks/02_inputs.ipynb #612ae909
 def check_own_codec(base: str, name: str, own: str) -> None:  # names of codecs
     "`ValueError` if the codec of that name is of another kind than the one of the base."
-    if kind_of_codec(name) == kind_of_codec(own):
+    kind = kind_of_codec(name)
+    if kind is None or kind == kind_of_codec(own):  # what is no codec is named when it is loaded
         return
     raise ValueError(
         f"codec={name}: the base {base} was trained with the codec {own}, and codes of another "
@@ -104,13 +107,16 @@ def check_own_codec(base: str, name: str, own: str) -> None:  # names of codecs
     )
 
 # %% ../../nbs/tasks/02_inputs.ipynb #6286b27e
-def open_codec(settings: Settings) -> tuple[str, Codec]:
-    "Name and codec of a run; `ValueError` if it is not the codec of the base."
-    own = recipe_of(settings.base).codec
-    name = own if settings.codec == "auto" else settings.codec
+def open_codec(settings: Settings, config) -> tuple[str, Codec]:  # config: of the base
+    """Name and codec of a run, checked by encoding some speech. `ValueError` if it is not the
+    codec of the base, or has other codebooks or frames than the base has learned.
+    """
+    name = settings.codec
     if not settings.other_codec and settings.base != "tiny":
-        check_own_codec(settings.base, name, own)
-    return name, load_codec(name)
+        check_own_codec(settings.base, name, own_codec(settings.base, settings.revision))
+    codec = load_codec(name, settings.device)
+    check_codec_fits(codec, config, name, settings.base)
+    return name, codec
 
 # %% ../../nbs/tasks/02_inputs.ipynb #a587f524
 def weight_bytes(path: str | Path) -> int:  # of a base
@@ -180,7 +186,7 @@ def open_inputs(
     config, tokenizer = open_base(settings)
     if settings.base != "tiny":
         check_memory(base_path(settings.base))
-    name, codec = open_codec(settings)
+    name, codec = open_codec(settings, config)
     return Inputs(
         config=config,
         tokenizer=tokenizer,
@@ -191,15 +197,29 @@ def open_inputs(
         precision=resolve_precision(settings.values.get("precision", "auto"), device),
     )
 
-# %% ../../nbs/tasks/02_inputs.ipynb #1fa0b0e6
-def check_prepared(data: str | Path, codec: Codec) -> None:
-    "`ValueError` if a corpus brings codes of another codec."
-    noted = read_noted(Path(data) / "run.json", "prepare the corpus again") or {}
-    known = noted.get("codec") if isinstance(noted.get("codec"), dict) else {}
-    fingerprint = known.get("fingerprint")
-    if fingerprint and fingerprint != codec.fingerprint:
-        raise ValueError(
-            f"the codes in {data} were made by the codec {shown(str(known.get('name')))} "
-            f"({shown(str(fingerprint))[:12]}), and this run uses another "
-            f"({codec.fingerprint[:12]}): prepare the corpus again with the base of this run"
-        )
+# %% ../../nbs/tasks/02_inputs.ipynb #1376f43e
+def not_planned(settings: Settings, inputs: Inputs) -> str:
+    "Why there is no plan for a run; empty if there is one."
+    if inputs.device not in ("cuda", "cpu"):
+        return f"memory is not planned on {inputs.device}"
+    if family_of(inputs.config) is not HIGGS_V2:
+        return f"memory is not planned for {family_of(inputs.config).title}"
+    if settings.whisper or getattr(inputs.config, "encode_whisper_embed", False):
+        return "memory is not planned with a Whisper tower"
+    return ""
+
+
+def plan_run(
+    settings: Settings,  # of the run
+    inputs: Inputs,  # of `open_inputs`
+) -> MemoryPlan | None:
+    """The plan of a run's memory, None if there is none, which is said; `ValueError` names the
+    change that makes a run fit that does not.
+    """
+    if why := not_planned(settings, inputs):
+        print(why)
+        return None
+    device = dict(device=inputs.device, precision=inputs.precision)
+    plan = plan_of(settings.base, settings.values | device)
+    check_plan(plan)
+    return plan

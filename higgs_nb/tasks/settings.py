@@ -11,12 +11,13 @@ from ..cli.notebooks import defaults_of
 from ..cli.parameters import AUTO
 from ..core.html import table
 from ..core.messages import shown
+from ..data.codec_pairs import codec_of_base
 from ..family import HIGGS_V2, Architecture, Recipe
-from ..model.load import base_family
+from ..model.load import base_family, base_path
 from ..training.recipe import recipe_of
 
 # %% auto #0
-__all__ = ['Settings', 'as_text', 'resolve_length', 'listed', 'resolve_modules', 'resolve']
+__all__ = ['Settings', 'as_text', 'resolve_length', 'listed', 'resolve_modules', 'own_codec', 'resolve']
 
 # %% ../../nbs/tasks/01_settings.ipynb #eb14511a
 @dataclass(frozen=True, repr=False)
@@ -88,6 +89,17 @@ def resolve_modules(
     words = {AUTO: recipe.train_in_full, "yes": names.heads_and_embeddings, "no": ()}
     return words[text] if text in words else listed(text)
 
+# %% ../../nbs/tasks/01_settings.ipynb #57e3eb9c
+def own_codec(
+    base: str,  # "small", "tiny", a directory or a hub id
+    revision: str = "",  # commit of a hub repository
+) -> str:
+    "The codec that a base was trained with, as `load_codec` takes it."
+    recipe = recipe_of(base)
+    if base == "tiny":
+        return recipe.codec
+    return codec_of_base(base_path(base), revision or None) or recipe.codec
+
 # %% ../../nbs/tasks/01_settings.ipynb #d5cef9f1
 def resolve(
     run: str,  # name of the notebook
@@ -102,6 +114,8 @@ def resolve(
         sources[name] = "recipe" if is_auto else "given"
         if not is_auto and value == defaults.get(name):
             sources[name] = "default"
+    if given.get("codec") == AUTO:
+        values["codec"] = own_codec(given["base"], given.get("revision", ""))
     if "steps" in given:
         values |= resolve_length(given, recipe)
         ignored = "steps" if not values["steps"] else "epochs"

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import BitsAndBytesConfig, set_seed
 
-from ..checkpoint.adapter import load_lora_adapters
 from ..checkpoint.errors import CheckpointError
 from ..cli.doctor import memory_advice
 from ..data.prompt import byte_tokenizer
@@ -28,7 +27,7 @@ from ..training.loop import HiggsTrainer, TrainOutput
 
 # %% auto #0
 __all__ = ['ANOTHER_RUN', 'make_tiny', 'quantization', 'base_arguments', 'load_base', 'base_record', 'optional_parts',
-           'add_adapter', 'make_dataset', 'training_arguments', 'planned_length', 'train_adapter', 'reload_difference']
+           'add_adapter', 'make_dataset', 'training_arguments', 'planned_length', 'train_adapter']
 
 # %% ../../nbs/tasks/04_training.ipynb #be999e08
 def make_tiny(folder: Path, seed: int) -> None:
@@ -209,21 +208,3 @@ def train_adapter(
     if not (resume and (out / "adapter").is_dir()):
         trainer.save_adapter(out / "adapter")  # else the run was interrupted after this
     return result
-
-# %% ../../nbs/tasks/04_training.ipynb #98cf60d9
-@torch.no_grad()
-def reload_difference(
-    adapted: PeftModel,  # after training
-    base: HiggsAudioForTraining,  # fresh
-    out: Path,  # directory of the run
-    batch: dict,  # of the collator
-    inputs: Inputs,  # of `open_inputs`
-) -> float:
-    """The largest difference of a codebook's loss between the trained model and its saved adapter
-    on a fresh base; `AssertionError` if it is not small.
-    """
-    again = load_lora_adapters(base, out / "adapter", tokenizer=inputs.tokenizer).eval()
-    losses = adapted.eval().cpu()(**batch).codebook_losses
-    difference = (again(**batch).codebook_losses - losses).abs().max().item()
-    assert difference < 1e-3, f"the reloaded adapter gives other losses, by {difference}"
-    return difference

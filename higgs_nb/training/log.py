@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
+from ..core.events import send_event
 from ..core.system import unix_module
 from .callbacks import SPOKEN, Callback
 from .probe import OFFSETS
@@ -30,8 +31,8 @@ resource = unix_module("resource")
 
 # %% auto #0
 __all__ = ['resource', 'named_losses', 'named_ends', 'LossMeter', 'log_columns', 'json_line', 'csv_row', 'LogFileCallback',
-           'check_trackers', 'tracked', 'TrackerCallback', 'ProgressCallback', 'useful_flops', 'matmul_rate',
-           'peak_memory_mb', 'SpeedCallback', 'speed_metrics']
+           'check_trackers', 'tracked', 'TrackerCallback', 'ProgressCallback', 'EventCallback', 'useful_flops',
+           'matmul_rate', 'peak_memory_mb', 'SpeedCallback', 'speed_metrics']
 
 # %% ../../nbs/training/08_log.ipynb #388a1f3a
 def named_losses(means: list[float | None], prefix: str = "") -> dict[str, float]:
@@ -217,6 +218,43 @@ class ProgressCallback(Callback):
 
     def on_train_end(self, trainer):
         self.bar.close()
+
+# %% ../../nbs/training/08_log.ipynb #f124d1ab
+class EventCallback(Callback):
+    "Sends steps and losses to whoever follows the run, as events of progress."
+
+    every_s = 0.5  # between two events, at least
+    names = {"loss": "", "held out": "eval_"}  # as they are shown, and their prefix in the log
+
+    def __init__(self):
+        self.losses: dict[str, float] = {}
+        self.sent_at = -math.inf
+
+    def send(self, trainer):
+        "Report where the run is."
+        self.sent_at = time.monotonic()
+        state = trainer.state
+        steps = dict(done=state.global_step, total=state.max_steps)
+        losses = {name: self.losses[name] for name in self.names if name in self.losses}
+        send_event("progress", what="training", **steps, losses=losses)
+
+    def on_train_begin(self, trainer):
+        if trainer.is_first_process:
+            self.send(trainer)
+
+    def on_step_end(self, trainer):
+        is_due = time.monotonic() - self.sent_at >= self.every_s
+        is_last = trainer.state.global_step == trainer.state.max_steps
+        if trainer.is_first_process and (is_due or is_last):
+            self.send(trainer)
+
+    def on_log(self, trainer, logs):
+        for name, prefix in self.names.items():
+            loss = logs.get(f"{prefix}audio_loss", logs.get(f"{prefix}loss"))
+            if loss is not None:
+                self.losses[name] = loss
+        if trainer.is_first_process:
+            self.send(trainer)
 
 # %% ../../nbs/training/08_log.ipynb #d5e21790
 def useful_flops(

@@ -45,6 +45,7 @@ from higgs_nb.training.checkpoints import (
     run_snapshot,
 )
 from higgs_nb.training.log import (
+    EventCallback,
     LogFileCallback,
     LossMeter,
     ProgressCallback,
@@ -87,6 +88,7 @@ def with_own_callbacks(trainer, callbacks: list[Callback]) -> list[Callback]:
         trainer.stop,
         *map(check_callback, callbacks),
         LogFileCallback(),
+        EventCallback(),
         *([] if args.disable_tqdm else [ProgressCallback()]),
         trainer.checkpoints,
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..checkpoint.validate import latest_checkpoint
 from .notebooks import RUNS
 from .parameters import path_text
+from ..core.events import note
 from ..core.files import load_json, write_json
 from ..core.locks import lock_directory, lock_open_file, lock_state
 
@@ -181,10 +182,10 @@ def found_checkpoint(out: Path) -> bool:  # directory of an interrupted run
     "Whether there is a valid checkpoint to resume from; prints which, and which are not valid."
     newest, passed_over = latest_checkpoint(out)
     if newest:
-        print(f"this run was cut off and goes on from {newest.path}")
+        note(f"this run was cut off and goes on from {newest.path}")
         return True
     for report in passed_over:
-        print(f"not resumed from {report.path}: {report.status}")
+        note(f"not resumed from {report.path}: {report.status}")
     return False
 
 # %% ../../nbs/cli/06_directory.ipynb #eabe880d
@@ -205,8 +206,8 @@ def goes_on(
     if before == now and found_checkpoint(out):
         return True
     if before not in (None, now):
-        print(f"the interrupted run is another and not resumed: {changes(before, now)}")
+        note(f"the interrupted run is another and not resumed: {changes(before, now)}")
     if earlier := set_aside(out):
-        print(f"the results of an earlier run are now in {earlier}")
+        note(f"the results of an earlier run are now in {earlier}")
     write_json(out / "parameters.json", now)
     return False

@@ -148,6 +148,8 @@ class Screen:
             self.show_progress(event)
         elif event["kind"] == "warning":
             self.warn(event)
+        elif event["kind"] == "note":
+            self.line(str(event.get("text"))[:400])
 
     def show_progress(self, event: dict) -> None:
         "Show an event of progress, if it says what is done."

@@ -16,7 +16,7 @@ from tqdm import auto
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'EVENTS', 'MAX_EVENT', 'send_event', 'parse_event', 'EventReader', 'tqdm', 'WarningEvents',
+__all__ = ['logger', 'EVENTS', 'MAX_EVENT', 'send_event', 'note', 'parse_event', 'EventReader', 'tqdm', 'WarningEvents',
            'report_warnings']
 
 # %% ../../nbs/core/07_events.ipynb #d5ea5cba
@@ -38,6 +38,12 @@ def send_event(kind: str, **values) -> None:
     except OSError as error:
         del os.environ[EVENTS]
         logger.warning(f"the progress of this run is no longer reported: {error}")
+
+# %% ../../nbs/core/07_events.ipynb #8bc41edb
+def note(text: str) -> None:
+    "Print a sentence, and report it."
+    print(text)
+    send_event("note", text=text)
 
 # %% ../../nbs/core/07_events.ipynb #2eef68f3
 MAX_EVENT = 2**16  # bytes of a line

@@ -5,6 +5,7 @@
 # %% ../../nbs/tasks/02_inputs.ipynb #8eccd828
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ..model.model import tiny_config
 from .settings import Settings, own_codec, resolve
 from ..training.advice import check_plan
 from ..training.plan import MemoryPlan
+from ..training.recipe import far_from, recipe_of
 
 # %% auto #0
 __all__ = ['Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_base', 'kind_of_codec', 'check_own_codec',
@@ -39,6 +41,8 @@ class Run:
         self.out = output_directory(given["out"])
         occupy(self.out)
         self.settings = resolve(name, given)
+        for sentence in far_from(recipe_of(given["base"]), self.settings.values):
+            warnings.warn(sentence)
 
     def resumes(self) -> bool:
         """Whether this run was interrupted and resumes; otherwise the results of an earlier run

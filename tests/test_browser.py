@@ -66,20 +66,20 @@ def test_site(site):
 
 WIDGETS = """\
 import tempfile
-from higgs_nb.data.audio import load_audio
 from higgs_nb.data.audit import audit
-from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.data.code_store import CodeStore
 from higgs_nb.data.codec import load_codec
 from higgs_nb.data.collator import PackedCollator
-from higgs_nb.speech.clips import Speech
+from higgs_nb.data.corpus import embedded_corpus, load_corpus
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.samples import SampleDataset
 from higgs_nb.model.model import tiny_config
-from higgs_nb.view.listener import ab_listener
-from higgs_nb.view.monitor import run_monitor
-from higgs_nb.data.samples import AudioTokens, SampleDataset, byte_tokenizer
+from higgs_nb.speech.clips import Speech
 from higgs_nb.view.codes_explorer import codes_explorer
 from higgs_nb.view.corpus_explorer import corpus_explorer
 from higgs_nb.view.label_explorer import label_explorer
+from higgs_nb.view.listener import ab_listener
+from higgs_nb.view.monitor import run_monitor
 corpus = sorted(load_corpus(embedded_corpus()), key=lambda c: len(c.transcript))[:12]
 codec, tokenizer = load_codec(), byte_tokenizer()
 store, tokens = CodeStore(tempfile.mkdtemp(), codec), AudioTokens.from_config(tiny_config(tokenizer), tokenizer)

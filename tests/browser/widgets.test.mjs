@@ -43,7 +43,7 @@ async function jupyterlab() {
 
 async function voila() {
   const port = await freePort(), url = `http://127.0.0.1:${port}`
-  const server = await start("voila", ["widgets.ipynb", "--no-browser", `--port=${port}`, "--Voila.ip=127.0.0.1"], `${url}/voila/static/voila.js`)
+  const server = await start("voila", ["widgets.ipynb", "--no-browser", `--port=${port}`, "--Voila.ip=127.0.0.1", "--VoilaConfiguration.show_tracebacks=True"], `${url}/voila/static/voila.js`)
   const page = await context.newPage()
   await page.goto(url, SLOW)
   return {page, server}

@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import ROOT
+from nbclient import NotebookClient
 
 HERE, SHOTS = ROOT / "tests/browser", ROOT / "build/screenshots"
 CHROMIUM = (
@@ -33,13 +34,15 @@ MISSING = [
     }.items()
     if not there
 ]
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        bool(MISSING), reason=f"{', '.join(MISSING)} not found: see `make test-browser`"
-    ),
-    pytest.mark.timeout(3600),
-]
+
+
+def in_browser(test):
+    "Mark a test that a browser runs: `make test` leaves it out."
+    reason = f"{', '.join(MISSING)} not found: see `make test-browser`"
+    marks = pytest.mark.browser, pytest.mark.skipif(bool(MISSING), reason=reason)
+    for mark in (*marks, pytest.mark.timeout(3600)):
+        test = mark(test)
+    return test
 
 
 def node(file, **env):
@@ -60,6 +63,7 @@ def node(file, **env):
     assert done.returncode == 0, f"{done.stdout[-12000:]}\n{done.stderr[-2000:]}"
 
 
+@in_browser
 def test_site(site):
     node("site.test.mjs", SITE=str(site))
 
@@ -99,17 +103,29 @@ run_monitor("run", every_s=0.5)
 """
 
 
+def widgets_notebook():
+    "A notebook with the cells of `WIDGETS`."
+    python = dict(name="python3", display_name="python3", language="python")
+    cells = [nbformat.v4.new_code_cell(text.strip()) for text in WIDGETS.split("%%\n")]
+    return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=python))
+
+
+def test_each_cell_of_the_notebook_shows_its_widget(tmp_path):
+    "So `make test` notices when the notebook of the browser tests no longer runs."
+    (tmp_path / "run").mkdir()
+    notebook = widgets_notebook()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [
+        [mime for out in cell.outputs for mime in out.get("data", ()) if "widget-view" in mime]
+        for cell in notebook.cells
+    ]
+    assert [len(views) for views in shown] == [0, 1, 1, 1, 1, 1]
+
+
+@in_browser
 def test_widgets(tmp_path):
     "The monitor follows a run that is going on meanwhile, the one of its chapter with more steps."
-    nbformat.write(
-        nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell(text.strip()) for text in WIDGETS.split("%%\n")],
-            metadata=dict(
-                kernelspec=dict(name="python3", display_name="python3", language="python")
-            ),
-        ),
-        tmp_path / "widgets.ipynb",
-    )
+    nbformat.write(widgets_notebook(), tmp_path / "widgets.ipynb")
     script = re.search(
         r'SMALL_RUN = """(.*?)"""',
         "\n".join(c.source for c in nbformat.read(ROOT / "nbs/view/07_monitor.ipynb", 4).cells),

@@ -49,6 +49,14 @@ async function voila() {
   return {page, server}
 }
 
+/** Waits until `locator` is there. A cell that raises an error ends the wait at once, with its traceback. */
+async function arrive(page, locator) {
+  const failed = page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").filter({hasText: /Traceback \(most recent call last\)|SyntaxError/})
+  await locator.or(failed).first().waitFor({...SLOW, state: "attached"})
+  if (await failed.count()) throw new Error(`a cell of the notebook failed:\n${(await failed.allInnerTexts()).join("\n")}`)
+  await locator.first().waitFor(SLOW)
+}
+
 for (const [name, open] of [["JupyterLab", jupyterlab], ["Voila", voila]]) test(name, {timeout: 3_000_000}, async t => {
   const {page, server} = await open()
   const area = page.locator(".widget-vbox")
@@ -56,7 +64,7 @@ for (const [name, open] of [["JupyterLab", jupyterlab], ["Voila", voila]]) test(
   const shot = step => page.screenshot({path: join(SHOTS, `${name}_${step}.png`)})
   const see = (locator, pattern) => locator.filter({hasText: pattern}).first().waitFor(SLOW)
   try {
-    await area.getByRole("button", {name: "look now"}).first().waitFor(SLOW)  // the last cell has run
+    await arrive(page, area.getByRole("button", {name: "look now"}))  // the last cell has run
 
     await t.test("corpus explorer", async () => {
       const all = panel("recordings,"), list = area.locator("select[size]").first(), box = area.getByLabel("search", {exact: true}).first()
@@ -101,7 +109,8 @@ for (const [name, open] of [["JupyterLab", jupyterlab], ["Voila", voila]]) test(
       await number.fill("100")
       await number.press("Enter")
       await see(page.locator("table"), "codebook 7")
-      assert.match(await grid.locator("rect title").last().textContent(), /position \d+, codebook 7, code \d+: /)
+      const codes = (await grid.locator("rect title").allTextContents()).filter(title => title.includes("codebook"))  // the last position is text
+      assert.match(codes.at(-1), /position \d+, codebook 7, code \d+: /)
       await shot("labels")
     })
 

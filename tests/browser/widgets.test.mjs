@@ -35,9 +35,14 @@ async function jupyterlab() {
   await page.locator(".jp-Notebook .jp-CodeCell").first().waitFor(SLOW)
   await page.locator(".jp-NotebookPanel-toolbar").waitFor(SLOW)
   await page.waitForFunction(() => /Idle/i.test(document.querySelector(".jp-Notebook-ExecutionIndicator")?.dataset.status ?? "") , null, SLOW)
-  await page.locator(".jp-Notebook .jp-CodeCell .cm-content").first().click()
-  await page.getByRole("menuitem", {name: "Run", exact: true}).click()
-  await page.getByRole("menuitem", {name: "Run All Cells", exact: true}).click()
+  const prompt = pattern => page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").first().filter({hasText: pattern})
+  for (let i = 0; i < 10 && !await prompt(/\d/).count(); i++) {  // JupyterLab may drop cells that are sent just as the kernel connects
+    await page.locator(".jp-Notebook .jp-CodeCell .cm-content").first().click()
+    await page.getByRole("menuitem", {name: "Run", exact: true}).click()
+    await page.getByRole("menuitem", {name: "Run All Cells", exact: true}).click()
+    await prompt(/[*\d]/).waitFor({timeout: 10_000}).catch(() => {})
+    await prompt("*").waitFor({...SLOW, state: "detached"})
+  }
   return {page, server}
 }
 

@@ -13,6 +13,7 @@ from transformers import (
     HiggsAudioV2TokenizerModel,
 )
 
+from higgs_nb.cli.processor import chat_template
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.data.prompt import byte_tokenizer
 from higgs_nb.model.model import tiny_config
@@ -31,7 +32,9 @@ def write_base(folder, codec=None):
     if codec:
         audio_tokenizer = HiggsAudioV2TokenizerModel.from_pretrained(codec)
         extractor = DacFeatureExtractor(sampling_rate=24000, hop_length=960)
-        HiggsAudioV2Processor(extractor, tokenizer, audio_tokenizer).save_pretrained(folder)
+        template = dict(chat_template=chat_template())
+        processor = HiggsAudioV2Processor(extractor, tokenizer, audio_tokenizer, **template)
+        processor.save_pretrained(folder)
     return Path(folder)
 
 

@@ -13,8 +13,10 @@ import sys
 import zipfile
 from configparser import ConfigParser
 from functools import cached_property
+from html import unescape
 from html.parser import HTMLParser
 from types import FunctionType
+from urllib.parse import unquote
 
 import nbformat
 import pytest
@@ -346,6 +348,23 @@ def test_links_within_the_site_lead_somewhere(site):
             if not (target.is_file() or (target / "index.html").is_file()):
                 broken.append(f"{page.relative_to(site)}: {address}")
     assert not broken, "\n".join(broken)
+
+
+def test_links_to_a_heading_find_it(site):
+    pages = {page.resolve(): page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    ids = {page: set(re.findall(r'\sid="([^"]+)"', text)) for page, text in pages.items()}
+    links = [
+        (page, (page.parent / address).resolve() if address else page, unescape(anchor))
+        for page, text in pages.items()
+        for address, anchor in re.findall(r'<a [^>]*href="([^"#?:]*)#([^":]+)"', text)
+    ]
+    broken = {
+        f"{page.name}: {target.name} has no heading #{unquote(anchor)}"
+        for page, target, anchor in links
+        if target in ids and unquote(anchor) not in ids[target]
+    }
+    assert len(links) > 500
+    assert not broken, "\n".join(sorted(broken))
 
 
 def test_figures_in_the_table_of_scores_are_those_that_were_measured():

@@ -86,6 +86,8 @@ def try_processor(path: str, model: nn.Module, tokenizer, text: str, max_frames:
     except (ImportError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"{NOT_TRIED}: {reason}"
+    if not processor.chat_template:
+        return f"{NOT_TRIED}: the processor of the base has no chat template"
     talk = tts_conversation(text, id="export")
     messages = [
         dict(role=m.role, content=[dict(type="text", text=m.content[0].text)])

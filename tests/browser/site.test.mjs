@@ -103,15 +103,30 @@ test("a player of the home page plays", async () => {
 
 test("the keyboard goes from the top of the home page into its text, and what has the focus is seen", async () => {
   const {page} = await open("index.html")
-  const seen = new Set()
-  for (let i = 0; i < 90; i++) {
+  const tab = async () => {
     await page.keyboard.press("Tab")
-    seen.add(await page.evaluate(() => { const e = document.activeElement; return e.closest("main") ? "main" : e.closest("nav,aside,header,.sidebar,#sidebar") ? "navigation" : e.tagName }))
-    if (seen.has("main")) break
+    return page.evaluate(() => {
+      const e = document.activeElement, style = getComputedStyle(e), box = e.getBoundingClientRect()
+      const place = e.closest("main") ? "main" : e.closest("nav,aside,header,.sidebar,#sidebar") ? "navigation" : e.tagName
+      const shown = box.width > 0 && box.top >= 0 && box.left >= 0 && box.bottom <= innerHeight && box.right <= innerWidth
+      return {place, name: e.innerText?.trim() || e.ariaLabel || e.placeholder || e.tagName, seen: shown && style.outlineStyle + style.boxShadow != "nonenone"}
+    })
   }
-  assert.ok(seen.has("main"), [...seen].join())
-  const ring = await page.evaluate(() => { const s = getComputedStyle(document.activeElement); return s.outlineStyle + s.boxShadow })
-  assert.notEqual(ring, "nonenone")
+  const stops = [await tab()]
+  assert.equal(stops[0].name, "Skip to main content")
+  await page.screenshot({path: join(SHOTS, "skip_link.png")})
+  await page.keyboard.press("Enter")
+  stops.push(await tab())
+  assert.equal(stops[1].place, "main", "one Tab after the link that skips the navigation")
+
+  await page.goto(site.url + "index.html")  // and without that link: no link of the navigation holds the focus
+  const most = await page.evaluate(() => document.querySelectorAll("a[href],button,input,[tabindex]").length)
+  while (stops.at(-1).place != "main" || stops.length == 2) {
+    assert.ok(stops.length < most + 2, `${most} presses of Tab reach only ${[...new Set(stops.map(s => s.place))].join()}`)
+    stops.push(await tab())
+  }
+  assert.ok(stops.some(s => s.place == "navigation"))
+  assert.deepEqual(stops.filter(s => !s.seen), [])
 })
 
 test("a copy on disk can be read: pages, pictures and links without a server", async () => {

@@ -75,6 +75,13 @@ def test_it_is_evaluated_and_exported(road, trained):
         assert validate_checkpoint(out / kind).status == "whole", kind
 
 
+def test_it_speaks(road, trained):
+    out = run("speak", road / "speak", run=trained, text="Good morning.", max_frames=20)
+    [clip] = load_json(out / "speak.json")["clips"]
+    assert (out / clip["file"]).is_file() and clip["text"] == "Good morning."
+    assert load_json(out / "speak.json")["codec"]["name"] == str(road / "codec")
+
+
 def settings_of(road, **given):
     "The settings of a run on the miniature that has not begun."
     defaults = defaults_of("train") | dict(base=str(road / "base"), data=str(road / "recordings"))

@@ -57,7 +57,10 @@ def test_the_resolved_recipe_is_the_released_one(road, trained):
     assert record["codec"]["name"] == str(road / "codec")
     assert record["sources"]["learning_rate"] == "recipe" and record["finished"]
     assert load_json(trained / "settings.json")["parameters"]["steps"] >= 3  # three epochs
-    assert validate_checkpoint(trained / "adapter").status == "whole"
+    report = validate_checkpoint(trained / "adapter")
+    assert report.status == "whole"
+    assert report.manifest.meta["settings"]["learning_rate"] == 1e-4
+    assert report.manifest.meta["settings"]["codec"] == record["codec"]
 
 
 def test_the_scene_is_in_every_prompt(road, trained):

@@ -101,6 +101,7 @@ def run_meta(trainer) -> dict:
         losses=losses,
         probe=str(trainer.probes[-1][1]) if trainer.probes else None,
         run=trainer.run,
+        settings=trainer.settings,
     )
 
 # %% ../../nbs/training/12_checkpoints.ipynb #7eec91b1

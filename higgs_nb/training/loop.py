@@ -111,12 +111,15 @@ class HiggsTrainer:
         # where the base comes from: {"id": ..., "revision": ...}; goes into every checkpoint
         base: dict | None = None,
         callbacks: list[Callback] | None = None,
+        # more for the manifest of every checkpoint, such as the codec; plain data
+        settings: dict | None = None,
         # an optimizer and a schedule in place of those that the arguments name
         optimizers: tuple = (None, None),
     ):
         check_model(model, args)
         check_datasets(model, train_dataset, eval_dataset)
         self.model, self.args, self.base, self.fresh = model, args, base or {}, None
+        self.settings = settings or {}
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.tokens = train_dataset.tokens
         self.tokenizer = tokenizer or train_dataset.tokenizer

@@ -29,7 +29,9 @@ __all__ = ['WRAPPERS', 'OF_ADAPTER', 'VOLATILE', 'BASE_KEYS', 'base_of', 'stock_
            'check_trained_tokenizer', 'module_of', 'renaming_hint', 'check_names']
 
 # %% ../../nbs/checkpoint/10_base.ipynb #802c0fcb
-def base_of(model: nn.Module) -> nn.Module:
+def base_of(
+    model: nn.Module,  # with or without PEFT around it
+) -> nn.Module:
     "The model inside a PeftModel, or `model` itself."
     return model.get_base_model() if isinstance(model, PeftModel) else model
 

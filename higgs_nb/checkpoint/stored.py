@@ -103,7 +103,9 @@ def weight_names(folder: Path) -> list[str]:
     raise CheckpointError("it holds no weights in safetensors", folder, remedy=remedy)
 
 # %% ../../nbs/checkpoint/15_stored.ipynb #03d0f4ca
-def model_tensors(folder: Path | str) -> dict[str, Deferred]:
+def model_tensors(
+    folder: Path | str,  # of a model
+) -> dict[str, Deferred]:
     """The tensors of a model in a folder, none of them read yet. `CheckpointError` if a file of
     weights is missing or damaged, or two of them hold the same tensor.
     """
@@ -121,7 +123,10 @@ def model_tensors(folder: Path | str) -> dict[str, Deferred]:
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 
 
-def model_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
+def model_folder(
+    name_or_path: str | Path,  # see `load_model`
+    revision: str | None = None,  # commit of a hub repository
+) -> Path:
     "The folder of a model: itself, or where the cache of the hub has it, downloaded if need be."
     if Path(name_or_path).is_dir():
         return Path(name_or_path)

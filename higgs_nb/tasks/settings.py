@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from ..cli.notebooks import defaults_of
 from ..cli.parameters import AUTO
+from ..cli.plan import listed
 from ..core.html import table
 from ..core.messages import shown
 from ..data.codec_pairs import codec_of_base
@@ -17,7 +18,7 @@ from ..model.load import base_family, base_path
 from ..training.recipe import recipe_of
 
 # %% auto #0
-__all__ = ['Settings', 'as_text', 'resolve_length', 'listed', 'resolve_modules', 'own_codec', 'resolve']
+__all__ = ['Settings', 'as_text', 'resolve_length', 'resolve_modules', 'own_codec', 'resolve']
 
 # %% ../../nbs/tasks/01_settings.ipynb #eb14511a
 @dataclass(frozen=True, repr=False)
@@ -77,11 +78,6 @@ def resolve_length(given: dict, recipe: Recipe) -> dict[str, float]:  # given: p
     return dict(steps=steps, epochs=0) if epochs == AUTO else dict(steps=0, epochs=epochs)
 
 # %% ../../nbs/tasks/01_settings.ipynb #db0a002e
-def listed(names: str) -> tuple[str, ...]:  # with commas between them
-    "The names in a text."
-    return tuple(name.strip() for name in names.split(",") if name.strip())
-
-
 def resolve_modules(
     text: str, recipe: Recipe, names: Architecture = HIGGS_V2.architecture
 ) -> tuple[str, ...]:

@@ -13,14 +13,15 @@ from transformers import BitsAndBytesConfig, set_seed
 
 from ..checkpoint.errors import CheckpointError
 from ..cli.doctor import memory_advice
+from ..cli.plan import lora_of
 from ..data.prompt import byte_tokenizer
 from ..data.samples import SampleDataset, sample_options
 from ..family import family_of
 from ..model.load import base_path, load_model
-from ..model.lora import PRESETS, apply_lora, create_lora_config
+from ..model.lora import apply_lora
 from ..model.model import HiggsAudioForTraining, tiny_model
 from .inputs import Inputs
-from .settings import Settings, listed
+from .settings import Settings
 from ..training.arguments import HiggsTrainingArguments
 from ..training.callbacks import RunState, plan_steps
 from ..training.loop import HiggsTrainer, TrainOutput
@@ -106,18 +107,7 @@ def add_adapter(
 ) -> PeftModel:
     "Add the LoRA adapter of a run to its base; see `apply_lora`."
     set_seed(settings.seed)  # adapters start at random
-    targets = settings.targets
-    config = create_lora_config(
-        targets if targets in PRESETS else listed(targets),
-        settings.rank,
-        settings.alpha or None,
-        settings.dropout,
-        train=settings.train_in_full,
-        rank_pattern=settings.rank_pattern,
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
-    )
-    return apply_lora(model, config, text_loss=bool(settings.text_loss_weight))
+    return apply_lora(model, lora_of(settings.values), text_loss=bool(settings.text_loss_weight))
 
 # %% ../../nbs/tasks/04_training.ipynb #979bd60e
 def make_dataset(

@@ -96,7 +96,7 @@ def fit_targets(
     targets, preset = list(config.target_modules), getattr(config, "preset", None)
     if preset:
         if set(targets) == set(PRESETS[preset]):
-            targets = list(names.targets.presets[preset])
+            targets = list(names.targets.presets.get(preset, targets))
         has_attention = set(names.audio_attention[:1]) & (parts - set(new))
         left_out = () if has_attention else names.targets.audio_attention
         return [target for target in targets if target not in left_out]

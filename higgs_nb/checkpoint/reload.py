@@ -63,6 +63,7 @@ def reloaded(
     """Within `with`, a saved adapter is in use instead of that of `model`; gives its tensors in
     the model. `CheckpointError` if it does not fit.
     """
+    trained = model.active_adapter
     with set_aside(model):
         try:
             model.add_adapter(AGAIN, config, autocast_adapter_dtype=all_float32(saved))
@@ -78,6 +79,7 @@ def reloaded(
             raise CheckpointError(what, path, error) from error
         finally:
             if AGAIN in model.peft_config:
+                model.set_adapter(trained)
                 model.delete_adapter(AGAIN)
 
 # %% ../../nbs/checkpoint/17_reload.ipynb #b7503823

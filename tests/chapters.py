@@ -1,12 +1,13 @@
-"""Every chapter runs in a process of its own, exactly as `nbdev_test` runs it. The chapters of a
-floor are a file of tests, so that `make test` spreads them over its workers.
+"""Every chapter runs in a process of its own, as `nbdev_test` runs it. The chapters of a floor are
+a file of tests, so that `make test` spreads them over its workers. The processes are forked from
+one that has imported the libraries, which takes longer than most chapters do.
 """
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
-from conftest import ROOT, committed
+from conftest import ROOT, committed, fork_server
+from nbdev.test import nbdev_test
 
 GROUPS = {  # file of tests -> folders of nbs
     "test_chapters_data": ("core", "data"),
@@ -32,13 +33,26 @@ def others():
     return [file for file in found if file.parts[1] not in (*grouped, "runs")]
 
 
-def run_chapter(notebook):
-    "Run a notebook; a failure shows what it printed."
-    run = subprocess.run(
-        [Path(sys.executable).with_name("nbdev_test"), "--path", notebook],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and "Success." in run.stdout, f"{notebook}\n{run.stdout}{run.stderr}"
+def run_here(notebook, printed, environment):
+    "Run a notebook in this process; what it prints goes to the file `printed`."
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    nothing, file = os.open(os.devnull, os.O_RDONLY), os.open(printed, os.O_WRONLY | os.O_CREAT)
+    os.dup2(nothing, 0)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    nbdev_test(path=notebook)
+
+
+def run_chapter(notebook, folder):
+    "Run a notebook; a failure shows what it printed, which a file in `folder` holds."
+    printed = Path(folder, "printed")
+    child = fork_server().Process(target=run_here, args=(notebook, printed, dict(os.environ)))
+    child.start()
+    try:
+        child.join()
+    finally:
+        child.kill()  # after a timeout
+    written = printed.read_text(encoding="utf-8", errors="replace") if printed.exists() else ""
+    assert child.exitcode == 0 and "Success." in written, f"{notebook}\n{written}"

@@ -4,7 +4,6 @@ start, stop and compare.
 
 import csv
 import json
-import multiprocessing
 import os
 import resource
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from conftest import fork_server
 from transformers import BitsAndBytesConfig
 
 from higgs_nb.data.codec import load_codec
@@ -226,18 +226,6 @@ def _process(function, rank, world, port, args, kwargs):
     function(*args, **kwargs)
 
 
-def _server():
-    "Forks processes that have imported everything already."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["resume_job"])
-    here = str(Path(__file__).parent)  # the server looks for its preloads where PYTHONPATH says
-    if here not in os.environ.get("PYTHONPATH", ""):
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            filter(None, (here, os.environ.get("PYTHONPATH")))
-        )
-    return context
-
-
 def start(function, folder, *args, ranks=1, **kwargs):
     """Start `function(folder, ...)` in `ranks` new processes; `said-RANK.txt` in `folder` gets
     what they say.
@@ -247,7 +235,7 @@ def start(function, folder, *args, ranks=1, **kwargs):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     found = [
-        _server().Process(
+        fork_server().Process(
             target=_process, args=(function, rank, ranks, port, (str(folder), *args), kwargs)
         )
         for rank in range(ranks)

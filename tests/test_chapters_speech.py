@@ -5,5 +5,5 @@ from chapters import GROUPS, chapters, run_chapter
 
 
 @pytest.mark.parametrize("notebook", chapters(*GROUPS["test_chapters_speech"]))
-def test_chapter(notebook):
-    run_chapter(notebook)
+def test_chapter(notebook, tmp_path):
+    run_chapter(notebook, tmp_path)

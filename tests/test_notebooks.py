@@ -17,8 +17,8 @@ SMALL = {  # tutorial: its parameters here; what it makes goes into the test's f
 
 
 @pytest.mark.parametrize("notebook", [str(file) for file in others() if file.name not in SMALL])
-def test_notebook(notebook):
-    run_chapter(notebook)
+def test_notebook(notebook, tmp_path):
+    run_chapter(notebook, tmp_path)
 
 
 def test_every_group_has_a_file_and_chapters():

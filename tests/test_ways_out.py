@@ -34,7 +34,8 @@ from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_confi
 from higgs_nb.model.merge import merge_lora
 from higgs_nb.model.model import tiny_model
 from higgs_nb.original.command import main as higgs_convert
-from higgs_nb.original.disk import NOTE, convert_folder
+from higgs_nb.original.disk import convert_folder
+from higgs_nb.original.to_original import NOTE
 
 recordings = Recordings(os.environ.get("HIGGS_ORACLE") or COMPACT)
 TOKENIZER = byte_tokenizer()

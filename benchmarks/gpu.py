@@ -33,9 +33,9 @@ from higgs_nb.family import HIGGS_V2
 from higgs_nb.model.lora import create_lora_config
 from higgs_nb.model.model import HiggsAudioForTraining
 from higgs_nb.speech.generate import generate_speech
-from higgs_nb.training.log import matmul_rate, peak_memory_mb
 from higgs_nb.training.planned_model import StepSettings
 from higgs_nb.training.simulate import simulate
+from higgs_nb.training.speed import matmul_rate, peak_memory_mb
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 TOKENS = 4096  # of a step

@@ -32,8 +32,9 @@ from higgs_nb.data.problems import AudioError
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer, fit_tokenizer
 from higgs_nb.data.samples import encode_conversation, expand
 from higgs_nb.model.layers import CACHE, cache_argument
-from higgs_nb.model.load import check_directory, load_model, tokenizer_fingerprint
+from higgs_nb.model.load import load_model, tokenizer_fingerprint
 from higgs_nb.model.model import tiny_model
+from higgs_nb.model.place import check_directory
 from higgs_nb.speech.clips import Speech, save_clips, speech_of
 from higgs_nb.speech.forced import ForcedCodes, speak_beside
 from higgs_nb.speech.generate import Encoder, generate_codes, generate_speech, prompt_of

@@ -40,13 +40,14 @@ from higgs_nb.model.merge import merge_lora
 from higgs_nb.model.model import tiny_config, tiny_model
 from higgs_nb.model.modules import HALF
 from higgs_nb.speech.generate import generate_speech
-from higgs_nb.training import checkpoints
+from higgs_nb.training import restoring
 from higgs_nb.training.arguments import AT_LEAST, BELOW_ONE, REFUSED, HiggsTrainingArguments
 from higgs_nb.training.callbacks import Callback, EarlyStoppingCallback
 from higgs_nb.training.identity import describe_data, differences
-from higgs_nb.training.log import LossMeter, SpeedCallback
 from higgs_nb.training.loop import HiggsTrainer
+from higgs_nb.training.meter import LossMeter
 from higgs_nb.training.probe import OFFSETS, OffsetProbe, copy_floor
+from higgs_nb.training.speed import SpeedCallback
 from higgs_nb.training.watch import NotFinite
 
 IN_FULL = HEADS + EMBEDDINGS
@@ -412,7 +413,7 @@ def test_an_accelerator_without_float64():
 
 
 def test_an_accelerator_that_does_not_count_its_memory(monkeypatch):
-    monkeypatch.setattr("higgs_nb.training.log.device_module", lambda: object())
+    monkeypatch.setattr("higgs_nb.training.speed.device_module", lambda: object())
     speed = SpeedCallback(tiny_config(byte_tokenizer(), **SMALL), token_budget=64)
     assert speed.report()["memory_mb"] > 1
 
@@ -652,13 +653,13 @@ def test_the_state_that_was_verified_is_the_one_that_is_read(tmp_path, monkeypat
     make_trainer(tmp_path, max_steps=2, save_steps=2, eval_strategy="no").train()
     file = tmp_path / "checkpoint-2" / "trainer_state.json"
 
-    restored = checkpoints.restore
+    restored = restoring.restore
 
     def swap(*args):  # after the state was verified
         restored(*args)
         file.write_text(json.dumps({**json.loads(file.read_text()), "global_step": 3}))
 
-    monkeypatch.setattr(checkpoints, "restore", swap)
+    monkeypatch.setattr(restoring, "restore", swap)
     trainer = make_trainer(tmp_path, max_steps=4, eval_strategy="no")
     steps = []
 
@@ -844,7 +845,7 @@ def test_sums_on_a_device_without_float64():
 
 def test_a_device_that_counts_no_memory(tmp_path, monkeypatch):
     "torch.mps has no max_memory_allocated: the memory of the process is logged."
-    monkeypatch.setattr("higgs_nb.training.log.device_module", lambda: torch.mps)
+    monkeypatch.setattr("higgs_nb.training.speed.device_module", lambda: torch.mps)
     trainer = make_trainer(
         tmp_path, max_steps=2, logging_steps=1, eval_strategy="no", save_strategy="no"
     )

@@ -26,7 +26,8 @@ from higgs_nb.checkpoint.stored import INDEX, ONE_FILE, weight_names
 from higgs_nb.checkpoint.whole_model import model_files
 from higgs_nb.cli.answers import answers
 from higgs_nb.cli.doctor import check_hub
-from higgs_nb.cli.export import Question, export_files, merged_contents
+from higgs_nb.cli.export import Question, export_files
+from higgs_nb.cli.export_files import merged_contents
 from higgs_nb.cli.processor import SETTINGS, processor_files
 from higgs_nb.data.prompt import byte_tokenizer
 from higgs_nb.model.load import load_model
@@ -34,7 +35,8 @@ from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_confi
 from higgs_nb.model.merge import merge_lora
 from higgs_nb.model.model import tiny_model
 from higgs_nb.original.command import main as higgs_convert
-from higgs_nb.original.disk import NOTE, convert_folder
+from higgs_nb.original.disk import convert_folder
+from higgs_nb.original.to_original import NOTE
 
 recordings = Recordings(os.environ.get("HIGGS_ORACLE") or COMPACT)
 TOKENIZER = byte_tokenizer()
@@ -362,7 +364,7 @@ from pathlib import Path
 import torch
 from higgs_nb.checkpoint.adapter import load_lora_adapters
 from higgs_nb.checkpoint.merged import merge_stored
-from higgs_nb.cli.export import merged_contents
+from higgs_nb.cli.export_files import merged_contents
 from higgs_nb.checkpoint.validate import validate_checkpoint
 from higgs_nb.model.load import load_model
 from higgs_nb.original.disk import convert_folder

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .errors import CheckpointError
 from .manifest import Manifest
 from .saving import Snapshot
@@ -48,16 +50,6 @@ class BackgroundSaver:
         self.pending = None  # Future of the last save; None after its result was asked for
         atexit.register(self.wait)
 
-    def submit(
-        self,
-        snapshot: Snapshot,
-        path: Path | str,  # the directory to be made, see `save_checkpoint`
-        then: Callable[[], object] | None = None,  # called in the thread after a verified save
-    ) -> None:
-        "Begin to save after the last save has ended; if that one failed, its error is raised."
-        self.wait()
-        self.pending = self.pool.submit(save_then, snapshot, path, then)
-
     def wait(self) -> Manifest | None:
         """Wait for the last save: its manifest, or None if there was none since the last call.
         Raises its error, once.
@@ -68,21 +60,39 @@ class BackgroundSaver:
         pending, self.pending = self.pending, None
         return pending.result()
 
-    def close(self) -> None:
-        "Wait for the last save and end the thread."
-        atexit.unregister(self.wait)
-        try:
-            self.wait()
-        finally:
-            self.pool.shutdown()
+# %% ../../nbs/checkpoint/09_background.ipynb #c9be999c
+@patch
+def submit(
+    self: BackgroundSaver,
+    snapshot: Snapshot,
+    path: Path | str,  # the directory to be made, see `save_checkpoint`
+    then: Callable[[], object] | None = None,  # called in the thread after a verified save
+) -> None:
+    "Begin to save after the last save has ended; if that one failed, its error is raised."
+    self.wait()
+    self.pending = self.pool.submit(save_then, snapshot, path, then)
 
-    def __enter__(self):
-        return self
+# %% ../../nbs/checkpoint/09_background.ipynb #41a60c42
+@patch
+def close(self: BackgroundSaver) -> None:
+    "Wait for the last save and end the thread."
+    atexit.unregister(self.wait)
+    try:
+        self.wait()
+    finally:
+        self.pool.shutdown()
 
-    def __exit__(self, kind, error, traceback):
-        try:
-            self.close()
-        except CheckpointError as second:
-            if error is None:
-                raise
-            error.add_note(f"and meanwhile: {second}")  # the first error is the one to be raised
+
+@patch
+def __enter__(self: BackgroundSaver):
+    return self
+
+
+@patch
+def __exit__(self: BackgroundSaver, kind, error, traceback):
+    try:
+        self.close()
+    except CheckpointError as second:
+        if error is None:
+            raise
+        error.add_note(f"and meanwhile: {second}")  # the first error is the one to be raised

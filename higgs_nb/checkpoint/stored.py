@@ -44,7 +44,7 @@ DTYPES = (
 
 @cache
 def dtypes_by_name() -> dict[str, torch.dtype]:
-    "What safetensors calls a dtype -> the dtype."
+    "Name in safetensors -> dtype."
     return {dtype_name(dtype): dtype for dtype in DTYPES}
 
 # %% ../../nbs/checkpoint/15_stored.ipynb #b2b6c872

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from higgs_nb.checkpoint.manifest import (
     ADAPTER_FILES,
     HIDDEN,
@@ -24,11 +26,12 @@ from higgs_nb.checkpoint.manifest import (
     writer_of,
 )
 from ..core.files import MAX_JSON, file_sha256
-from ..core.messages import in_html, shown
+from ..core.html import table
+from ..core.messages import shown
 
 # %% auto #0
 __all__ = ['MAX_FILES', 'LINK', 'STATUS_OF_KIND', 'PICKLE', 'BYSTANDERS', 'WRONG_PLACE', 'FILES_OF_KIND', 'WRITER_STATES',
-           'Fault', 'walk', 'scan', 'step_of', 'CheckpointReport', 'megabytes', 'html_row', 'Reports', 'other_content',
+           'Fault', 'walk', 'scan', 'step_of', 'CheckpointReport', 'megabytes', 'Reports', 'other_content',
            'check_file', 'check_unknown', 'unknown_faults', 'read_small_text', 'trainer_step', 'noted_steps',
            'check_steps', 'check_peft_file', 'check_foreign', 'check_without_manifest', 'reading_fault', 'check_kind',
            'check_files', 'check_directory', 'unfinished', 'validate_checkpoint', 'members', 'list_checkpoints',
@@ -123,19 +126,6 @@ class CheckpointReport:
         "Whether every file is as the manifest says."
         return self.status == "whole"
 
-    @property
-    def step(self) -> int | None:
-        "The step in the name of the directory, see `step_of`."
-        return step_of(self.path.name)
-
-    def readable(self) -> CheckpointReport:
-        "This report; `OSError` with errno and path if the checkpoint could not be read."
-        for problem in self.problems:
-            if problem.kind == "unreadable":
-                what = f"{problem.what}; nothing was changed, try again once it can be read"
-                raise OSError(problem.errno, what, shown(str(self.path / problem.file)))
-        return self
-
     def __str__(self):
         return "\n  ".join([shown(f"{self.status}: {self.path}"), *map(str, self.problems)])
 
@@ -144,18 +134,28 @@ class CheckpointReport:
     def _repr_html_(self):
         return Reports([self])._repr_html_()
 
+# %% ../../nbs/checkpoint/02_validate.ipynb #d3896433
+@patch(as_prop=True)
+def step(self: CheckpointReport) -> int | None:
+    "The step in the name of the directory, see `step_of`."
+    return step_of(self.path.name)
+
+# %% ../../nbs/checkpoint/02_validate.ipynb #a35cbe1a
+@patch
+def readable(self: CheckpointReport) -> CheckpointReport:
+    "This report; `OSError` with errno and path if the checkpoint could not be read."
+    for problem in self.problems:
+        if problem.kind == "unreadable":
+            what = f"{problem.what}; nothing was changed, try again once it can be read"
+            raise OSError(problem.errno, what, shown(str(self.path / problem.file)))
+    return self
+
 # %% ../../nbs/checkpoint/02_validate.ipynb #7489e925
 def megabytes(manifest: Manifest | None) -> str:
     "Size of all files of a manifest, for a table."
     if manifest is None:
         return ""
     return f"{sum(entry['size'] for entry in manifest.files.values()) / 1e6:,.2f} MB"
-
-# %% ../../nbs/checkpoint/02_validate.ipynb #a7d53893
-def html_row(cells: tuple[str, ...], tag: str) -> str:
-    "A row of an HTML table; `tag`: th or td."
-    joined = "".join(f"<{tag} style='text-align:left'>{in_html(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{joined}</tr>"
 
 # %% ../../nbs/checkpoint/02_validate.ipynb #b775bc25
 class Reports(list):
@@ -177,9 +177,8 @@ class Reports(list):
     __repr__ = __str__
 
     def _repr_html_(self):
-        head = html_row(("status", "checkpoint", "size", "what was found"), "th")
-        body = "".join(html_row(row, "td") for row in self.rows())
-        return f"<table>{head}{body}</table>"
+        head = ("status", "checkpoint", "size", "problems")
+        return table(head, self.rows(), left=True)
 
 # %% ../../nbs/checkpoint/02_validate.ipynb #45597b61
 PICKLE = "a pickle, which may run code: never opened"

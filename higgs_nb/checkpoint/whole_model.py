@@ -98,7 +98,9 @@ def load_weights(
     "The report on a whole checkpoint of a model, and its tensors."
     report = verified(path)
     if report.manifest.meta.get("kind") != "model":
-        raise CheckpointError("model not loaded: this checkpoint holds none", report.path)
+        raise CheckpointError(
+            "model not loaded: this checkpoint does not hold a model", report.path
+        )
     files = load_files(report, *filter(MODEL_FILE.fullmatch, report.manifest.files))
     tensors = {}
     for content in files.values():

@@ -23,8 +23,8 @@ from .terminal import FollowedRun
 from ..core.files import write_whole
 
 # %% auto #0
-__all__ = ['REPORT', 'WholeNotebook', 'kernel_environment', 'kernel_manager', 'kernel_options', 'execute', 'record_start', 'run',
-           'completed_parameters', 'is_done']
+__all__ = ['REPORT', 'WholeNotebook', 'kernel_environment', 'kernel_manager', 'kernel_options', 'execute', 'record_start',
+           'check_not_moved', 'run', 'completed_parameters', 'is_done']
 
 # %% ../../nbs/cli/08_execution.ipynb #34a28032
 class WholeNotebook:
@@ -132,6 +132,12 @@ def record_start(name: str, out: Path, given: dict) -> None:  # checked paramete
     line = json.dumps(dict(run=name, parameters=parameters, **surroundings()), default=str)
     append_line(out / "environment.jsonl", line)
 
+# %% ../../nbs/cli/08_execution.ipynb #a7cb6249
+def check_not_moved(held: int, out: Path) -> None:  # held: the file of the lock
+    "`FileNotFoundError` if the directory of a run was moved while the run wrote to it."
+    if not is_same(held, out):
+        raise FileNotFoundError(f"{out} was moved during the run, which has written to both places")
+
 # %% ../../nbs/cli/08_execution.ipynb #eec99e4d
 def run(
     name: str,  # of a notebook in `nbs/runs`, or the path of one
@@ -155,10 +161,7 @@ def run(
             followed.begin()
         record_start(name, out, given)
         execute(notebook_of(name), executed, given, held, followed)
-        if not is_same(held, out):
-            raise FileNotFoundError(
-                f"{out} was moved during the run, which has written to both places"
-            )
+        check_not_moved(held, out)
     finally:
         os.close(held)
     return executed

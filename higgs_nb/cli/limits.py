@@ -18,7 +18,7 @@ __all__ = ['COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'PART', 'COUNTS', 'NUMBERS', 
 
 # %% ../../nbs/cli/03_limits.ipynb #adc9a229
 def in_range(value: int | float, range: str) -> bool:  # such as "[0, 1)", or "-1 or [0, inf)"
-    "Whether a number lies in an interval, or is the number named before it."
+    "Whether a number is in an interval, or is the number before it."
     *singles, interval = range.split(" or ")
     low, high = map(float, interval[1:-1].split(","))
     above = low <= value if interval[0] == "[" else low < value

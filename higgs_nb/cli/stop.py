@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.signals import end_by_signal, signal_handlers, write_from_handler
 
 # %% auto #0
@@ -50,22 +52,21 @@ class StopSignals:
         self.file.unlink(missing_ok=True)
         self.begun = True
 
-    def notice(self, number: int, frame) -> None:
-        "Handle a signal."
-        if self.asked:
-            end_by_signal(number)
-        self.asked = signal.Signals(number).name
-        if not self.begun:
-            write_from_handler(f"{self.asked}: stopped before it began")
-            sys.exit(TRY_AGAIN)
-        write_from_handler(
-            "\n"
-            * sys.__stderr__.isatty()  # below a progress bar
-            + f"{self.asked}: saving and stopping after this step, the same command goes on; "
-            "a second signal ends at once"
-        )
-        if self.file.parent.is_dir():
-            self.file.touch()
+# %% ../../nbs/cli/07_stop.ipynb #f19ccbcf
+@patch
+def notice(self: StopSignals, number: int, frame) -> None:
+    "Handle a signal."
+    if self.asked:
+        end_by_signal(number)
+    self.asked = signal.Signals(number).name
+    if not self.begun:
+        write_from_handler(f"{self.asked}: stopped before it began")
+        sys.exit(TRY_AGAIN)
+    above = "\n" * sys.__stderr__.isatty()  # a progress bar
+    text = "saving and stopping after this step, the same command goes on"
+    write_from_handler(f"{above}{self.asked}: {text}; a second signal ends at once")
+    if self.file.parent.is_dir():
+        self.file.touch()
 
 # %% ../../nbs/cli/07_stop.ipynb #a4261306
 def remove_stop_file(file: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import HiggsAudioV2Config
 from transformers.cache_utils import Cache, DynamicLayer
@@ -199,20 +200,26 @@ class AudioAttentionLayer(HiggsLayer):
         flat = flat.index_copy(0, frames.rows, audio) + attended.flatten(0, 1)
         return self.networks(flat, frames).view_as(hidden_states)
 
-    def among_frames(self, hidden, position_embeddings, frames: Frames, cache) -> Tensor:
-        "What `audio_attn` adds to each frame: (frames, hidden)"
-        attn, norm = self.audio_attn, self.audio_input_layernorm
-        if frames.cached:
-            return attend_in_cache(attn, norm(hidden), position_embeddings, frames, cache)
-        normed = norm(hidden.flatten(0, 1)[frames.rows])
-        return attend_in_row(attn, normed, position_embeddings, frames, len(hidden))
+# %% ../../nbs/model/07_audio_attention.ipynb #cdd8d121
+@patch
+def among_frames(
+    self: AudioAttentionLayer, hidden, position_embeddings, frames: Frames, cache
+) -> Tensor:
+    "What `audio_attn` adds to each frame: (frames, hidden)"
+    attn, norm = self.audio_attn, self.audio_input_layernorm
+    if frames.cached:
+        return attend_in_cache(attn, norm(hidden), position_embeddings, frames, cache)
+    normed = norm(hidden.flatten(0, 1)[frames.rows])
+    return attend_in_row(attn, normed, position_embeddings, frames, len(hidden))
 
-    def networks(self, flat: Tensor, frames: Frames) -> Tensor:
-        "The two feed-forward networks, each on its positions: (positions, hidden)"
-        text, audio = flat[frames.text_rows], flat[frames.rows]
-        text = text + self.mlp(self.post_attention_layernorm(text))
-        audio = audio + self.audio_mlp(self.audio_post_attention_layernorm(audio))
-        return put_back(flat, frames, text, audio)
+
+@patch
+def networks(self: AudioAttentionLayer, flat: Tensor, frames: Frames) -> Tensor:
+    "The two feed-forward networks, each on its positions: (positions, hidden)"
+    text, audio = flat[frames.text_rows], flat[frames.rows]
+    text = text + self.mlp(self.post_attention_layernorm(text))
+    audio = audio + self.audio_mlp(self.audio_post_attention_layernorm(audio))
+    return put_back(flat, frames, text, audio)
 
 # %% ../../nbs/model/07_audio_attention.ipynb #aa859100
 @torch.no_grad()

@@ -22,7 +22,7 @@ from .fused import permute, rms_norm_pair
 from .layers import HiggsLayer, cache_argument, packed_row
 
 # %% auto #0
-__all__ = ['put_features', 'frame_index', 'check_dropout', 'HiggsDecoder']
+__all__ = ['put_features', 'frame_index', 'check_dropout', 'ReadsPackedRows', 'HiggsDecoder']
 
 # %% ../../nbs/model/09_decoder.ipynb #435f9101
 def put_features(embeds: Tensor, rows: Tensor, features: Tensor) -> Tensor:
@@ -54,24 +54,9 @@ def check_dropout(config: HiggsAudioV2Config) -> None:
             "not apply: set model.config.attention_dropout = 0 before training"
         )
 
-# %% ../../nbs/model/09_decoder.ipynb #3723162b
-class HiggsDecoder(HiggsAudioV2Model):
-    """`HiggsAudioV2Model` that also reads packed rows, with audio self-attention where
-    `config.use_audio_out_self_attention`, and Whisper features at `whisper_rows`.
-    """
-
-    _no_split_modules = ["HiggsLayer", "AudioAttentionLayer", "WhisperEncoderLayer"]
-
-    def __init__(self, config: HiggsAudioV2Config):
-        super().__init__(config)
-        self.audio_attention = getattr(config, "use_audio_out_self_attention", False)
-        if self.audio_attention:
-            numbers = range(config.num_hidden_layers)
-            self.layers = nn.ModuleList([AudioAttentionLayer(config, i) for i in numbers])
-            self.post_init()
-            return
-        for layer in self.layers:
-            layer.__class__ = HiggsLayer  # the same parts, one more way through them
+# %% ../../nbs/model/09_decoder.ipynb #7df4a821
+class ReadsPackedRows:
+    "The part of `HiggsDecoder` that embeds a batch, and computes a packed one."
 
     @property
     def precision(self) -> torch.dtype:
@@ -79,14 +64,6 @@ class HiggsDecoder(HiggsAudioV2Model):
         a 16-bit base are in float32. The last norm may be, too, beside the original.
         """
         return getattr(self.norm, "original_module", self.norm).weight.dtype
-
-    def get_placeholder_mask(self, input_ids, inputs_embeds, audio_input_ids_mask):
-        """As stock; with embeddings in place of ids, `audio_input_ids_mask` (batch, positions)
-        says which positions are frames.
-        """
-        if input_ids is None and inputs_embeds is not None:
-            return audio_input_ids_mask
-        return super().get_placeholder_mask(input_ids, inputs_embeds, audio_input_ids_mask)
 
     # its operations are fused already, and torch.compile fails on rows of changing length
     # (torch 2.13)
@@ -123,6 +100,33 @@ class HiggsDecoder(HiggsAudioV2Model):
         if audio_input_ids_mask is not None:
             frames = frames[audio_input_ids_mask]
         return embeds.masked_scatter(is_frame[..., None], frames)
+
+# %% ../../nbs/model/09_decoder.ipynb #3723162b
+class HiggsDecoder(ReadsPackedRows, HiggsAudioV2Model):
+    """`HiggsAudioV2Model` that also reads packed rows, with audio self-attention where
+    `config.use_audio_out_self_attention`, and Whisper features at `whisper_rows`.
+    """
+
+    _no_split_modules = ["HiggsLayer", "AudioAttentionLayer", "WhisperEncoderLayer"]
+
+    def __init__(self, config: HiggsAudioV2Config):
+        super().__init__(config)
+        self.audio_attention = getattr(config, "use_audio_out_self_attention", False)
+        if self.audio_attention:
+            numbers = range(config.num_hidden_layers)
+            self.layers = nn.ModuleList([AudioAttentionLayer(config, i) for i in numbers])
+            self.post_init()
+            return
+        for layer in self.layers:
+            layer.__class__ = HiggsLayer  # the same parts, one more way through them
+
+    def get_placeholder_mask(self, input_ids, inputs_embeds, audio_input_ids_mask):
+        """As stock; with embeddings in place of ids, `audio_input_ids_mask` (batch, positions)
+        says which positions are frames.
+        """
+        if input_ids is None and inputs_embeds is not None:
+            return audio_input_ids_mask
+        return super().get_placeholder_mask(input_ids, inputs_embeds, audio_input_ids_mask)
 
     def forward(
         self,

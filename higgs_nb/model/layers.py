@@ -50,7 +50,7 @@ def needs_mask(config: HiggsAudioV2Config) -> bool:
     kind = config._attn_implementation
     return kind != "sdpa" and "flash" not in kind
 
-
+# %% ../../nbs/model/06_layers.ipynb #96c9d825
 def sample_mask(
     config: HiggsAudioV2Config,
     hidden: Tensor,  # gives dtype and device

@@ -21,9 +21,21 @@ from ..family import HIGGS_V2
 from .records import ChatMLDatasetSample
 
 # %% auto #0
-__all__ = ['ExtendedHiggsAudioSampleCollator', 'repeat_references', 'divide_references', 'spoken_clips', 'join_clips',
-           'HiggsAudioSampleCollator', 'untrained_clips', 'check_labelled', 'delay_of', 'first_setting',
-           'create_collator']
+__all__ = ['ExtendedHiggsAudioSampleCollator', 'repeated_order', 'repeat_references', 'divide_references', 'spoken_clips',
+           'join_clips', 'check_settings', 'HiggsAudioSampleCollator', 'untrained_clips', 'check_labelled', 'delay_of',
+           'first_setting', 'collator_ids', 'create_collator']
+
+# %% ../../nbs/original/02_collator.ipynb #0e3c5c36
+def repeated_order(length: int, positions: list[int], chunks: list[list[np.ndarray]]) -> Tensor:
+    "Indices of tokens (longer,) in which each reference has its three tokens once per chunk."
+    order, done = [], 0
+    for position, pieces in zip(positions, chunks):
+        order += [
+            *range(done, position - 1),
+            *([position - 1, position, position + 1] * len(pieces)),
+        ]
+        done = position + 2
+    return torch.tensor([*order, *range(done, length)])
 
 # %% ../../nbs/original/02_collator.ipynb #50462a43
 def repeat_references(
@@ -35,14 +47,7 @@ def repeat_references(
     """A copy with the three tokens of each reference, and the start of its codes, once per
     chunk.
     """
-    order, done = [], 0
-    for position, pieces in zip(positions, chunks):
-        order += [
-            *range(done, position - 1),
-            *([position - 1, position, position + 1] * len(pieces)),
-        ]
-        done = position + 2
-    order = torch.tensor([*order, *range(done, len(sample.input_ids))])
+    order = repeated_order(len(sample.input_ids), positions, chunks)
     starts, remaining = [], iter(chunks)
     lengths = sample.code_lengths.tolist()
     for start, length, spoken in zip(sample.audio_ids_start.tolist(), lengths, is_spoken.tolist()):
@@ -113,6 +118,18 @@ def join_clips(
         return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
     return torch.cat(codes, 1), torch.from_numpy(np.concatenate(lengths))
 
+# %% ../../nbs/original/02_collator.ipynb #ff7738ea
+def check_settings(whisper_processor, encode_whisper_embed: bool, new_marks: bool) -> None:
+    "`ValueError` without the processor that Whisper needs; a warning for a setting without effect."
+    if encode_whisper_embed and whisper_processor is None:
+        raise ValueError(
+            "encode_whisper_embed=True needs a whisper_processor; pass one or set "
+            "encode_whisper_embed=False"
+        )
+    if not new_marks:
+        problem = "add_new_bos_eos_for_long_chunk=False has no effect, here as in the original"
+        warnings.warn(problem, stacklevel=3)
+
 # %% ../../nbs/original/02_collator.ipynb #4964a691
 class HiggsAudioSampleCollator:
     """The batch of the original implementation, from its `ChatMLDatasetSample`s (attributes or
@@ -143,14 +160,7 @@ class HiggsAudioSampleCollator:
         # no text loss on the `<|AUDIO_OUT|>` token; has no effect on audio labels
         mask_audio_out_token_label: bool = True,
     ):
-        if encode_whisper_embed and whisper_processor is None:
-            raise ValueError(
-                "encode_whisper_embed=True needs a whisper_processor; pass one or set "
-                "encode_whisper_embed=False"
-            )
-        if not add_new_bos_eos_for_long_chunk:
-            problem = "add_new_bos_eos_for_long_chunk=False has no effect, here as in the original"
-            warnings.warn(problem, stacklevel=2)
+        check_settings(whisper_processor, encode_whisper_embed, add_new_bos_eos_for_long_chunk)
         store_attr()
         self.extractor = whisper_processor.feature_extractor if encode_whisper_embed else None
 
@@ -169,24 +179,32 @@ class HiggsAudioSampleCollator:
         text, audio = self.text(samples, labelled), self.audio(samples, labelled)
         return text | audio | self.features(waves)
 
-    def divide(self, sample: ChatMLDatasetSample) -> tuple[ChatMLDatasetSample, list[np.ndarray]]:
-        "See `divide_references`."
-        if not (sample.input_ids == self.audio_in_token_id).any():
-            return sample, []
-        rate = self.extractor.sampling_rate
-        size = int(self.chunk_size_seconds * rate)
-        return divide_references(sample, self.spoken(sample), self.audio_in_token_id, rate, size)
+# %% ../../nbs/original/02_collator.ipynb #48192aab
+@patch
+def divide(
+    self: HiggsAudioSampleCollator, sample: ChatMLDatasetSample
+) -> tuple[ChatMLDatasetSample, list[np.ndarray]]:
+    "See `divide_references`."
+    if not (sample.input_ids == self.audio_in_token_id).any():
+        return sample, []
+    rate = self.extractor.sampling_rate
+    size = int(self.chunk_size_seconds * rate)
+    return divide_references(sample, self.spoken(sample), self.audio_in_token_id, rate, size)
 
-    def spoken(self, sample: ChatMLDatasetSample) -> np.ndarray:
-        "See `spoken_clips`."
-        placeholders = (self.audio_in_token_id, self.audio_out_token_id)
-        return spoken_clips(sample, *placeholders, self.return_audio_in_tokens)
 
-    def features(self, waves: list[np.ndarray]) -> dict[str, Tensor | None]:
-        "Log-mel features of the chunks, (chunks, mel bins, mel frames), and their mask."
-        if not self.encode_whisper_embed:
-            return dict(audio_features=None, audio_feature_attention_mask=None)
-        return log_mel(waves, self.extractor)
+@patch
+def spoken(self: HiggsAudioSampleCollator, sample: ChatMLDatasetSample) -> np.ndarray:
+    "See `spoken_clips`."
+    placeholders = (self.audio_in_token_id, self.audio_out_token_id)
+    return spoken_clips(sample, *placeholders, self.return_audio_in_tokens)
+
+
+@patch
+def features(self: HiggsAudioSampleCollator, waves: list[np.ndarray]) -> dict[str, Tensor | None]:
+    "Log-mel features of the chunks, (chunks, mel bins, mel frames), and their mask."
+    if not self.encode_whisper_embed:
+        return dict(audio_features=None, audio_feature_attention_mask=None)
+    return log_mel(waves, self.extractor)
 
 # %% ../../nbs/original/02_collator.ipynb #bf4e9383
 def untrained_clips(samples: list[ChatMLDatasetSample], audio_out: int) -> Tensor:
@@ -274,7 +292,7 @@ def delay_of(
         return trained
     warnings.warn(
         f"use_delay_pattern={use_delay_pattern}, but this checkpoint was trained with {trained}: "
-        "the codebooks of a frame will be in other columns than it has learned to read, and it "
+        "the codebooks of a frame will be in other columns than in its training, and it "
         "has to learn to speak anew. Leave it at None unless you train from scratch.",
         stacklevel=3,
     )
@@ -285,6 +303,28 @@ def first_setting(config, *names: str, default):
     "The first of these settings that the config has."
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if value is not None), default)
+
+# %% ../../nbs/original/02_collator.ipynb #1ac17676
+def collator_ids(config, tokenizer=None) -> dict[str, int]:
+    "The ids and the number of codebooks of a model, as parameters of its collator."
+    released = AudioTokens(**HIGGS_V2.released_ids)
+
+    def setting(*names, default):
+        return first_setting(config, *names, default=default)
+
+    audio_in = setting("audio_in_token_idx", default=released.audio_in)
+    if tokenizer:
+        audio_in = AudioTokens.from_config(config, tokenizer).audio_in
+    audio_out = setting("audio_token_id", "audio_out_token_idx", default=released.audio_out)
+    codebooks = setting("num_codebooks", "audio_num_codebooks", default=released.num_codebooks)
+    return dict(
+        audio_in_token_id=audio_in,
+        audio_out_token_id=audio_out,
+        pad_token_id=setting("pad_token_id", default=released.pad),
+        audio_stream_bos_id=setting("audio_stream_bos_id", default=released.stream_bos),
+        audio_stream_eos_id=setting("audio_stream_eos_id", default=released.stream_eos),
+        audio_num_codebooks=codebooks,
+    )
 
 # %% ../../nbs/original/02_collator.ipynb #0be9535a
 def create_collator(
@@ -297,28 +337,13 @@ def create_collator(
     """The collator for training: Whisper features and codes of references, all codebooks, lengths
     a multiple of 8, `<|AUDIO_OUT|>` labels kept.
     """
-    released = AudioTokens(**HIGGS_V2.released_ids)
-
-    def setting(*names, default):
-        return first_setting(config, *names, default=default)
-
-    audio_in = setting("audio_in_token_idx", default=released.audio_in)
-    if tokenizer:
-        audio_in = AudioTokens.from_config(config, tokenizer).audio_in
-    audio_out = setting("audio_token_id", "audio_out_token_idx", default=released.audio_out)
-    codebooks = setting("num_codebooks", "audio_num_codebooks", default=released.num_codebooks)
     return HiggsAudioSampleCollator(
         whisper_processor,
         encode_whisper_embed=whisper_processor is not None,
         return_audio_in_tokens=True,
         round_to=8,
         mask_audio_out_token_label=False,
-        audio_in_token_id=audio_in,
-        audio_out_token_id=audio_out,
-        pad_token_id=setting("pad_token_id", default=released.pad),
-        audio_stream_bos_id=setting("audio_stream_bos_id", default=released.stream_bos),
-        audio_stream_eos_id=setting("audio_stream_eos_id", default=released.stream_eos),
-        audio_num_codebooks=codebooks,
+        **collator_ids(config, tokenizer),
         use_delay_pattern=delay_of(config, use_delay_pattern),
     )
 

@@ -24,10 +24,11 @@ from ..model.whisper import WHISPER_FIELDS, whisper_settings
 
 # %% auto #0
 __all__ = ['RENAMED', 'FIXED', 'TEXT_FIELDS', 'ENCODER_DEFAULTS', 'DELAY_BEFORE_OUT', 'WMULTIPLES', 'MULTIPLE', 'convert_name',
-           'convert_state_dict', 'unsupported_settings', 'convert_config', 'check_tensors', 'from_original',
-           'read_weights', 'weight_files', 'load_original', 'clip_lengths', 'whisper_lengths', 'reference_lengths',
-           'round_up', 'Layout', 'Counts', 'audio_in_id', 'element_counts', 'layout', 'frame_sources', 'fill_grid',
-           'used_columns', 'element_ids', 'element_labels', 'native_batch']
+           'convert_state_dict', 'unsupported_settings', 'add_own_settings', 'convert_config', 'check_tensors',
+           'from_original', 'read_weights', 'weight_files', 'load_original', 'clip_lengths', 'whisper_lengths',
+           'reference_lengths', 'round_up', 'Layout', 'Counts', 'audio_in_id', 'element_counts', 'first_positions',
+           'layout', 'frame_sources', 'fill_grid', 'used_columns', 'element_ids', 'element_labels', 'text_grid',
+           'native_batch']
 
 # %% ../../nbs/original/03_convert.ipynb #4144ac10
 RENAMED = (
@@ -85,23 +86,10 @@ def unsupported_settings(original: dict, num_layers: int) -> dict:
 
 # %% ../../nbs/original/03_convert.ipynb #e5599f99
 TEXT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "bos_token_id",
-    "eos_token_id",
-    "attention_bias",
-    "attention_dropout",
-    "mlp_bias",
-    "head_dim",
-    "rope_parameters",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "bos_token_id", "eos_token_id"),
+    *("attention_bias", "attention_dropout", "mlp_bias", "head_dim", "rope_parameters"),
 )
 # of Whisper large v3
 ENCODER_DEFAULTS = dict(
@@ -112,6 +100,20 @@ ENCODER_DEFAULTS = dict(
     num_mel_bins=128,
 )
 DELAY_BEFORE_OUT = HIGGS_V2.released_ids["audio_out"] - HIGGS_V2.released_ids["audio_delay"]
+
+# %% ../../nbs/original/03_convert.ipynb #a922f3ad
+def add_own_settings(config: HiggsAudioV2Config, original: dict) -> None:
+    "Set what our configuration has beside transformers' fields."
+    config.audio_in_token_id = original["audio_in_token_idx"]
+    config.encode_audio_in_tokens = original.get("encode_audio_in_tokens", False)
+    config.use_delay_pattern = original.get("use_delay_pattern", False)
+    if original.get("use_audio_out_self_attention"):
+        config.use_audio_out_self_attention = True
+    if not original.get("skip_audio_tower", False):
+        encoder = original.get("audio_encoder_config") or {}
+        known = {k: v for k, v in encoder.items() if k in WHISPER_FIELDS}
+        whisper = WhisperConfig(**ENCODER_DEFAULTS | known)
+        whisper_settings(config, whisper, config.audio_in_token_id)
 
 # %% ../../nbs/original/03_convert.ipynb #22ab9b8e
 def convert_config(original: dict) -> HiggsAudioV2Config:  # its `config.json`
@@ -136,16 +138,7 @@ def convert_config(original: dict) -> HiggsAudioV2Config:  # its `config.json`
         audio_stream_bos_id=original["audio_stream_bos_id"],
         audio_stream_eos_id=original["audio_stream_eos_id"],
     )
-    config.audio_in_token_id = original["audio_in_token_idx"]
-    config.encode_audio_in_tokens = original.get("encode_audio_in_tokens", False)
-    config.use_delay_pattern = original.get("use_delay_pattern", False)
-    if original.get("use_audio_out_self_attention"):
-        config.use_audio_out_self_attention = True
-    if not original.get("skip_audio_tower", False):
-        encoder = original.get("audio_encoder_config") or {}
-        known = {k: v for k, v in encoder.items() if k in WHISPER_FIELDS}
-        whisper = WhisperConfig(**ENCODER_DEFAULTS | known)
-        whisper_settings(config, whisper, config.audio_in_token_id)
+    add_own_settings(config, original)
     return config
 
 # %% ../../nbs/original/03_convert.ipynb #9f262edf
@@ -277,12 +270,12 @@ class Counts(NamedTuple):
     repeats: Tensor  # all elements
     is_hole: Tensor  # bool
 
-
+# %% ../../nbs/original/03_convert.ipynb #045ab6e7
 def audio_in_id(config) -> int:
     "Placeholder of a reference; it precedes that of speech unless the config says otherwise."
     return getattr(config, "audio_in_token_id", config.audio_token_id - 1)
 
-
+# %% ../../nbs/original/03_convert.ipynb #bb43df0e
 def element_counts(batch: dict, config, is_reference: Tensor, is_spoken: Tensor) -> Counts:
     "Elements of each token of a batch."
     features, frames = reference_lengths(batch, config)
@@ -302,6 +295,16 @@ def element_counts(batch: dict, config, is_reference: Tensor, is_spoken: Tensor)
         repeats[is_spoken] = spoken_frames
     return Counts(counts, repeats, is_hole)
 
+# %% ../../nbs/original/03_convert.ipynb #dafc7e18
+def first_positions(repeats: Tensor) -> tuple[Tensor, int]:  # repeats: (batch, tokens)
+    "Position of the first element of each token in its row, and the width of the grid."
+    ends = repeats.cumsum(1)
+    width = round_up(int(ends[:, -1].max()))
+    first = ends - repeats  # of each token in its row
+    if len(repeats) == 1:
+        first = first + width - ends[:, -1:]
+    return first, width
+
 # %% ../../nbs/original/03_convert.ipynb #3f3f414b
 def layout(batch: dict, config) -> Layout:
     "Where the original's model puts each element of a batch."
@@ -309,11 +312,7 @@ def layout(batch: dict, config) -> Layout:
     is_reference, is_spoken = ids == audio_in_id(config), ids == config.audio_token_id
     counts = element_counts(batch, config, is_reference, is_spoken)
     features, repeats = counts.features, counts.repeats
-    ends = repeats.cumsum(1)
-    width = round_up(int(ends[:, -1].max()))
-    first = ends - repeats  # of each token in its row
-    if len(ids) == 1:
-        first = first + width - ends[:, -1:]  # a single sample is padded on the left
+    first, width = first_positions(repeats)
     flat = repeats.flatten()
     token = torch.arange(ids.numel()).repeat_interleave(flat)
     within = torch.arange(len(token)) - (flat.cumsum(0) - flat)[token]
@@ -389,6 +388,19 @@ def element_labels(elements: Layout, batch: dict) -> Tensor:
     labels = batch["label_ids"].flatten()[elements.token]
     return labels.masked_fill(~elements.is_text, IGNORE)
 
+# %% ../../nbs/original/03_convert.ipynb #cc779226
+def text_grid(elements: Layout, batch: dict, config) -> tuple[Tensor, Tensor, Tensor, slice]:
+    "Ids, mask and labels (batch, positions), and the columns of the grid that they are of."
+    rows = len(batch["input_ids"])
+    text_mask = batch["attention_mask"].flatten()[elements.token]
+    mask = text_mask.masked_fill(~elements.is_text, 1).masked_fill(elements.is_hole, 0)
+    mask = fill_grid(elements, rows, mask, 0)
+    columns = used_columns(mask)
+    mask = mask[:, columns]
+    ids = fill_grid(elements, rows, element_ids(elements, batch, config), config.pad_token_id)
+    labels = fill_grid(elements, rows, element_labels(elements, batch), IGNORE)[:, columns]
+    return ids[:, columns], mask, labels, columns
+
 # %% ../../nbs/original/03_convert.ipynb #0d703d6e
 def native_batch(
     batch: dict[str, Tensor | None],  # of `HiggsAudioSampleCollator`, the original's or ours
@@ -400,20 +412,14 @@ def native_batch(
     `audio_out_rows` of frames of speech, and Whisper's features.
     """
     elements, rows = layout(batch, config), len(batch["input_ids"])
-    text_mask = batch["attention_mask"].flatten()[elements.token]
-    mask = text_mask.masked_fill(~elements.is_text, 1).masked_fill(elements.is_hole, 0)
-    mask = fill_grid(elements, rows, mask, 0)
-    columns = used_columns(mask)
-    mask = mask[:, columns]
-    ids = fill_grid(elements, rows, element_ids(elements, batch, config), config.pad_token_id)
-    labels = fill_grid(elements, rows, element_labels(elements, batch), IGNORE)[:, columns]
+    ids, mask, labels, columns = text_grid(elements, batch, config)
     width = columns.stop - columns.start
     row, column = elements.place // elements.width, elements.place % elements.width
     place = row * width + column - columns.start
     codes, audio_labels = frame_sources(elements, batch, config.num_codebooks)
     positions, starts = place[elements.is_frame], torch.arange(rows) * width
     out = dict(
-        input_ids=ids[:, columns],
+        input_ids=ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).masked_fill(mask == 0, 1),
         labels=labels,

@@ -16,7 +16,6 @@ import torch
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
-from torch import Tensor
 
 from ..core.events import tqdm
 from ..data.code_store import Codes
@@ -25,7 +24,17 @@ from ..model.load import base_path
 from .world_codec import WorldCodec
 
 # %% auto #0
-__all__ = ['VoiceStatistics', 'converted', 'nearer', 'varied', 'random_variation', 'codes_of', 'Rehearsal', 'rehearse_base']
+__all__ = ['check_enough', 'VoiceStatistics', 'converted', 'nearer', 'varied', 'random_variation', 'codes_of', 'Rehearsal',
+           'check_codec', 'converted_utterances', 'rehearse_base']
+
+# %% ../../nbs/small/04_rehearsal.ipynb #44921a47
+def check_enough(voiced: np.ndarray) -> None:  # (rows,) bool
+    "`ValueError` if less than half a second of some speech is voiced, or voiceless."
+    if min(voiced.sum(), (~voiced).sum()) < 50:
+        raise ValueError(
+            f"{voiced.sum()} voiced and {(~voiced).sum()} voiceless frames of 10 ms "
+            "are too few to know a voice: give more speech"
+        )
 
 # %% ../../nbs/small/04_rehearsal.ipynb #20d2d598
 @dataclass(frozen=True)
@@ -45,11 +54,7 @@ class VoiceStatistics:
     ) -> VoiceStatistics:
         "Of some speech; `ValueError` if less than half a second of it is voiced, or voiceless."
         voiced = features[:, -1] > 0.5
-        if min(voiced.sum(), (~voiced).sum()) < 50:
-            raise ValueError(
-                f"{voiced.sum()} voiced and {(~voiced).sum()} voiceless frames of 10 ms "
-                "are too few to know a voice: give more speech"
-            )
+        check_enough(voiced)
         parts = [features[rows, :-2].astype(np.float64) for rows in (~voiced, voiced)]
         pitch = features[voiced, -2].astype(np.float64)
         return cls(
@@ -77,7 +82,7 @@ def converted(
 # %% ../../nbs/small/04_rehearsal.ipynb #b8ef00d7
 def nearer(
     features: np.ndarray,  # (rows, features), complete frames, already `converted`
-    frames: Tensor,  # (n, dim) envelopes of the wanted voice, see `WorldVQ.split`
+    frames: torch.Tensor,  # (n, dim) envelopes of the wanted voice, see `WorldVQ.split`
     net,  # `WorldVQ` of the codec
     neighbours: int = 4,
     share: float = 0.5,  # of the way; 1: to the mean of the neighbours
@@ -122,7 +127,7 @@ def random_variation(
 def codes_of(
     features: np.ndarray,  # (rows, features), see `world_features`
     codec: WorldCodec,  # whose codes are asked for
-) -> Tensor:
+) -> torch.Tensor:
     """Codes (codebooks, frames) int64 of features; an incomplete last frame is filled with its
     last row.
     """
@@ -137,43 +142,8 @@ class Rehearsal:
 
     texts: tuple[str, ...]
     voices: tuple[str, ...]
-    codes: tuple[Tensor, ...]  # (codebooks, frames) int64 each
+    codes: tuple[torch.Tensor, ...]  # (codebooks, frames) int64 each
     file = "rehearsal.safetensors"
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path,  # of a base, see `base_path`
-        codec: WorldCodec,
-    ) -> Rehearsal:
-        """Read the utterances of a base; `FileNotFoundError` if it has none, `ValueError` if they
-        were made with another codec.
-        """
-        path = Path(folder) / cls.file
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: this base brings nothing to rehearse")
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["rehearsal"])
-            codes = file.get_tensor("codes").long()
-        if about["codec"] != codec.fingerprint:
-            raise ValueError(
-                f"{path}: was made with the codec {about['codec'][:16]}, this is "
-                f"{codec.fingerprint[:16]}: train without it, or with that codec"
-            )
-        return cls(tuple(about["texts"]), tuple(about["voices"]), codes.split(about["frames"], 1))
-
-    def save(self, folder: str | Path, codec: WorldCodec) -> Path:
-        "Write the utterances beside the weights of a base; `codec` made the codes."
-        about = dict(
-            codec=codec.fingerprint,
-            texts=self.texts,
-            voices=self.voices,
-            frames=[c.shape[1] for c in self.codes],
-        )
-        codes = torch.cat(self.codes, 1).to(torch.int16)
-        path = Path(folder) / self.file
-        path.write_bytes(to_safetensors({"codes": codes}, {"rehearsal": json.dumps(about)}))
-        return path
 
     def features(
         self,
@@ -192,24 +162,61 @@ class Rehearsal:
         source = VoiceStatistics.of(np.concatenate(features))
         return [(text, converted(f, source, target)) for text, f in zip(texts, features)]
 
-# %% ../../nbs/small/04_rehearsal.ipynb #21499d77
+# %% ../../nbs/small/04_rehearsal.ipynb #7be8e91b
+def check_codec(fingerprint: str, codec: WorldCodec, path: Path) -> None:
+    "`ValueError` if codes with this fingerprint were not made with `codec`."
+    if fingerprint != codec.fingerprint:
+        raise ValueError(
+            f"{path}: was made with the codec {fingerprint[:16]}, this is "
+            f"{codec.fingerprint[:16]}: train without it, or with that codec"
+        )
+
+# %% ../../nbs/small/04_rehearsal.ipynb #02c22d87
+@patch(cls_method=True)
+def load(
+    cls: Rehearsal,
+    folder: str | Path,  # of a base, see `base_path`
+    codec: WorldCodec,
+) -> Rehearsal:
+    """Read the utterances of a base; `FileNotFoundError` if it has none, `ValueError` if they
+    were made with another codec.
+    """
+    path = Path(folder) / cls.file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: this base has no utterances to rehearse")
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["rehearsal"])
+        codes = file.get_tensor("codes").long()
+    check_codec(about["codec"], codec, path)
+    return cls(tuple(about["texts"]), tuple(about["voices"]), codes.split(about["frames"], 1))
+
+# %% ../../nbs/small/04_rehearsal.ipynb #5e033c0b
 @patch
-def in_voice(
+def save(self: Rehearsal, folder: str | Path, codec: WorldCodec) -> Path:
+    "Write the utterances beside the weights of a base; `codec` made the codes."
+    about = dict(
+        codec=codec.fingerprint,
+        texts=self.texts,
+        voices=self.voices,
+        frames=[c.shape[1] for c in self.codes],
+    )
+    codes = torch.cat(self.codes, 1).to(torch.int16)
+    path = Path(folder) / self.file
+    path.write_bytes(to_safetensors({"codes": codes}, {"rehearsal": json.dumps(about)}))
+    return path
+
+# %% ../../nbs/small/04_rehearsal.ipynb #861a570a
+def converted_utterances(
     self: Rehearsal,
     codec: WorldCodec,
-    recordings: Sequence[Tensor],  # codes of the wanted voice
-    count: int,  # conversations to make
-    voices: Collection[str] = (),  # use these voices of the base; none: all
-    seed: int = 0,
-    progress: bool = True,
-) -> tuple[list[Conversation], dict[str, Tensor]]:
-    """Conversations of one turn in the wanted voice, and the codes of their recordings by path,
-    for `Codes`; `ValueError` if the base has no such voice.
-    """
-    known = set(self.voices)
-    if unknown := set(voices) - known:
-        raise ValueError(f"no voice {sorted(unknown)} to rehearse: this base has {sorted(known)}")
-    rng, net = np.random.default_rng(seed), codec.net
+    recordings: Sequence[torch.Tensor],  # codes of the wanted voice
+    count: int,  # utterances at most
+    voices: Collection[str],  # of the base; none: all
+    seed: int,
+    progress: bool,
+) -> list[tuple[str, np.ndarray]]:
+    "Texts and features of utterances of the base in the wanted voice."
+    known, net = set(self.voices), codec.net
     wanted = np.concatenate([codec.features(c) for c in recordings])
     target = VoiceStatistics.of(wanted)
     frames = net.split(net.normalise(torch.from_numpy(wanted))[None])["e"][0]
@@ -218,8 +225,27 @@ def in_voice(
         utterances += self.converted(codec, voice, target)
     random.Random(seed).shuffle(utterances)
     bar = tqdm(utterances[:count], desc="rehearsal", disable=not progress)
-    utterances = [(text, nearer(features, frames, net)) for text, features in bar]
-    conversations, codes = [], {}
+    return [(text, nearer(features, frames, net)) for text, features in bar]
+
+# %% ../../nbs/small/04_rehearsal.ipynb #21499d77
+@patch
+def in_voice(
+    self: Rehearsal,
+    codec: WorldCodec,
+    recordings: Sequence[torch.Tensor],  # codes of the wanted voice
+    count: int,  # conversations to make
+    voices: Collection[str] = (),  # use these voices of the base; none: all
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[list[Conversation], dict[str, torch.Tensor]]:
+    """Conversations of one turn in the wanted voice, and the codes of their recordings by path,
+    for `Codes`; `ValueError` if the base has no such voice.
+    """
+    known = set(self.voices)
+    if unknown := set(voices) - known:
+        raise ValueError(f"no voice {sorted(unknown)} to rehearse: this base has {sorted(known)}")
+    utterances = converted_utterances(self, codec, recordings, count, voices, seed, progress)
+    rng, conversations, codes = np.random.default_rng(seed), [], {}
     for i in range(count):
         text, features = utterances[i % len(utterances)]
         if i >= len(utterances):

@@ -97,7 +97,7 @@ def as_parameters(change: Change) -> str:
     "A change as words of the command line."
     return " ".join(f"-p {name}={value}" for name, value in change.items())
 
-
+# %% ../../nbs/training/25_advice.ipynb #b56cf4cd
 def smallest_card(plan: MemoryPlan) -> str:
     "The smallest card that a run fits, in words."
     fitting = [card for card in CARDS if plan.fits(card)]

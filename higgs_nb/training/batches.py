@@ -20,8 +20,8 @@ from ..model.loss import target_counts
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'Shard', 'CollateOrBlank', 'make_collator', 'make_loader', 'hears_something', 'check_hearing',
-           'supervised_cells', 'with_wrong_codes']
+__all__ = ['logger', 'NO_TOWER', 'NO_WAVEFORMS', 'Shard', 'CollateOrBlank', 'make_collator', 'make_loader', 'hears_something',
+           'check_hearing', 'supervised_cells', 'with_wrong_codes']
 
 # %% ../../nbs/training/06_batches.ipynb #ef6ee120
 class Shard(torch.utils.data.Sampler):
@@ -97,6 +97,16 @@ def hears_something(dataset) -> bool:
     messages = (m for c in dataset.conversations for m in c.messages if m.role != "assistant")
     return any(isinstance(part, Audio) for message in messages for part in message.content)
 
+# %% ../../nbs/training/06_batches.ipynb #ce14821c
+NO_TOWER = (
+    "the dataset gives waveforms and the model has no Whisper tower: load it with "
+    "whisper=..., or leave the dataset's extractor out"
+)
+NO_WAVEFORMS = (
+    "the model has a Whisper tower and the dataset gives it no waveforms: make it with "
+    "extractor=whisper_extractor(model.config)"
+)
+
 # %% ../../nbs/training/06_batches.ipynb #71fc1311
 def check_hearing(
     model,  # without adapter
@@ -107,15 +117,9 @@ def check_hearing(
     """
     tower = getattr(model, "audio_tower", None)
     if tower is None and dataset.extractor:
-        raise ValueError(
-            "the dataset gives waveforms and the model has no Whisper tower: load it with "
-            "whisper=..., or leave the dataset's extractor out"
-        )
+        raise ValueError(NO_TOWER)
     if tower is not None and not dataset.extractor:
-        raise ValueError(
-            "the model has a Whisper tower and the dataset gives it no waveforms: make it with "
-            "extractor=whisper_extractor(model.config)"
-        )
+        raise ValueError(NO_WAVEFORMS)
     if dataset.extractor and not hears_something(dataset):
         logger.warning(
             f"the model has a Whisper tower and none of the {len(dataset)} conversations has a "

@@ -68,7 +68,7 @@ def hold(self: MemoryCounter, tensor: Tensor, kind: str | None = None):  # None:
     self.storages[key] = (weakref.ref(storage, partial(self.release, key)), kind, size)
     self.add(kind, size)
 
-
+# %% ../../nbs/training/16_counter.ipynb #53ffeec4
 @patch
 def release(self: MemoryCounter, key: int, _=None):
     "A storage is gone."
@@ -95,7 +95,7 @@ def add(self: MemoryCounter, kind: str, size: int):
     if most is None or sum(self.alive.values()) > sum(most.values()):
         self.peaks[self.stage] = dict(self.alive)
 
-
+# %% ../../nbs/training/16_counter.ipynb #f845ac03
 @patch
 def spike(self: MemoryCounter, size: int):
     "An operation allocates so many bytes inside, and frees them before it ends."

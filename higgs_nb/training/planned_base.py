@@ -15,8 +15,8 @@ from ..data.prompt import byte_tokenizer
 from ..family import HIGGS_V2
 from ..model.load import base_path, load_config
 from ..model.model import tiny_config
+from .own_base import checkpoint_bytes
 from .planned_model import StepSettings, shapes_of_model
-from .setup import checkpoint_bytes
 from .simulate import FEW
 
 # %% auto #0
@@ -30,7 +30,7 @@ def released_config() -> HiggsAudioV2Config:
     "The configuration of the released model, as far as shapes go."
     return HiggsAudioV2Config(codebook_size=HIGGS_V2.released_ids["stream_eos"] + 1)
 
-
+# %% ../../nbs/training/22_planned_base.ipynb #143de5b1
 def is_cached(name: str) -> bool:  # NAME or OWNER/NAME
     "Whether the configuration of a base is in the cache of the hub."
     return "/" in name and isinstance(try_to_load_from_cache(name, "config.json"), str)
@@ -57,7 +57,7 @@ def bytes_of(model: nn.Module, base: nn.Module) -> dict[str, int]:  # base: with
         adapter=sum(p.nbytes for p in model.parameters() if p.requires_grad),
     )
 
-
+# %% ../../nbs/training/22_planned_base.ipynb #f9cfc382
 def sizes_of(config: HiggsAudioV2Config, settings: StepSettings) -> dict[str, int]:
     "Bytes of `base`, `checkpoint` and `adapter`; of a quantised base before it is packed."
     settings = replace(settings, bits=0)

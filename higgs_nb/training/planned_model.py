@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from peft import LoraConfig
 from torch import nn
 from transformers import HiggsAudioV2Config
@@ -18,7 +19,7 @@ from transformers import HiggsAudioV2Config
 from ..model.device import as_if_on
 from ..model.lora import apply_lora
 from ..model.model import HiggsAudioForTraining
-from .setup import recompute_activations
+from .accelerator import recompute_activations
 from .stand_ins import DeviceArithmetic, pack_base
 from .worst_batch import worst_lengths
 
@@ -53,10 +54,11 @@ class StepSettings:
         "The dtype of autocast, as a run sets it."
         return self.dtype if self.device == "cuda" and self.precision == "bf16" else None
 
-    @property
-    def samples(self) -> tuple[int, ...]:
-        "Tokens of each sample of the batch."
-        return self.lengths or worst_lengths(self.token_budget, self.max_duration_s)
+# %% ../../nbs/training/20_planned_model.ipynb #092c8bcc
+@patch(as_prop=True)
+def samples(self: StepSettings) -> tuple[int, ...]:
+    "Tokens of each sample of the batch."
+    return self.lengths or worst_lengths(self.token_budget, self.max_duration_s)
 
 # %% ../../nbs/training/20_planned_model.ipynb #43b6d314
 ALLOWED = dict(precision=("bf16", "fp32"), bits=(0, 4, 8), device=("cuda", "cpu"))
@@ -80,7 +82,7 @@ def forward_way(settings: StepSettings) -> Iterator[None]:
     with as_if_on(settings.device, settings.autocast), DeviceArithmetic():
         yield
 
-
+# %% ../../nbs/training/20_planned_model.ipynb #535e4258
 def checkpoint_options(settings: StepSettings) -> dict:
     "Arguments of `torch.utils.checkpoint`: transformers' defaults, and `forward_way` once more."
     return dict(use_reentrant=False, context_fn=lambda: (nullcontext(), forward_way(settings)))

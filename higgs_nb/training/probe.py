@@ -15,7 +15,8 @@ from ..data.delay import IGNORE
 from ..model.loss import codebook_loss_sums
 
 # %% auto #0
-__all__ = ['OFFSETS', 'EXPLAIN', 'probe_index', 'copy_floor', 'OffsetProbe', 'offset_probe']
+__all__ = ['OFFSETS', 'EXPLAIN', 'LOSS_INPUTS', 'probe_index', 'copy_floor', 'verdict_of', 'OffsetProbe', 'hidden_states',
+           'offset_probe']
 
 # %% ../../nbs/training/01_probe.ipynb #ddbd71cc
 OFFSETS = (-1, 0, 1, 2)
@@ -26,14 +27,10 @@ def probe_index(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     states (n,), their labels (n, codebooks), and which of those repeat the frame before, bool
     (n, codebooks). At offset o, the label of row r is scored against the output of row r - o.
     """
-    positions, rows, real = (
-        batch["audio_positions"],
-        batch["input_ids"].numel(),
-        batch["audio_input_ids_mask"],
-    )
-    labels = batch["audio_labels"][
-        real
-    ]  # not `audio_targets`: the probe must not trust the index that it judges
+    positions, rows = batch["audio_positions"], batch["input_ids"].numel()
+    real = batch["audio_input_ids_mask"]
+    # not `audio_targets`: the probe must not trust the index that it judges
+    labels = batch["audio_labels"][real]
     supervised = (labels != IGNORE).any(1)
     frames, targets = positions[supervised], labels[supervised]
     clip_frame = torch.zeros(rows + 3, dtype=torch.bool, device=positions.device)
@@ -79,6 +76,27 @@ EXPLAIN = {
     "learning": "learning: the model predicts the next frame better than those around it",
 }
 
+# %% ../../nbs/training/01_probe.ipynb #bd0040b4
+def verdict_of(
+    losses: dict[int, float],  # offset -> loss, nats
+    cells: int,  # labels scored at each offset
+    chance: float,  # nats
+    copy_floor: float,  # nats; a lower loss at offset 0 means copying
+) -> str:
+    "One of the keys of `EXPLAIN`."
+    before, same, after, late = (losses[o] for o in OFFSETS)
+    if not cells:
+        return "masked"
+    if not all(map(math.isfinite, losses.values())):
+        return "not finite"
+    if min(before, same, after, late) > chance - 0.02:
+        return "untrained"
+    if same < min(after, copy_floor):
+        return "copying"
+    if min(before, late) < after - 0.1:
+        return "misaligned"
+    return "learning" if after < min(before, late) - 0.01 else "frequencies"
+
 # %% ../../nbs/training/01_probe.ipynb #9b230645
 @dataclass
 class OffsetProbe:
@@ -98,18 +116,7 @@ class OffsetProbe:
     @property
     def verdict(self) -> str:
         "One of the keys of `EXPLAIN`."
-        before, same, after, late = (self.losses[o] for o in OFFSETS)
-        if not self.cells:
-            return "masked"
-        if not all(map(math.isfinite, self.losses.values())):
-            return "not finite"
-        if min(before, same, after, late) > self.chance - 0.02:
-            return "untrained"
-        if same < min(after, self.copy_floor):
-            return "copying"
-        if min(before, late) < after - 0.1:
-            return "misaligned"
-        return "learning" if after < min(before, late) - 0.01 else "frequencies"
+        return verdict_of(self.losses, self.cells, self.chance, self.copy_floor)
 
     def __str__(self):
         scores = ", ".join(f"{o:+d}: {loss:.3f}" for o, loss in self.losses.items())
@@ -119,6 +126,21 @@ class OffsetProbe:
         )
 
 # %% ../../nbs/training/01_probe.ipynb #681ff24c
+LOSS_INPUTS = (
+    *("audio_rows", "audio_targets", "text_rows", "text_targets"),
+    *("labels", "audio_labels"),
+)
+
+
+def hidden_states(model, base, batch: dict[str, Tensor]) -> Tensor:
+    "Hidden states of a batch in evaluation mode, (rows, hidden); the model's mode is restored."
+    was_training = model.training
+    model.eval()
+    hidden = base.hidden(**{k: v for k, v in batch.items() if k not in LOSS_INPUTS})
+    model.train(was_training)
+    return hidden
+
+# %% ../../nbs/training/01_probe.ipynb #1d9957be
 @torch.no_grad()
 def offset_probe(
     model,  # a `HiggsAudioForTraining`, or a PeftModel around one
@@ -127,18 +149,12 @@ def offset_probe(
     "Score one batch at offsets -1, 0, +1 and +2. One forward; the model's mode is restored."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     frames, targets, repeats = probe_index(batch)
-    was_training = model.training
-    model.eval()
-    skip = ("audio_rows", "audio_targets", "text_rows", "text_targets", "labels", "audio_labels")
-    hidden = base.hidden(**{k: v for k, v in batch.items() if k not in skip})
-    model.train(was_training)
+    hidden = hidden_states(model, base, batch)
     counts = (targets != IGNORE).sum(0)
-    by_codebook = {
-        o: (
-            codebook_loss_sums(base.audio_logits(hidden[frames - o]), targets) / counts.clamp(min=1)
-        ).tolist()
-        for o in OFFSETS
-    }
+    by_codebook = {}
+    for offset in OFFSETS:
+        sums = codebook_loss_sums(base.audio_logits(hidden[frames - offset]), targets)
+        by_codebook[offset] = (sums / counts.clamp(min=1)).tolist()
     return OffsetProbe(
         {o: sum(losses) / len(losses) for o, losses in by_codebook.items()},
         by_codebook,

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['logger', 'BASE_OF_RUN', 'TRAINER_STATE', 'checkpoint_to_resume', 'set_aside', 'way_out', 'check_place',
-           'compared_of_base', 'check_same_run', 'same_kind', 'check_callback_state', 'callback_states',
+           'compared_of_base', 'another_run', 'check_same_run', 'same_kind', 'check_callback_state', 'callback_states',
            'matched_states', 'read_run_state', 'Resumed', 'open_checkpoint']
 
 # %% ../../nbs/training/11_resume.ipynb #40c8d03c
@@ -98,7 +98,17 @@ def compared_of_base(report: CheckpointReport) -> tuple[str, ...]:
     logger.warning(f"{report.path} does not say which tokenizer it was trained with")
     return BASE_OF_RUN[:2]
 
+# %% ../../nbs/training/11_resume.ipynb #a15ba2ab
+def another_run(report: CheckpointReport, which: str) -> CheckpointError:
+    "The error for a checkpoint that belongs to another run; `which` says how it differs."
+    return CheckpointError(
+        f"training not resumed: the checkpoint belongs to {which}",
+        report.path,
+        remedy="start as that run was started, with its tokenizer and its settings, pass "
+        "resume_force=True, or begin anew in another output directory",
+    )
 
+# %% ../../nbs/training/11_resume.ipynb #72274bfc
 def check_same_run(
     report: CheckpointReport,
     run: dict,  # of `describe_run`
@@ -118,19 +128,14 @@ def check_same_run(
         return report
     which = "another run: " + "; ".join(different)
     if not force:
-        raise CheckpointError(
-            f"training not resumed: the checkpoint belongs to {which}",
-            report.path,
-            remedy="start as that run was started, with its tokenizer and its settings, pass "
-            "resume_force=True, or begin anew in another output directory",
-        )
+        raise another_run(report, which)
     logger.warning(f"resuming from {report.path}, although it belongs to {which}")
     return replace(report, manifest=Manifest(report.manifest.files, {**meta, "base": base}))
 
 # %% ../../nbs/training/11_resume.ipynb #f44e08b7
 def same_kind(a, b) -> bool:
-    """Whether two plain values are of one type; whole numbers and others are of one, truth values
-    are not numbers.
+    """Whether two plain values have the same type; int and float count as one, bool is not a
+    number.
     """
     number = (int, float)
     return type(a) in number and type(b) in number or type(a) is type(b)
@@ -200,13 +205,13 @@ def read_run_state(report: CheckpointReport, callbacks: list[Callback]) -> RunSt
 # %% ../../nbs/training/11_resume.ipynb #d5991cf7
 @dataclass
 class Resumed:
-    "A checkpoint of this run, looked at and read."
+    "A checkpoint of this run, checked and read."
 
     report: CheckpointReport
     training: dict  # optimizer, schedule, generators, sums: see `read_state`
     state: RunState
 
-
+# %% ../../nbs/training/11_resume.ipynb #7b8b9b8f
 def open_checkpoint(
     report: CheckpointReport,
     run: dict,  # of `describe_run`

@@ -5,6 +5,8 @@
 # %% ../../nbs/training/21_simulate.ipynb #5388a265
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers import HiggsAudioV2Config
@@ -40,34 +42,26 @@ class StageHooks:
         self.counter, self.recording = counter, False
         for i, layer in enumerate(stack):
             place = place_of(i, len(stack))
-            layer.register_forward_pre_hook(self.before(place))
-            layer.register_forward_hook(self.after(place))
+            layer.register_forward_pre_hook(partial(self.before, place))
+            layer.register_forward_hook(partial(self.after, place))
 
     def enter(self, stage: str, kind: str):
         "Another stage begins, and what is allocated in it is of this kind."
         self.counter.stage, self.counter.kind = stage, kind
 
-    def before(self, place: str):
-        "A hook for a layer that is about to be computed; not for one that is recomputed."
+    def before(self, place: str, *_):
+        "Hook: a layer is about to be computed; not one that is recomputed."
+        if self.recording:
+            self.enter(f"forward, {place} layer", "activations")
 
-        def hook(*_):
-            if self.recording:
-                self.enter(f"forward, {place} layer", "activations")
-
-        return hook
-
-    def after(self, place: str):
-        "A hook for a layer that was computed; its outputs say when the backward pass is there."
-
-        def hook(layer, inputs, output):
-            if not self.recording:
-                return
-            if place == "last":
-                self.enter("losses", "losses")
-            if output.requires_grad:
-                output.register_hook(lambda _: self.enter(f"backward, {place} layer", "backward"))
-
-        return hook
+    def after(self, place: str, layer, inputs, output):
+        "Hook: a layer was computed; its outputs tell when the backward pass has reached it."
+        if not self.recording:
+            return
+        if place == "last":
+            self.enter("losses", "losses")
+        if output.requires_grad:
+            output.register_hook(lambda _: self.enter(f"backward, {place} layer", "backward"))
 
 # %% ../../nbs/training/21_simulate.ipynb #dbd71caa
 def hold_state(model: nn.Module, settings: StepSettings, counter: MemoryCounter) -> list[Tensor]:
@@ -157,7 +151,7 @@ def extend(few: dict, more: dict, layers: int) -> dict[str, dict[str, int]]:
         for stage, kinds in few.items()
     }
 
-
+# %% ../../nbs/training/21_simulate.ipynb #0f8a881d
 def simulate(config: HiggsAudioV2Config, settings: StepSettings) -> dict[str, dict[str, int]]:
     "Stage -> bytes by kind when their sum is largest; `ValueError` for what cannot be planned."
     check_settings(settings)

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import ipywidgets as W
-import numpy as np
 import soundfile
+from fastcore.basics import patch
 from matplotlib.figure import Figure
 
 from ..core.html import Html, element
@@ -32,7 +32,8 @@ from higgs_nb.view.run_files import (
 
 # %% auto #0
 __all__ = ['PROBE_STYLES', 'PROBE_LABELS', 'SPEED_TITLES', 'VIEWS', 'NEWEST', 'plot_probe', 'plot_speed', 'plot_run',
-           'progress_facts', 'status_of', 'sample_player', 'monitor_controls', 'RunMonitor', 'run_monitor']
+           'progress_facts', 'status_of', 'sample_player', 'monitor_controls', 'chart_of', 'RunView', 'RunMonitor',
+           'run_monitor']
 
 # %% ../../nbs/view/07_monitor.ipynb #191a14e4
 PROBE_STYLES = {"-1": ":", "+0": "--", "+1": "-", "+2": "-."}
@@ -146,7 +147,7 @@ def sample_player(
         return ""
     try:
         is_empty = not soundfile.info(wav).frames
-        waveform = np.zeros(0) if is_empty else load_audio(wav, 24000, None)
+        waveform = soundfile.read(wav)[0] if is_empty else load_audio(wav, 24000, None)
         sound = player(waveform, 24000, name)
     except (OSError, RuntimeError, ValueError) as error:
         sound = Html(in_html(shown(f"cannot be played: {error}")))
@@ -154,9 +155,9 @@ def sample_player(
 
 # %% ../../nbs/view/07_monitor.ipynb #8652af05
 def monitor_controls(every_s: float) -> list[W.Widget]:  # seconds between looks
-    "To follow the run, to look at it once, and to choose a picture and a sample."
+    "Controls that follow the run, look once, and choose a picture and a sample."
     tooltip = f"look at the run every {every_s:g} s"
-    spoken = "what the model said, by step"
+    spoken = "generated speech, by step"
     views = dict(options=tuple(VIEWS), tooltips=list(VIEWS.values()))
     return [
         W.ToggleButton(description="follow", value=False, tooltip=tooltip),
@@ -165,21 +166,63 @@ def monitor_controls(every_s: float) -> list[W.Widget]:  # seconds between looks
         W.Dropdown(description="speech", options=["none"], tooltip=spoken),
     ]
 
-# %% ../../nbs/view/07_monitor.ipynb #640904ae
-class RunMonitor(Panel):
-    "See `run_monitor`."
+# %% ../../nbs/view/07_monitor.ipynb #c9a72cf9
+def chart_of(
+    run_dir: Path,  # output directory of a run
+    history: list[dict],  # its log
+    view: str,  # one of `VIEWS`
+    chance: float,  # loss of a model that knows nothing
+) -> str:
+    "A picture of a run's log, as HTML; empty if there is no entry yet."
+    if not history:
+        return ""
+    alt = f"The {view} of {run_dir.name} up to step {history[-1]['step']}"
+    return picture(plot_run(history, view, chance), alt)
 
-    def __init__(self, run_dir: str | Path, every_s: float, follow: bool, chance: float):
-        self.run_dir = Path(run_dir)
-        self.every_s = every_s
-        self.chance = chance
-        self.task = None  # that follows the run
+# %% ../../nbs/view/07_monitor.ipynb #621f587e
+class RunView(Panel):
+    "Status, picture and speech of a run, without following it; see `run_monitor`."
+
+    def __init__(self, run_dir: str | Path, every_s: float, chance: float):
+        self.run_dir, self.chance = Path(run_dir), chance
         self.status, self.sound = W.HTML(), W.HTML()
         controls = monitor_controls(every_s)
         self.follow, self.again, self.show, self.sample = controls
         self.again.on_click(lambda button: self.update())
         super().__init__(controls)
         self.children = (self.children[0], self.status, self.view, self.sound)
+
+    def update(self):
+        try:
+            names = ("none", *samples_of(self.run_dir))
+        except OSError:  # which the status names
+            names = ("none",)
+        refill(self.sample, names, self.sample.value if self.sample.value in names else "none")
+        self.status.value, self.view.value, self.sound.value = self.parts()
+
+    def still(self) -> str:
+        return "".join(self.parts())
+
+# %% ../../nbs/view/07_monitor.ipynb #93c64e4a
+@patch
+def parts(self: RunView) -> tuple[str, str, str]:
+    "Status, picture and player as HTML; files that cannot be read are named in the status."
+    try:
+        history, unreadable = read_log_lines(self.run_dir)
+        status = status_of(self.run_dir, history, unreadable)
+        chart = chart_of(self.run_dir, history, self.show.value, self.chance)
+        return status, chart, sample_player(self.run_dir, self.sample.value)
+    except OSError as error:
+        return element("p", f"{self.run_dir} cannot be read: {error}", " role='status'"), "", ""
+
+# %% ../../nbs/view/07_monitor.ipynb #640904ae
+class RunMonitor(RunView):
+    "See `run_monitor`."
+
+    def __init__(self, run_dir: str | Path, every_s: float, follow: bool, chance: float):
+        self.every_s = every_s
+        self.task = None  # that follows the run
+        super().__init__(run_dir, every_s, chance)
         self.follow.observe(lambda change: self.start(), "value")
         self.follow.value = follow
 
@@ -197,42 +240,16 @@ class RunMonitor(Panel):
         else:
             self.task = loop.create_task(self.keep_looking())
 
-    async def keep_looking(self):
-        "Update until `follow` is switched off or the run has ended."
-        while self.follow.value:
-            self.update()
-            if has_ended(self.run_dir):
-                self.follow.value = False
-            else:
-                await asyncio.sleep(self.every_s)
-
-    def chart(self, history: list[dict]) -> str:
-        "The chosen picture of the log, as HTML."
-        if not history:
-            return ""
-        view, step = self.show.value, history[-1]["step"]
-        alt = f"The {view} of {self.run_dir.name} up to step {step}"
-        return picture(plot_run(history, view, self.chance), alt)
-
-    def parts(self) -> tuple[str, str, str]:
-        "Status, picture and player as HTML; files that cannot be read are named in the status."
-        try:
-            history, unreadable = read_log_lines(self.run_dir)
-            status = status_of(self.run_dir, history, unreadable)
-            return status, self.chart(history), sample_player(self.run_dir, self.sample.value)
-        except OSError as error:
-            return element("p", f"{self.run_dir} cannot be read: {error}", " role='status'"), "", ""
-
-    def update(self):
-        try:
-            names = ("none", *samples_of(self.run_dir))
-        except OSError:  # which the status tells
-            names = ("none",)
-        refill(self.sample, names, self.sample.value if self.sample.value in names else "none")
-        self.status.value, self.view.value, self.sound.value = self.parts()
-
-    def still(self) -> str:
-        return "".join(self.parts())
+# %% ../../nbs/view/07_monitor.ipynb #fdf28366
+@patch
+async def keep_looking(self: RunMonitor):
+    "Update until `follow` is switched off or the run has ended."
+    while self.follow.value:
+        self.update()
+        if has_ended(self.run_dir):
+            self.follow.value = False
+        else:
+            await asyncio.sleep(self.every_s)
 
 # %% ../../nbs/view/07_monitor.ipynb #9ff5b946
 def run_monitor(

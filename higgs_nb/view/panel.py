@@ -114,7 +114,7 @@ class Panel(W.VBox):
         self.view.value = self.still()
 
     def still(self) -> str:
-        "What is shown, as HTML: all that is left where no kernel runs."
+        "The view as HTML, which is all that remains without a kernel."
         raise NotImplementedError(f"{type(self).__name__} has to say what it shows")
 
     def _repr_mimebundle_(self, **kwargs):

@@ -10,6 +10,7 @@ import time
 
 import matplotlib.pyplot as plt
 import numpy as np
+from fastcore.basics import patch
 from IPython import get_ipython
 from IPython.display import display
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..training.callbacks import Callback
 
 # %% auto #0
 __all__ = ['SCORE_TITLES', 'LOG_NAMES', 'plot_waveform', 'plot_codes', 'series', 'plot_loss', 'codebooks_in', 'second_loss',
-           'plot_losses', 'plot_scores', 'LiveLosses']
+           'plot_codebooks', 'plot_losses', 'plot_scores', 'training_bar', 'LiveBar', 'LiveLosses']
 
 # %% ../../nbs/view/01_plots.ipynb #a85ddd9b
 def plot_waveform(
@@ -68,7 +69,7 @@ def plot_loss(
     ax.plot(*series(history, key), color=color, lw=1, label=train)
     ax.plot(*series(history, f"eval_{key}"), "o--", color=color, ms=3, lw=0.7, label=held_out)
 
-
+# %% ../../nbs/view/01_plots.ipynb #c4716065
 def codebooks_in(history: list[dict]) -> list[int]:  # see `plot_loss`
     "The codebooks whose loss is in a log."
     keys = {key.removeprefix("eval_") for entry in history for key in entry}
@@ -80,6 +81,19 @@ def second_loss(history: list[dict]) -> tuple[str, str]:  # see `plot_loss`
     keys = {key.removeprefix("eval_") for entry in history for key in entry}
     has_text = "text_loss" in keys or "end_loss" not in keys
     return ("text_loss", "text") if has_text else ("end_loss", "EOS")
+
+# %% ../../nbs/view/01_plots.ipynb #ea496536
+def plot_codebooks(
+    ax,  # matplotlib axes to draw on
+    history: list[dict],  # see `plot_loss`
+) -> None:
+    "Draw the loss of each codebook in a log."
+    codebooks = codebooks_in(history)
+    for i, k in enumerate(codebooks):
+        color = plt.cm.viridis(i / max(len(codebooks), 2))
+        plot_loss(ax, history, f"codebook_{k}", color, (f"{k}", None))
+    if codebooks:
+        ax.legend(fontsize=7, ncol=4)
 
 # %% ../../nbs/view/01_plots.ipynb #7164f592
 def plot_losses(
@@ -96,10 +110,7 @@ def plot_losses(
     plot_loss(audio, history, "audio_loss", plt.cm.viridis(0.0))
     second, title = second_loss(history)
     plot_loss(text, history, second, plt.cm.viridis(0.0))
-    codebooks = codebooks_in(history)
-    for i, k in enumerate(codebooks):
-        color = plt.cm.viridis(i / max(len(codebooks), 2))
-        plot_loss(codebook, history, f"codebook_{k}", color, (f"{k}", None))
+    plot_codebooks(codebook, history)
     for ax in (audio, codebook) if chance else ():
         ax.axhline(chance, color="crimson", lw=0.8)
     for ax, name in ((audio, "audio"), (text, title), (codebook, "each codebook")):
@@ -107,8 +118,6 @@ def plot_losses(
         ax.set_xlabel("step")
     audio.legend(fontsize=7)
     text.legend(fontsize=7)
-    if codebooks:
-        codebook.legend(fontsize=7, ncol=4)
     return fig
 
 # %% ../../nbs/view/01_plots.ipynb #8c5041b3
@@ -134,35 +143,31 @@ def plot_scores(
         ax.set_xlabel("step")
     return fig
 
-# %% ../../nbs/view/01_plots.ipynb #4b120dd0
+# %% ../../nbs/view/01_plots.ipynb #099855fe
+def training_bar(trainer) -> tqdm:  # a `HiggsTrainer`
+    "A progress bar over the steps of a run."
+    state = trainer.state
+    hidden = dict(file=io.StringIO(), ascii=False) if get_ipython() else {}
+    return tqdm(
+        total=state.max_steps,
+        initial=state.global_step,
+        desc="training",
+        disable=not trainer.is_first_process,
+        **hidden,
+    )
+
+# %% ../../nbs/view/01_plots.ipynb #ba9b5be8
 LOG_NAMES = {"audio": "audio_loss", "text": "text_loss", "held out": "eval_audio_loss"}
 
 
-class LiveLosses(Callback):
-    """A progress bar with the time left and, in a notebook, a figure of the losses that follows
-    the run.
-    """
+class LiveBar(Callback):
+    "A progress bar with the time left and the newest losses."
 
-    def __init__(
-        self,
-        chance: float | None = None,  # loss of a model that knows nothing, ln(codes)
-        every_s: float = 1.0,  # seconds between two states of the bar in a notebook
-    ):
-        self.chance = chance
-        self.every_s = every_s
-        self.handle = None  # of the figure
-        self.line = None  # the bar's handle
+    every_s = 1.0  # seconds between two states of the bar in a notebook
+    bar = line = None  # the bar, and its handle in a notebook
 
     def on_train_begin(self, trainer):
-        state = trainer.state
-        hidden = dict(file=io.StringIO(), ascii=False) if get_ipython() else {}
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            disable=not trainer.is_first_process,
-            **hidden,
-        )
+        self.bar = training_bar(trainer)
         if get_ipython() and not self.bar.disable:
             self.line = display({"text/plain": str(self.bar)}, raw=True, display_id=True)
             self.told = time.monotonic()
@@ -172,32 +177,56 @@ class LiveLosses(Callback):
         if self.line and time.monotonic() - self.told > self.every_s:
             self.tell()
 
-    def tell(self):
-        "Replace the bar in the notebook."
-        self.line.update({"text/plain": str(self.bar)}, raw=True)
-        self.told = time.monotonic()
-
     def on_log(self, trainer, logs):
-        if not trainer.is_first_process or not hasattr(self, "bar"):
-            return
-        values = {name: f"{logs[key]:.3f}" for name, key in LOG_NAMES.items() if key in logs}
-        self.bar.set_postfix(values or None, refresh=False)
-        if "eval_audio_loss" in logs:
-            self.draw(trainer.state)
-
-    def draw(self, state):
-        "Replace the figure in the notebook; outside of one there is none."
-        if get_ipython() is None:
-            return
-        fig = plot_losses(state.log_history, self.chance)
-        if self.handle:
-            self.handle.update(fig)
-        else:
-            self.handle = display(fig, display_id=True)
-        plt.close(fig)
+        if trainer.is_first_process and self.bar is not None:
+            values = {name: f"{logs[key]:.3f}" for name, key in LOG_NAMES.items() if key in logs}
+            self.bar.set_postfix(values or None, refresh=False)
 
     def on_train_end(self, trainer):
         if self.line:
             self.tell()
         self.bar.close()
+
+# %% ../../nbs/view/01_plots.ipynb #fd56c280
+@patch
+def tell(self: LiveBar):
+    "Replace the bar in the notebook."
+    self.line.update({"text/plain": str(self.bar)}, raw=True)
+    self.told = time.monotonic()
+
+# %% ../../nbs/view/01_plots.ipynb #4b120dd0
+class LiveLosses(LiveBar):
+    """A progress bar with the time left and, in a notebook, a figure of the losses that follows
+    the run.
+    """
+
+    handle = None  # of the figure
+
+    def __init__(
+        self,
+        chance: float | None = None,  # loss of a model that knows nothing, ln(codes)
+        every_s: float = 1.0,  # seconds between two states of the bar in a notebook
+    ):
+        self.chance, self.every_s = chance, every_s
+
+    def on_log(self, trainer, logs):
+        super().on_log(trainer, logs)
+        if trainer.is_first_process and self.bar is not None and "eval_audio_loss" in logs:
+            self.draw(trainer.state)
+
+    def on_train_end(self, trainer):
+        super().on_train_end(trainer)
         self.draw(trainer.state)
+
+# %% ../../nbs/view/01_plots.ipynb #2b8293c1
+@patch
+def draw(self: LiveLosses, state):
+    "Replace the figure in the notebook; outside of a notebook there is no figure."
+    if get_ipython() is None:
+        return
+    fig = plot_losses(state.log_history, self.chance)
+    if self.handle:
+        self.handle.update(fig)
+    else:
+        self.handle = display(fig, display_id=True)
+    plt.close(fig)

@@ -37,7 +37,7 @@ def is_entry(value) -> bool:  # any value of a JSON file
         return False
     return all(is_number(v) or v is None or isinstance(v, (str, bool)) for v in value.values())
 
-
+# %% ../../nbs/view/06_run_files.ipynb #a8619519
 def read_entry(line: str) -> dict | None:  # of a log.jsonl
     "An entry with a `step` and plain values, or None."
     try:
@@ -93,7 +93,7 @@ def is_finished(record: Path) -> bool:  # run.json of a run
 
 # %% ../../nbs/view/06_run_files.ipynb #caca8a8b
 def has_ended(run_dir: str | Path) -> bool:  # output directory of a run
-    "Whether a run has come to its end."
+    "Whether a run has finished."
     if is_finished(Path(run_dir) / "run.json"):
         return True
     return planned_steps(run_dir) > 0 and any("train_runtime" in e for e in read_log(run_dir)[-2:])
@@ -103,7 +103,7 @@ def has_ended(run_dir: str | Path) -> bool:  # output directory of a run
 def _verdict(path: Path, changed: float) -> str:
     return validate_checkpoint(path).status
 
-
+# %% ../../nbs/view/06_run_files.ipynb #4742102d
 def checkpoint_rows(run_dir: str | Path) -> list[tuple[str, str]]:  # output directory of a run
     """Name and verdict of each checkpoint of a run, by step; each is read once and again when its
     manifest has changed.

@@ -20,7 +20,9 @@ import soundfile as sf
 from datasets import Dataset, DatasetDict
 
 from higgs_nb.data import other_sound
+from higgs_nb.data.arrow_tables import Cell
 from higgs_nb.data.audio import load_audio
+from higgs_nb.data.conversation import Audio, tts_conversation
 from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_check import check_corpus
 from higgs_nb.data.corpus_split import split_corpus
@@ -682,3 +684,35 @@ def test_a_data_set_of_the_hub(mirror, tmp_path):
     (wrong,) = read("hf://me")
     assert "write hf://OWNER/NAME@REVISION" in wrong
     assert not list(tmp_path.rglob("TRACE")) and not list(tmp_path.rglob("voice.py"))
+
+
+def test_a_split_with_a_report_reads_no_table_again(tmp_path, monkeypatch):
+    parquet(tmp_path)
+    corpus = load_corpus(tmp_path)
+    report = check_corpus(corpus, progress=False)
+    expected = split_corpus(corpus, 0.3)
+
+    def read(self):
+        raise AssertionError("a cell was read")
+
+    monkeypatch.setattr(Cell, "raw", property(read))
+    assert split_corpus(corpus, 0.3, report=report) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_speaker_is_on_both_sides(seed):
+    "Of forty rows of one and four of each other, with sentences that two speakers share."
+    talks = []
+    for i in range(56):
+        speaker = "a" if i < 40 else "bcde"[(i - 40) // 4]
+        words = f"Shared {i % 4}" if i % 8 == 0 else f"Sentence {i}"
+        audio = Audio(raw=bytes([i, 1]))
+        talks.append(tts_conversation(words, audio, id=str(i), speaker=speaker))
+    train, held = split_corpus(talks, 0.25, seed, per_speaker=True)
+    assert {c.speaker for c in train} == {c.speaker for c in held} == set("abcde")
+    assert not {c.transcript for c in train} & {c.transcript for c in held}
+    assert len(train) + len(held) == 56 and 14 <= len(held) <= 20
+    assert split_corpus(talks, 0.25, seed, per_speaker=True) == (train, held)
+    alone = [c for c in talks if c.speaker == "a"]
+    plain = split_corpus(alone, 0.25, seed)
+    assert split_corpus(alone, 0.25, seed, per_speaker=True) == plain

@@ -167,9 +167,8 @@ def read_corpus(
     rows = rows_of_run(settings, source)
     conversations = conversations_of(rows, rows.path, settings.allow_outside, settings.scene)
     report = check_corpus(conversations, max_duration_s=settings.max_duration_s)
-    sides = split_corpus(
-        conversations, held_out=settings.held_out, seed=settings.seed, report=report
-    )
+    options = dict(report=report, per_speaker=settings.values.get("per_speaker", False))
+    sides = split_corpus(conversations, settings.held_out, settings.seed, **options)
     limit = settings.max_clips or None
     train, held = (side[:limit] for side in keep_apart(*sides, report))
     if settings.learn_references:

@@ -17,11 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
+import torch
 from datasets import Dataset, DatasetDict
 
 from higgs_nb.data import other_sound
 from higgs_nb.data.arrow_tables import Cell
 from higgs_nb.data.audio import load_audio
+from higgs_nb.data.code_store import CodeStore
+from higgs_nb.data.codec import load_codec
 from higgs_nb.data.conversation import Audio, tts_conversation
 from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_check import check_corpus
@@ -716,3 +719,19 @@ def test_each_speaker_is_on_both_sides(seed):
     alone = [c for c in talks if c.speaker == "a"]
     plain = split_corpus(alone, 0.25, seed)
     assert split_corpus(alone, 0.25, seed, per_speaker=True) == plain
+
+
+@pytest.mark.parametrize("make, suffix", [(parquet, ".wav"), (nemo, ".flac")])
+def test_recordings_within_files_are_encoded_like_files(tmp_path, make, suffix):
+    "In this process and in others; the codes are those of the same sound in a file of its own."
+    corpus = load_corpus(make(tmp_path / "corpus")[0])
+    sounds(tmp_path / "files", suffix)  # writers of the two round differently
+    codec = load_codec("world")
+    alone = CodeStore(tmp_path / "alone", codec)
+    wanted = [alone.get(str(tmp_path / f"files/{name}{suffix}")) for name in NAMES]
+    store = CodeStore(tmp_path / "codes", codec)
+    audios = [audio for c in corpus for audio in c.audio]
+    assert store.encode_all(audios, progress=False, workers=2)["misses"] == 3
+    assert store.encode_all(audios, progress=False)["hits"] == 3
+    for audio, codes in zip(audios, wanted, strict=True):
+        assert torch.equal(store.get(audio), codes)

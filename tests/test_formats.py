@@ -20,6 +20,7 @@ import soundfile as sf
 import torch
 from datasets import Dataset, DatasetDict
 
+from higgs_nb.cli.run import main as higgs_run
 from higgs_nb.data import other_sound
 from higgs_nb.data.arrow_tables import Cell
 from higgs_nb.data.audio import load_audio
@@ -30,6 +31,7 @@ from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_check import check_corpus
 from higgs_nb.data.corpus_split import split_corpus
 from higgs_nb.data.formats import NoTranscripts
+from higgs_nb.data.mixture import weighted
 from higgs_nb.data.problems import CorpusError
 from higgs_nb.data.understood import preview_corpus
 
@@ -735,3 +737,23 @@ def test_recordings_within_files_are_encoded_like_files(tmp_path, make, suffix):
     assert store.encode_all(audios, progress=False)["hits"] == 3
     for audio, codes in zip(audios, wanted, strict=True):
         assert torch.equal(store.get(audio), codes)
+
+
+def test_corpora_that_are_prepared_together(tmp_path):
+    "Ids of both, one division, and a weight for each in the run that trains."
+    pairs(tmp_path / "mine")
+    (tmp_path / f"mine/{NAMES[0]}.txt").write_text(WORDS[0] + " Twice.")
+    other = tmp_path / "cv"
+    common_voice(other)
+    given = ["prepare", "--out", str(tmp_path / "out"), "-p", f"data={tmp_path / 'mine'}"]
+    given += ["-p", f"also={other}", "-p", "base=tiny", "-p", "held_out=0.3", "-p", "workers=1"]
+    assert higgs_run(given) == 0
+    corpus = load_corpus(tmp_path / "out")
+    assert {c.id for c in corpus} == {f"{x}/{name}" for x in ("mine", "cv") for name in NAMES}
+    train, held = split_corpus(corpus)
+    assert held and len(train) + len(held) == 6
+    sides = [{c.transcript for c in side} for side in (train, held)]
+    waves = [{sf.read(c.audio[0].path)[0].tobytes() for c in side} for side in (train, held)]
+    assert not sides[0] & sides[1] and not waves[0] & waves[1]
+    mixed = weighted(train, {"mine": 2, "cv": 0})
+    assert len(mixed) == 2 * sum(c.extra["corpus"] == "mine" for c in train)

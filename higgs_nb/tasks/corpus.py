@@ -20,6 +20,7 @@ from ..data.corpus import conversations_of, corpus_rows, embedded_corpus, load_c
 from ..data.corpus_check import CorpusReport, check_corpus
 from ..data.corpus_split import split_corpus
 from ..data.formats import RowList, local_path
+from ..data.mixture import weighted
 from ..data.row_table import Choice, RowTable
 from ..data.understood import understood
 from .inputs import Inputs
@@ -171,6 +172,7 @@ def read_corpus(
     sides = split_corpus(conversations, settings.held_out, settings.seed, **options)
     limit = settings.max_clips or None
     train, held = (side[:limit] for side in keep_apart(*sides, report))
+    train = weighted(train, settings.values.get("weights", {}), settings.seed)
     if settings.learn_references:
         train = with_references(train)
     return check_sides(RunCorpus(train, held, report, settings.max_duration_s))

@@ -19,6 +19,8 @@ import pytest
 import soundfile as sf
 import torch
 from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from higgs_nb.cli.run import main as higgs_run
 from higgs_nb.data import other_sound
@@ -355,12 +357,12 @@ def test_a_column_may_be_named(tmp_path):
     assert load_corpus(tmp_path)[0].transcript == "Hello."
     (c,) = load_corpus(tmp_path, text_column="german", speaker_column="who")
     assert (c.transcript, c.speaker, c.extra) == ("Hallo.", "ann", {"words": "Hello."})
-    for given, what in (
+    for named, what in (
         (dict(text_column="germn"), "did you mean 'german'"),
         (dict(audio_column="wav"), "there are clip, words, german, who"),
     ):
         with pytest.raises(CorpusError, match=what):
-            load_corpus(tmp_path, **given)
+            load_corpus(tmp_path, **named)
 
 
 def test_the_guess_is_shown(tmp_path):
@@ -745,9 +747,9 @@ def test_corpora_that_are_prepared_together(tmp_path):
     (tmp_path / f"mine/{NAMES[0]}.txt").write_text(WORDS[0] + " Twice.")
     other = tmp_path / "cv"
     common_voice(other)
-    given = ["prepare", "--out", str(tmp_path / "out"), "-p", f"data={tmp_path / 'mine'}"]
-    given += ["-p", f"also={other}", "-p", "base=tiny", "-p", "held_out=0.3", "-p", "workers=1"]
-    assert higgs_run(given) == 0
+    words = ["prepare", "--out", str(tmp_path / "out"), "-p", f"data={tmp_path / 'mine'}"]
+    words += ["-p", f"also={other}", "-p", "base=tiny", "-p", "held_out=0.3", "-p", "workers=1"]
+    assert higgs_run(words) == 0
     corpus = load_corpus(tmp_path / "out")
     assert {c.id for c in corpus} == {f"{x}/{name}" for x in ("mine", "cv") for name in NAMES}
     train, held = split_corpus(corpus)
@@ -757,3 +759,69 @@ def test_corpora_that_are_prepared_together(tmp_path):
     assert not sides[0] & sides[1] and not waves[0] & waves[1]
     mixed = weighted(train, {"mine": 2, "cv": 0})
     assert len(mixed) == 2 * sum(c.extra["corpus"] == "mine" for c in train)
+
+
+CELL = st.one_of(
+    st.text(max_size=6),
+    st.sampled_from(["a.wav", "path", "text", "offset", '"', "|", "\t", ",", "\0", "../x", "1.5"]),
+)
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | CELL,
+    lambda part: st.lists(part, max_size=2) | st.dictionaries(CELL, part, max_size=2),
+    max_leaves=4,
+)
+KEYS = st.sampled_from("path text speaker id offset duration end split messages audios x".split())
+
+
+def read_or_refuse(path):
+    "Read a corpus; whatever is wrong with it is an error that can be shown."
+    try:
+        corpus = load_corpus(path)
+        json.dumps([c.extra for c in corpus])
+        check_corpus(corpus, progress=False)
+    except CorpusError as error:
+        assert str(error).replace("\n", "").isprintable() and error.problems
+    try:
+        assert repr(preview_corpus(path))
+    except CorpusError:
+        pass
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([".csv", ".tsv", ".list", ".txt"]),
+    st.sampled_from(["path,text\n", "path\ttext\tclient_id\n", "a|b|c\n", ""]),
+    st.lists(st.lists(CELL, max_size=4), max_size=4),
+    st.sampled_from(",\t|;"),
+)
+def test_any_text_is_a_table_or_an_error(tmp_path_factory, suffix, head, rows, between):
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    text = head + "\n".join(between.join(row) for row in rows)
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    read_or_refuse(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(VALUE | st.dictionaries(KEYS, VALUE, max_size=5), max_size=3))
+def test_any_json_is_a_table_or_an_error(tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    read_or_refuse(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.dictionaries(KEYS, st.text(max_size=4) | st.none(), max_size=4), max_size=3),
+    st.integers(0, 400),
+    st.integers(1, 255),
+)
+def test_any_parquet_is_a_table_or_an_error(tmp_path_factory, rows, place, flip):
+    path = tmp_path_factory.getbasetemp() / "any.parquet"
+    columns = {key for row in rows for key in row} or {"path"}
+    data = {key: [row.get(key) for row in rows] for key in columns}
+    pq.write_table(pa.table({k: pa.array(v, pa.string()) for k, v in data.items()}), path)
+    read_or_refuse(path)
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= flip
+    path.write_bytes(content)
+    read_or_refuse(path)

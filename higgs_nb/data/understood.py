@@ -18,7 +18,7 @@ from .row_table import Choice, RowTable
 # %% auto #0
 __all__ = ['Understood', 'understood', 'preview_corpus']
 
-# %% ../../nbs/data/36_understood.ipynb #9c1e5cd0
+# %% ../../nbs/data/36_understood.ipynb #fc0eba23
 def _first_values(rows: RowTable | RowList) -> dict[str, str]:
     "Role -> what the first row has."
     first = next((item for item in rows if isinstance(item, Row)), None)
@@ -34,8 +34,8 @@ def _first_values(rows: RowTable | RowList) -> dict[str, str]:
 def _counts(rows: RowTable | RowList) -> list[str]:
     "What there is how often."
     values = [item.value for item in rows if isinstance(item, Row) and isinstance(item.value, dict)]
-    speakers = Counter(v.get("speaker_id") for v in values if v.get("speaker_id"))
-    splits = Counter(v.get("split") for v in values if v.get("split"))
+    speakers = Counter(str(v["speaker_id"]) for v in values if v.get("speaker_id"))
+    splits = Counter(str(v["split"]) for v in values if v.get("split"))
     lines = [f"{len(rows):,} rows"]
     lines += [f"{len(speakers):,} speakers"] * bool(speakers)
     lines += [f"{count:,} {split}" for split, count in sorted(splits.items(), key=str)]

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 SMALL = {  # tutorial: its parameters here; what it makes goes into the test's folder, where it runs
     "a_new_language.ipynb": dict(out="run", steps=2, texts=2, max_clips=2),
+    "from_common_voice.ipynb": dict(out="run", max_clips=2),
     "read_a_run.ipynb": dict(run="run", clips=2, steps=4),
     "your_voice.ipynb": dict(out="run", steps=2, texts=2, max_clips=2),
 }

@@ -272,6 +272,12 @@ FREE = {  # string parameters that take any text, and why
     "prepare.revision": "a commit",
     "prepare.scene": "where it was recorded",
     "train.rehearse_voices": "names of the base's own voices",
+    "prepare.text_column": "a column of the corpus",
+    "prepare.audio_column": "a column of the corpus",
+    "prepare.speaker_column": "a column of the corpus",
+    "train.text_column": "a column of the corpus",
+    "train.audio_column": "a column of the corpus",
+    "train.speaker_column": "a column of the corpus",
 }
 
 

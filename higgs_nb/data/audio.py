@@ -18,6 +18,7 @@ import soxr
 from ..core.files import file_sha256
 from .containers import FORMATS, Container, DamagedError, read_container
 from .conversation import Audio
+from .other_sound import decode_other, other_kind
 from .problems import AudioError, Problem
 
 # %% auto #0
@@ -166,6 +167,20 @@ def _check_samples(audio: Audio, samples: np.ndarray, rate: int, container: Cont
         remedy = "export it again from its source"
         raise audio_error(audio, "holds samples that are NaN or infinite", remedy)
 
+# %% ../../nbs/data/05_audio.ipynb #a0b9771d
+def _decode_other(
+    audio: Audio, data: bytes, kind: str, max_duration_s: float | None
+) -> tuple[np.ndarray, int, str]:
+    "`decode` for the content of an m4a, aac or webm file."
+    samples, rate, coding = decode_other(data, kind, max_duration_s)
+    if samples.shape[1] > 2:
+        remedy = "mix it down to one or two, e.g. ffmpeg -i IN -ac 1 OUT.wav"
+        raise audio_error(audio, f"has {samples.shape[1]} channels", remedy)
+    if max_duration_s is not None and len(samples) > math.floor(max_duration_s * rate):
+        raise _too_long(audio, f"more than {max_duration_s:.1f}", max_duration_s)
+    _check_samples(audio, samples, rate, Container(kind, None, 0, rate, None))
+    return samples, rate, coding
+
 # %% ../../nbs/data/05_audio.ipynb #c551dd37
 def _undecodable(audio: Audio, error: Exception) -> AudioError:
     reason = str(error).rpartition(": ")[2].rstrip(".")
@@ -174,14 +189,17 @@ def _undecodable(audio: Audio, error: Exception) -> AudioError:
 
 
 def decode(
-    audio: Audio,  # wav, flac, ogg, opus, mp3
+    audio: Audio,  # wav, flac, ogg, opus, mp3; m4a, aac and webm through PyAV or ffmpeg
     max_duration_s: float | None,  # a longer one is an error; None: no limit
 ) -> tuple[np.ndarray, int, str]:
-    """Samples (samples, channels) float32, their rate in Hz, and libsndfile's name of their
+    """Samples (samples, channels) float32, their rate in Hz, and the decoder's name of their
     coding. Raises an `AudioError`.
     """
     data = _content(audio, max_duration_s)
+    kind = other_kind(data)
     try:
+        if kind:
+            return _decode_other(audio, data, kind, max_duration_s)
         container = read_container(data)
         with _Stream(io.BytesIO(container.data or data)) as sound:
             _check_coding(audio, sound, container)

@@ -64,6 +64,11 @@ class Audio:
         "Its path, or its size if it has none."
         return self.path or f"a recording of {len(self.raw)} bytes"
 
+    @property
+    def file(self) -> str | None:
+        "The file that holds it; None for bytes in memory."
+        return self.path
+
     def to_dict(self) -> dict:
         "As a part of a ChatML message."
         if self.path:

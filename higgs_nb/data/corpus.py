@@ -5,7 +5,7 @@
 # %% ../../nbs/data/11_corpus.ipynb #7b66954b
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -14,20 +14,14 @@ from ..core.files import check_plain
 from ..core.messages import shown
 from .conversation import Conversation
 from .conversation_check import structure_problems
-from higgs_nb.data.corpus_files import (
-    AUDIO_SUFFIXES,
-    Row,
-    check_path,
-    file_meant,
-    json_rows,
-    jsonl_rows,
-)
-from .corpus_folder import OTHER_SOUND, folder_rows, list_folder, table_note
+from .corpus_files import Row, check_path
 from .corpus_rows import chatml_conversation, table_conversation
+from .formats import RowList, open_rows
 from .problems import CorpusError, Problem, collect_problems, corpus_error
+from .row_table import GUESS, Choice, RowTable
 
 # %% auto #0
-__all__ = ['Reader', 'READERS', 'conversations_of', 'reader_of', 'table_in', 'load_corpus', 'embedded_corpus']
+__all__ = ['conversations_of', 'corpus_rows', 'load_corpus', 'embedded_corpus']
 
 # %% ../../nbs/data/11_corpus.ipynb #e6755f89
 def _is_chatml(row: Row) -> bool:
@@ -64,7 +58,7 @@ def _read_rows(
             conversations.append(c)
             with collect_problems(problems, c.source, c.id):
                 for audio in c.audio:
-                    check_path(row.root, audio.path, allow_outside)
+                    check_path(row.root, audio.file, allow_outside)
     return conversations
 
 # %% ../../nbs/data/11_corpus.ipynb #6406c7d5
@@ -89,99 +83,40 @@ def conversations_of(
         )
     return conversations
 
-# %% ../../nbs/data/11_corpus.ipynb #c72242c2
-Reader = Callable[[Path, bool], Iterable[Row | Problem]]  # (path, allow_outside) -> rows
-
-READERS: dict[str, Reader] = {  # by suffix; "" is a folder
-    "": folder_rows,
-    ".json": json_rows,
-    ".jsonl": jsonl_rows,
-}
-
-
-def reader_of(
-    path: Path,  # of a folder or a file
-) -> Reader | None:
-    "The function that reads a path; None if its form is not read."
-    return READERS.get("" if path.is_dir() else path.suffix.lower() or "no suffix")
-
-# %% ../../nbs/data/11_corpus.ipynb #842b0267
-def _readable() -> str:
-    "What can be read, for errors."
-    *first, last = ["folder", *(suffix for suffix in READERS if suffix)]
-    return f"{', '.join(first)} or {last}"
-
-# %% ../../nbs/data/11_corpus.ipynb #9bfd6816
-def _no_reader(path: Path) -> CorpusError:
-    "An error about a path that is not read."
-    if not path.exists():
-        what = f"{path} does not exist and is not a {_readable()}{file_meant(path)}"
-        return corpus_error(what, "correct the path")
-    note = table_note(path)
-    if note:
-        what = f"{path} is {note}, which is not read; it is not a {_readable()}"
-        remedy = "write a metadata.json with audio_file and text for each recording"
-        return corpus_error(what, remedy)
-    return corpus_error(f"{path} is not a {_readable()}", "name one of these")
-
-# %% ../../nbs/data/11_corpus.ipynb #eff68809
-def _is_dataset(path: Path) -> bool:
-    "Whether a file belongs to a data set that Hugging Face's library has saved."
-    names = ("dataset_info.json", "dataset_dict.json")
-    return path.name in names or path.suffix.lower() in (".arrow", ".parquet")
-
-
-def _has_sound_or_text(folder: Path) -> bool:
-    listing = list_folder(folder, allow_outside=False)
-    return bool(listing.problems or listing.with_suffix((".txt", *AUDIO_SUFFIXES, *OTHER_SOUND)))
-
-# %% ../../nbs/data/11_corpus.ipynb #e4130bc0
-def table_in(
-    folder: Path,  # of a corpus
-) -> Path | None:
-    "The table of a folder; None if the folder is read as pairs of recordings and texts."
-    tables = sorted(folder.glob("metadata.json")) or sorted(folder.glob("*.jsonl"))
-    datasets = [path for path in folder.iterdir() if _is_dataset(path)]
-    if datasets and not (folder / "metadata.json").exists():
-        what = f"{folder} is a Hugging Face data set ({datasets[0].name}), which is not read"
-        remedy = (
-            "save its audio as files and write a metadata.json with audio_file and text for each"
-        )
-        raise corpus_error(what, remedy)
-    if not tables and not _has_sound_or_text(folder):
-        tables = sorted(folder.glob("*.json"))
-    if len(tables) > 1:
-        names = ", ".join(t.name for t in tables[:20])
-        raise corpus_error(f"{folder} holds {names}", "name the one to read")
-    return tables[0] if tables else None
-
 # %% ../../nbs/data/11_corpus.ipynb #6007d3b5
-def load_corpus(
-    # a metadata.json, ChatML as .json or .jsonl, or a folder of one of these or of recordings
-    # with transcripts
-    path: str | Path,
-    # True: also read files outside of the corpus' folder, absolute paths and links
-    allow_outside: bool = False,
-    # where recordings of a table or folder were made, if they do not say so; not for ChatML
-    scene: str = "",
-) -> list[Conversation]:
-    """Read a corpus, one conversation per row. Raises a `CorpusError` with everything that cannot
-    be read. A table from a stranger could name any file of yours, so paths stay inside its folder
-    unless `allow_outside` is given.
-    """
+def corpus_rows(
+    path: str | Path,  # of a corpus, see `load_corpus`
+    choice: Choice = GUESS,  # columns that the user names
+    allow_outside: bool = False,  # paths may lead out of their folder
+) -> RowTable | RowList:
+    "The rows of a corpus. `CorpusError` for a path that means nothing."
     if not str(path).strip():
         remedy = "name a folder, a .json or a .jsonl file"
         raise corpus_error("the path of the corpus is empty", remedy)
     if "\0" in str(path):
         what = f"the path of the corpus is {str(path)[:80]!r}"
         raise corpus_error(what, "take the NUL character out")
-    path = Path(path).expanduser()
-    if path.is_dir():
-        path = table_in(path) or path
-    read = reader_of(path)
-    if read is None:
-        raise _no_reader(path)
-    return conversations_of(read(path, allow_outside), path, allow_outside, scene)
+    return open_rows(path, choice, allow_outside)
+
+
+def load_corpus(
+    # a folder or a file of any form, see the formats, or an address such as hf://owner/name@revision
+    path: str | Path,
+    # True: also read files outside of the corpus' folder, absolute paths and links
+    allow_outside: bool = False,
+    # where recordings of a table or folder were made, if they do not say so; not for ChatML
+    scene: str = "",
+    text_column: str = "",  # column of a table with the words; empty: guessed
+    audio_column: str = "",  # column of a table with the recordings; empty: guessed
+    speaker_column: str = "",  # column of a table with the speakers; empty: guessed
+) -> list[Conversation]:
+    """Read a corpus, one conversation per row. Raises a `CorpusError` with everything that cannot
+    be read. A table from a stranger could name any file of yours, so paths stay inside its folder
+    unless `allow_outside` is given.
+    """
+    choice = Choice(text_column, audio_column, speaker_column)
+    rows = corpus_rows(path, choice, allow_outside)
+    return conversations_of(rows, rows.path, allow_outside, scene)
 
 # %% ../../nbs/data/11_corpus.ipynb #790570e4
 def embedded_corpus(

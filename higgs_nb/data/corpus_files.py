@@ -18,8 +18,8 @@ from .keys import ROW_KEYS, check_keys, meant_key, names_section
 from .problems import Problem, collect_problems, corpus_error
 
 # %% auto #0
-__all__ = ['AUDIO_SUFFIXES', 'MAX_TRANSCRIPT', 'BRING_BACK', 'Row', 'folded', 'file_meant', 'read_text', 'check_path',
-           'json_rows', 'jsonl_rows']
+__all__ = ['AUDIO_SUFFIXES', 'MAX_TRANSCRIPT', 'BRING_BACK', 'Row', 'folded', 'file_meant', 'check_file', 'read_text', 'confines',
+           'check_path', 'json_rows', 'jsonl_rows']
 
 # %% ../../nbs/data/08_corpus_files.ipynb #e760ad4a
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Row:
     path: Path  # of the file
     line: int  # its first line in the file, from 1
     root: Path  # folder that the paths in it are relative to, and stay in
+    audio: object = None  # its recording, where a path cannot name it: an `Audio`
+    notes: dict | None = None  # entries that are kept and neither read nor checked
 
     @property
     def source(self) -> str:
@@ -87,7 +89,10 @@ MAX_TRANSCRIPT = 10**6  # bytes of a file with the words of one recording
 BRING_BACK = "correct the path or bring the file back"
 
 
-def _check_file(path: Path, max_bytes: int | None = None) -> None:
+def check_file(
+    path: Path,  # that a corpus names
+    max_bytes: int | None = None,  # that it may hold
+) -> None:
     "`CorpusError` unless `path` is a regular file, of `max_bytes` at most; it is not opened."
     try:
         state = path.stat()
@@ -106,7 +111,7 @@ def _check_file(path: Path, max_bytes: int | None = None) -> None:
 # %% ../../nbs/data/08_corpus_files.ipynb #a8b03ac8
 def read_text(path: Path, max_bytes: int | None = None) -> str:
     "The text in a file: UTF-8, with or without a byte order mark."
-    _check_file(path, max_bytes)
+    check_file(path, max_bytes)
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -116,10 +121,21 @@ def read_text(path: Path, max_bytes: int | None = None) -> str:
             f"{path} is not UTF-8 at byte {error.start}", "save it as UTF-8"
         ) from error
 
+# %% ../../nbs/data/08_corpus_files.ipynb #239d7e8b
+def confines(
+    folder: Path,  # of a corpus
+) -> Path:
+    "The folder that a corpus must stay in: its own, or the one of its data set in the hub's cache."
+    for parent in (folder, *folder.parents):
+        store = parent.parent
+        if store.name == "snapshots" and store.parent.name.startswith("datasets--"):
+            return store.parent
+    return folder
+
 # %% ../../nbs/data/08_corpus_files.ipynb #34b8fe18
 def _leads_out(path: str | Path, root: Path) -> bool:
     try:
-        return not Path(path).resolve().is_relative_to(root.resolve())
+        return not Path(path).resolve().is_relative_to(confines(root).resolve())
     except (OSError, RuntimeError, ValueError) as error:
         raise corpus_error(f"{path} cannot be opened: {error}", "correct the path") from error
 

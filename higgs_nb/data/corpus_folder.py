@@ -19,10 +19,12 @@ from higgs_nb.data.corpus_files import (
     folded,
     read_text,
 )
+from .other_sound import INSTALL, OTHER_SUFFIXES, decoder, other_kind
 from .problems import Problem, collect_problems, corpus_error
 
 # %% auto #0
-__all__ = ['OTHER_SOUND', 'TABLES', 'TRANSCRIPT_LISTS', 'RUN_FILES', 'table_note', 'Listing', 'list_folder', 'folder_rows']
+__all__ = ['OTHER_SOUND', 'TABLES', 'TRANSCRIPT_LISTS', 'RUN_FILES', 'table_note', 'kind_of', 'Listing', 'list_folder',
+           'folder_rows']
 
 # %% ../../nbs/data/09_corpus_folder.ipynb #3e571abd
 OTHER_SOUND = (
@@ -55,6 +57,17 @@ def table_note(path: Path) -> str | None:
         return "a list of transcripts"
     return TABLES.get(path.suffix.lower())
 
+# %% ../../nbs/data/09_corpus_folder.ipynb #f1e30611
+def kind_of(
+    path: Path,  # of a file
+) -> str | None:
+    "The container of an m4a, aac or webm file, by its content; None for any other file."
+    try:
+        with path.open("rb") as file:
+            return other_kind(file.read(12))
+    except OSError:
+        return None
+
 # %% ../../nbs/data/09_corpus_folder.ipynb #d687e988
 RUN_FILES = ("parameters.json", "environment.jsonl")
 
@@ -70,6 +83,12 @@ class Listing:
     def with_suffix(self, suffixes: Iterable[str]) -> list[Path]:
         "The files with one of the suffixes, whatever their case."
         return [path for path in self.files if path.suffix.lower() in suffixes]
+
+    @property
+    def recordings(self) -> list[Path]:
+        "The recordings that can be decoded here, by their names, and m4a or webm by content."
+        others = [path for path in self.with_suffix(OTHER_SUFFIXES) if decoder() and kind_of(path)]
+        return sorted(self.with_suffix(AUDIO_SUFFIXES) + others)
 
 
 def _is_run(folder: Path) -> bool:
@@ -151,9 +170,13 @@ def _first_of_each_name(recordings: list[Path]) -> list[Path]:
 # %% ../../nbs/data/09_corpus_folder.ipynb #82c9d08d
 def _other_sounds(listing: Listing) -> Iterator[Problem]:
     "Recordings in a format that is not read."
-    for path in listing.with_suffix(OTHER_SOUND):
+    known = set(listing.recordings)
+    for path in (path for path in listing.with_suffix(OTHER_SOUND) if path not in known):
         what = f"{path} is a recording in a form that is not read"
-        yield Problem(what, f"convert it: ffmpeg -i {path.name!r} {path.stem + '.wav'!r}")
+        remedy = f"convert it: ffmpeg -i {path.name!r} {path.stem + '.wav'!r}"
+        if path.suffix.lower() in OTHER_SUFFIXES and kind_of(path):
+            what, remedy = f"{path} is a recording in a form that needs PyAV or ffmpeg", INSTALL
+        yield Problem(what, remedy)
 
 # %% ../../nbs/data/09_corpus_folder.ipynb #77c5b889
 def _table_instead(root: Path, recordings: list[Path], files: list[Path]) -> Problem | None:
@@ -218,7 +241,7 @@ def folder_rows(path: Path, allow_outside: bool = False) -> Iterator[Row | Probl
     for run in listing.runs:
         what = "is the output of a run and is not read as part of the corpus"
         warnings.warn(f"{run} {what}", stacklevel=2)
-    recordings = listing.with_suffix(AUDIO_SUFFIXES)
+    recordings = listing.recordings
     yield from listing.problems
     yield from _shared_names(recordings)
     yield from _other_sounds(listing)

@@ -91,7 +91,7 @@ def table_conversation(row: Row, id: str, allow_outside: bool) -> Conversation:
     problems = []
     text = ""
     with collect_problems(problems, row.source, id):
-        audio = recording_at(row.root, required_string(d, "audio_file"))
+        audio = row.audio or recording_at(row.root, required_string(d, "audio_file"))
     with collect_problems(problems, row.source, id):
         text = _transcript(d, row.root, allow_outside)
     with collect_problems(problems, row.source, id):
@@ -106,7 +106,7 @@ def table_conversation(row: Row, id: str, allow_outside: bool) -> Conversation:
         raise CorpusError(*problems)
     c = tts_conversation(text, audio, id=id, scene=scene, reference=reference, source=row.source)
     extra = {k: v for k, v in d.items() if k not in ROW_KEYS}
-    return replace(c, speaker=speaker, extra=extra)
+    return replace(c, speaker=speaker, extra=extra | (row.notes or {}))
 
 # %% ../../nbs/data/10_corpus_rows.ipynb #690a652b
 def chatml_conversation(row: Row, id: str, allow_outside: bool) -> Conversation:

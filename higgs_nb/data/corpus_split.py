@@ -10,7 +10,7 @@ import math
 import os
 import stat
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from .audio import stored_sha256
@@ -66,11 +66,9 @@ def file_digests(
 def _digests(conversations: list[Conversation], report: CorpusReport | None) -> dict[Audio, str]:
     "What is equal for equal recordings: by sound if there is a report, else by bytes."
     recordings = [audio for c in conversations for audio in c.audio]
-    digests = file_digests(recordings)
-    if report is not None:
-        by_path = {r.path: r.digest for r in report.rows}
-        digests |= {a: by_path[a.path] for a in recordings if a.path in by_path}
-    return digests
+    by_name = {r.path: r.digest for r in report.rows} if report else {}
+    known = {a: by_name[a.name] for a in recordings if a.file and a.name in by_name}
+    return file_digests(a for a in recordings if a not in known) | known
 
 # %% ../../nbs/data/13_corpus_split.ipynb #79db1a23
 def _root(parent: list[int], i: int) -> int:
@@ -148,19 +146,43 @@ def _draw_order(group: list[Conversation], seed: int) -> bytes:
     key = min(sentence_key(c.transcript) for c in group)
     return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest()
 
+# %% ../../nbs/data/13_corpus_split.ipynb #eb1f8952
+def _draw_per_speaker(
+    groups: list[list[Conversation]],
+    free: list[int],  # groups that may be drawn, in order
+    out: set[int],  # groups that are held out already
+    share: float,  # of each speaker's conversations
+) -> set[int]:
+    "Indices of the groups that are held out, with a share of each speaker's conversations."
+    speakers = [Counter(c.speaker for c in group) for group in groups]
+    total = sum(speakers, Counter())
+    held = sum((speakers[i] for i in out), Counter())
+    out = set(out)
+    for name, count in sorted(total.items(), key=lambda item: (item[1], str(item[0]))):
+        for i in (i for i in free if name in speakers[i] and i not in out):
+            leaves = [total[x] - held[x] - n for x, n in speakers[i].items()]
+            if held[name] < math.ceil(share * count) and min(leaves) > 0:
+                out.add(i)
+                held += speakers[i]
+    return out
+
 # %% ../../nbs/data/13_corpus_split.ipynb #9a1879b4
 def _draw(
     groups: list[list[Conversation]],
     lending: set[int],  # groups that are not drawn
     count: int,  # conversations to hold out
     seed: int,
+    per_speaker: float = 0.0,  # share of each speaker's conversations; 0: `count` alone
 ) -> set[int]:
     "Indices of the groups that are held out. The last group is always trained."
     stated = [set(_stated_sides(group)) for group in groups]
     out = {i for i, sides in enumerate(stated) if sides == {"held_out"}}
     free = [i for i, sides in enumerate(stated) if not sides and i not in lending]
+    free.sort(key=lambda i: _draw_order(groups[i], seed))
+    if per_speaker:
+        return _draw_per_speaker(groups, free, out, per_speaker)
     missing = count - sum(len(groups[i]) for i in out)
-    for i in sorted(free, key=lambda i: _draw_order(groups[i], seed)):
+    for i in free:
         if missing <= 0 or len(out) >= len(groups) - 1:
             break
         out.add(i)
@@ -182,6 +204,8 @@ def split_corpus(
     conversations: list[Conversation],  # the complete corpus
     held_out: float = 0.1,  # share of the conversations, rounded up to complete groups
     seed: int = 0,  # of the order in which groups are drawn
+    # hold out that share of each speaker's conversations; a speaker's last group is trained
+    per_speaker: bool = False,
     # of `check_corpus`: recordings are then compared by sound; None: by their files' bytes
     report: CorpusReport | None = None,
 ) -> tuple[list[Conversation], list[Conversation]]:
@@ -197,7 +221,8 @@ def split_corpus(
     if clashes:
         raise CorpusError(*clashes)
     count = math.ceil(held_out * len(conversations))
-    drawn = _draw(groups, _lending_groups(groups, digests), count, seed)
+    share = held_out if per_speaker else 0.0
+    drawn = _draw(groups, _lending_groups(groups, digests), count, seed, share)
     held = {id(c) for i in drawn for c in groups[i]}
     train = [c for c in conversations if id(c) not in held]
     return train, [c for c in conversations if id(c) in held]

@@ -16,16 +16,20 @@ from ..core.messages import cut_list, plain_text
 from ..data.audio import load_audio
 from ..data.code_store import CodeStore, check_prepared
 from ..data.conversation import Audio, Conversation
-from ..data.corpus import embedded_corpus, load_corpus
+from ..data.corpus import conversations_of, corpus_rows, embedded_corpus, load_corpus
 from ..data.corpus_check import CorpusReport, check_corpus
 from ..data.corpus_split import split_corpus
+from ..data.formats import RowList, local_path
+from ..data.mixture import weighted
+from ..data.row_table import Choice, RowTable
+from ..data.understood import understood
 from .inputs import Inputs
 from .settings import Settings
 from ..view.plots import plot_codes, plot_waveform
 
 # %% auto #0
 __all__ = ['NOTHING_HELD', 'learned_recording', 'digests_of', 'keep_apart', 'with_references', 'RunCorpus', 'check_sides',
-           'read_corpus', 'open_store', 'plot_clip']
+           'chosen_columns', 'rows_of_run', 'read_corpus', 'open_store', 'plot_clip']
 
 # %% ../../nbs/tasks/03_corpus.ipynb #c9726201
 def learned_recording(conversation: Conversation) -> Audio | None:
@@ -135,6 +139,20 @@ def check_sides(corpus: RunCorpus) -> RunCorpus:
         corpus = replace(corpus, held=[])
     return corpus
 
+# %% ../../nbs/tasks/03_corpus.ipynb #73c1771b
+def chosen_columns(settings: Settings) -> Choice:  # of a run
+    "The columns that a run names."
+    roles = ("text", "audio", "speaker")
+    return Choice(*(settings.values.get(f"{role}_column", "") for role in roles))
+
+
+def rows_of_run(settings: Settings, source: Path) -> RowTable | RowList:
+    "The rows of the corpus at `source`; what was guessed of it is printed."
+    rows = corpus_rows(source, chosen_columns(settings), settings.allow_outside)
+    if rows.columns:
+        print(understood(source, rows))
+    return rows
+
 # %% ../../nbs/tasks/03_corpus.ipynb #0a05fab8
 def read_corpus(
     settings: Settings,  # of the run
@@ -143,18 +161,18 @@ def read_corpus(
     """Read, check and divide the corpus of a run. `CorpusError` names everything that is wrong
     with it, `ValueError` if it has nothing to train on or brings codes of another codec.
     """
+    source = local_path(settings.data) if settings.data else embedded_corpus()
     if settings.data:
-        reading(settings.data)  # `prepare` does not replace it meanwhile
-        check_prepared(settings.data, inputs.codec, inputs.codec_name)
-    source = settings.data or embedded_corpus()
-    options = dict(allow_outside=settings.allow_outside, scene=settings.scene)
-    conversations = load_corpus(source, **options)
+        reading(source)  # `prepare` does not replace it meanwhile
+        check_prepared(source, inputs.codec, inputs.codec_name)
+    rows = rows_of_run(settings, source)
+    conversations = conversations_of(rows, rows.path, settings.allow_outside, settings.scene)
     report = check_corpus(conversations, max_duration_s=settings.max_duration_s)
-    sides = split_corpus(
-        conversations, held_out=settings.held_out, seed=settings.seed, report=report
-    )
+    options = dict(report=report, per_speaker=settings.values.get("per_speaker", False))
+    sides = split_corpus(conversations, settings.held_out, settings.seed, **options)
     limit = settings.max_clips or None
     train, held = (side[:limit] for side in keep_apart(*sides, report))
+    train = weighted(train, settings.values.get("weights", {}), settings.seed)
     if settings.learn_references:
         train = with_references(train)
     return check_sides(RunCorpus(train, held, report, settings.max_duration_s))

@@ -189,7 +189,7 @@ def test_a_pack_of_another_codec_or_with_other_codes_is_refused(tmp_path):
             path.unlink()
         store = CodeStore(tmp_path / "codes", CODEC)
         store._memory[store.file_of(digest)] = codes
-        store.pack(digest[None])
+        store.pack([digest.tobytes()])
         with pytest.raises(ValueError, match="delete it"):
             CodeStore(tmp_path / "codes", CODEC).get(audios[0])
 

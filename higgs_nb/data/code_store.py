@@ -33,7 +33,7 @@ from .recording_digests import RecordingDigests
 # %% auto #0
 __all__ = ['LOOSE', 'DELETE_IT', 'STORED', 'BAR', 'file_digest', 'write_codes', 'check_made_by', 'read_codes', 'writable_folder',
            'make_folder', 'CodeStore', 'holds_codes', 'stored_fingerprints', 'noted_codec', 'check_prepared',
-           'seconds_of', 'first_of_each', 'frames_of', 'Codes']
+           'seconds_of', 'as_digest', 'frames_of', 'Codes']
 
 # %% ../../nbs/data/15_code_store.ipynb #cf648803
 LOOSE = re.compile(r"[0-9a-f]{64}\.npy")
@@ -283,14 +283,13 @@ def frames(self: CodeStore, recordings: Sequence[Audio]) -> np.ndarray:
 
 # %% ../../nbs/data/15_code_store.ipynb #2e19bbd7
 @patch
-def pack(self: CodeStore, digests: np.ndarray) -> None:
-    "Put codes that are in files of `new_folder` into a pack, in the order of `digests` (n, 32)."
-    names = [digest.tobytes() for digest in digests]
-    codes = [self.stored(digest) for digest in digests]
-    write_pack(self.new_folder, names, codes, self.codec.fingerprint)
+def pack(self: CodeStore, digests: Sequence[bytes]) -> None:
+    "Put codes that are in files of `new_folder` into a pack, in the order of the digests."
+    codes = [self.stored(as_digest(digest)) for digest in digests]
+    write_pack(self.new_folder, digests, codes, self.codec.fingerprint)
     self.packs[-1].refresh()
-    for name in names:
-        file = self.new_folder / f"{name.hex()}.npy"
+    for digest in digests:
+        file = self.new_folder / f"{digest.hex()}.npy"
         self._memory.pop(file, None)
         file.unlink(missing_ok=True)
 
@@ -359,32 +358,49 @@ def encode_new(
                 bar.update(length)
                 yield path
 
+# %% ../../nbs/data/15_code_store.ipynb #73858704
+def as_digest(digest: bytes) -> np.ndarray:
+    "A digest (32,) uint8 of its bytes."
+    return np.frombuffer(digest, np.uint8)
+
+
+@patch
+def verify(self: CodeStore, packs: PackFolder, numbers: list[int], progress: bool) -> None:
+    "Read all codes of some packs of a folder; `ValueError` names one that is damaged."
+    shown_as = dict(desc="stored codes", unit="pack", disable=not (progress and numbers))
+    for number in tqdm(numbers, **shown_as):
+        # opened for this alone: pages that were read count as memory while they are mapped
+        pack = CodePack(packs.folder / packs.names[number], self.codec.fingerprint)
+        for row in range(len(pack)):
+            pack.codes(row)
+
 # %% ../../nbs/data/15_code_store.ipynb #6b780a19
 @patch
-def read_stored(self: CodeStore, digests: np.ndarray, progress: bool) -> np.ndarray:
-    """Read the stored codes of recordings with these digests (n, 32), so that a damaged file is
-    found; returns which are in no pack (m,).
+def read_stored(
+    self: CodeStore, audios: Iterable[Audio], progress: bool
+) -> tuple[int, dict[bytes, Audio]]:
+    """Read the stored codes of recordings, so that a damaged file is found. How many recordings
+    there are, and those that are in no pack, by digest; of a million in packs none stays here.
     """
-    for packs in self.packs:
-        at = packs.find(digests)
-        used = np.unique(packs.index["packs"][at[at >= 0]]).tolist()
-        shown_as = dict(desc="stored codes", unit="pack", disable=not (progress and used))
-        for number in tqdm(used, **shown_as):
-            # opened for this alone: pages that were read count as memory while they are mapped
-            pack = CodePack(packs.folder / packs.names[number], self.codec.fingerprint)
-            for row in range(len(pack)):
-                pack.codes(row)
-    loose = np.flatnonzero(self.find_packed(digests)[1] < 0)
-    files = [i for i in loose if self.file_of(digests[i]).exists()]
-    for i in tqdm(files, desc="stored codes", unit="clip", disable=not (progress and files)):
-        self.stored(digests[i])
-    return loose
-
-# %% ../../nbs/data/15_code_store.ipynb #dace3f0c
-def first_of_each(digests: np.ndarray) -> np.ndarray:  # (n, 32) uint8
-    "Indices of the first row of each digest, in order."
-    rows = np.ascontiguousarray(digests).view("S32").ravel()
-    return np.sort(np.unique(rows, return_index=True)[1])
+    count, loose = 0, {}
+    used = [set() for _ in self.packs]
+    audios = iter(audios)
+    while some := list(islice(audios, 2**14)):
+        count += len(some)
+        digests = self.digests.of(some, progress)
+        missing = np.ones(len(some), bool)
+        for packs, numbers in zip(self.packs, used):
+            at = packs.find(digests)
+            numbers.update(np.unique(packs.index["packs"][at[at >= 0]]).tolist())
+            missing &= at < 0
+        for i in np.flatnonzero(missing).tolist():
+            loose.setdefault(digests[i].tobytes(), some[i])
+    for packs, numbers in zip(self.packs, used):
+        self.verify(packs, sorted(numbers), progress)
+    files = [d for d in map(as_digest, loose) if self.file_of(d).exists()]
+    for digest in tqdm(files, desc="stored codes", unit="clip", disable=not (progress and files)):
+        self.stored(digest)
+    return count, loose
 
 # %% ../../nbs/data/15_code_store.ipynb #d5031b23
 @patch
@@ -398,29 +414,25 @@ def encode_all(
     """Make sure that the codes of all recordings are stored, and put them into packs; counts the
     `clips`, `hits` and `misses` of this call. Packs are the same for every number of `workers`.
     """
-    audios = list(audios)
     self.refresh()
-    digests = self.digests.of(audios, progress)
-    first = first_of_each(digests)
-    loose = first[self.read_stored(digests[first], progress)]
-    clips = {self.file_of(digests[i]): audios[i] for i in loose}
+    count, loose = self.read_stored(audios, progress)
+    clips = {self.file_of(as_digest(digest)): audio for digest, audio in loose.items()}
     new = {path: audio for path, audio in clips.items() if not path.exists()}
-    encoded = self.encode_new(new, len(first), progress, workers, scheduler) if new else iter(())
+    encoded = self.encode_new(new, count, progress, workers, scheduler) if new else iter(())
     writable = os.access(self.new_folder, os.W_OK)
-    ours = [i for i, path in zip(loose, clips) if writable and path.parent == self.new_folder]
+    ours = [path for path in clips if writable and path.parent == self.new_folder]
     for part in (ours[k : k + self.per_pack] for k in range(0, len(ours), self.per_pack)):
-        awaited = sum(self.file_of(digests[i]) in new for i in part)
-        list(islice(encoded, awaited))
-        self.pack(digests[part])
+        list(islice(encoded, sum(path in new for path in part)))
+        self.pack([bytes.fromhex(path.stem) for path in part])
     next(encoded, None)  # ends what encoded
     if writable:
         self.remove_packed()
         self.packs[-1].save_index()
         self.digests.save()
-    hits = len(audios) - len(new)
+    hits = count - len(new)
     self.hits += hits
     self.misses += len(new)
-    return dict(clips=len(audios), hits=hits, misses=len(new))
+    return dict(clips=count, hits=hits, misses=len(new))
 
 # %% ../../nbs/data/15_code_store.ipynb #0fd1de27
 def frames_of(recordings: Sequence[Audio], store) -> np.ndarray:

@@ -27,7 +27,7 @@ import psutil
 import torch
 from safetensors import __version__ as safetensors_version
 
-from higgs_nb.core.files import write_json
+from higgs_nb.core.files import file_sha256, write_json
 from higgs_nb.data.audio import Audio
 from higgs_nb.data.code_packs import PackFolder, write_columns, write_pack
 from higgs_nb.data.code_store import CodeStore
@@ -96,8 +96,8 @@ def make_corpus(folder: Path, rows: int) -> None:
     write_columns(store.root / DIGESTS_FILE, columns)
     if rows <= IN_MEMORY:
         samples = [c.to_dict() for c in conversations(rows)]
-        write_json(folder / "metadata.json", dict(samples=samples))
-    write_table(folder, conversations(rows))
+        of = file_sha256(write_json(folder / "metadata.json", dict(samples=samples)))
+    write_table(folder, conversations(rows), of if rows <= IN_MEMORY else "")
 
 
 def memory() -> dict[str, float]:

@@ -2,6 +2,8 @@
 batches and first batch, at ten thousand rows.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_table import CorpusTable
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import SampleDataset
+from higgs_nb.tasks import corpus as corpus_tasks
+from higgs_nb.tasks.settings import Settings
 from higgs_nb.training.batches import Ids, Shard
 
 ROWS = 10_000
@@ -87,3 +91,31 @@ def test_load_corpus_reads_the_same_rows(made):
     corpus = load_corpus(folder)
     assert len(table) == len(corpus)
     assert all(a == b for a, b in zip(table[::97], corpus[::97], strict=True))
+
+
+def test_a_run_opens_a_large_corpus_by_its_table(made, monkeypatch, capsys):
+    "No recording is read, none is held in memory, and a changed metadata.json is noticed."
+    module, folder = made
+    given = dict(data=str(folder), learn_references=False, max_clips=0, max_duration_s=30.0)
+    settings = Settings("train", given, dict.fromkeys(given, "given"))
+    inputs = SimpleNamespace(codec=module.NoCodec(), codec_name="made up")
+    assert corpus_tasks.large_table(settings) is None, "so small a corpus is read"
+    monkeypatch.setattr(corpus_tasks, "TABLE_FROM", ROWS)
+    corpus = corpus_tasks.read_corpus(settings, inputs)
+    assert isinstance(corpus.train, CorpusTable) and isinstance(corpus.spoken_train, CorpusTable)
+    assert (len(corpus.spoken_train), len(corpus.spoken_held)) == (9900, 100)
+    store = CodeStore(folder / "codes", module.NoCodec())
+    assert store.encode_all(corpus.recordings, False) == dict(clips=ROWS, hits=ROWS, misses=0)
+    assert corpus.typical(store) in list(corpus.held)
+    few = corpus_tasks.read_table(corpus.report.table, replace_values(settings, max_clips=7))
+    assert (len(few.train), len(few.held)) == (7, 7)
+    with open(folder / "metadata.json", "a") as file:
+        file.write(" ")
+    assert corpus_tasks.large_table(settings) is None
+    assert "metadata.json has changed since corpus.arrow was made of it" in capsys.readouterr().out
+
+
+def replace_values(settings, **values):
+    "Settings with other values."
+    given = settings.values | values
+    return Settings("train", given, dict.fromkeys(given, "given"))

@@ -271,6 +271,7 @@ FREE = {  # string parameters that take any text, and why
     "train.scene": "where it was recorded",
     "prepare.revision": "a commit",
     "prepare.scene": "where it was recorded",
+    "prepare.scheduler": "an address, which Dask checks",
     "train.rehearse_voices": "names of the base's own voices",
     "prepare.text_column": "a column of the corpus",
     "prepare.audio_column": "a column of the corpus",

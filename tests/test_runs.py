@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, committed
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
@@ -221,10 +222,10 @@ def test_what_prepare_leaves(prepared, trained):
         assert (info.samplerate, info.channels, info.format) == (24000, 1, "FLAC") and Path(
             audio.path
         ).parent == prepared / "audio"
-    assert (
-        len(list(prepared.glob("codes/*/*.npy"))) == len(corpus)
-        and not (trained / "codes").exists()
-    )
+    [pack] = prepared.glob("codes/*/codes-*.safetensors")
+    with safe_open(pack, "numpy") as file:
+        assert len(file.get_tensor("frames")) == len(corpus)
+    assert not list(prepared.rglob("*.npy")) and not (trained / "codes").exists()
     run = json.loads((prepared / "run.json").read_text())
     assert (
         run["conversations"]

@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from safetensors import safe_open
 
 from higgs_nb.checkpoint.errors import CheckpointError
 from higgs_nb.checkpoint.validate import CheckpointReport, Fault, Reports
@@ -260,7 +261,9 @@ def test_codes_of_a_read_only_corpus_go_into_the_run(tmp_path, monkeypatch):
     )
     execute(tmp_path / "out", until="model = load_base(", data=str(tmp_path / "data"))
     assert not list((tmp_path / "data/codes").iterdir())
-    assert len(list((tmp_path / "out/codes").rglob("*.npy"))) == 2
+    [pack] = (tmp_path / "out/codes").rglob("codes-*.safetensors")
+    with safe_open(pack, "numpy") as file:
+        assert len(file.get_tensor("frames")) == 2
 
 
 def test_what_stands_out_is_told_of_its_own_recording(tmp_path):

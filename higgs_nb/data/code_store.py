@@ -9,7 +9,9 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +24,21 @@ from ..core.events import tqdm
 from ..core.files import load_json, write_whole
 from ..core.messages import shown
 from .audio import load_audio, trim_end
+from .code_packs import CodePack, PackFolder, write_pack
 from .codec import Codec, checked_codes
 from .conversation import Audio
 from .encoders import encoders, in_order, number_of_workers
+from .recording_digests import RecordingDigests
 
 # %% auto #0
-__all__ = ['STORED', 'BAR', 'file_digest', 'write_codes', 'read_codes', 'writable_folder', 'make_folder', 'CodeStore',
-           'stored_fingerprints', 'noted_codec', 'check_prepared', 'seconds_of', 'Codes']
+__all__ = ['LOOSE', 'DELETE_IT', 'STORED', 'BAR', 'file_digest', 'write_codes', 'check_made_by', 'read_codes', 'writable_folder',
+           'make_folder', 'CodeStore', 'holds_codes', 'stored_fingerprints', 'noted_codec', 'check_prepared',
+           'seconds_of', 'as_digest', 'frames_of', 'Codes']
 
 # %% ../../nbs/data/15_code_store.ipynb #cf648803
+LOOSE = re.compile(r"[0-9a-f]{64}\.npy")
+
+
 def file_digest(path: Path, content: bytes) -> bytes:
     "sha256 (32 bytes) of what a file of codes holds, and of its name."
     return hashlib.sha256(path.name.encode() + content).digest()
@@ -47,23 +55,29 @@ def write_codes(path: Path, codes: np.ndarray) -> None:
         problem = f"the codes could not be stored ({error.strerror}); make room and run again"
         raise OSError(error.errno, problem, str(path)) from error
 
+# %% ../../nbs/data/15_code_store.ipynb #edaeada5
+DELETE_IT = "delete it, and the next run encodes the recording again"
+
+
+def check_made_by(codes: np.ndarray, codec: Codec, dtype: np.dtype, path: Path) -> np.ndarray:
+    "Stored codes (codebooks, frames); `ValueError` names where they are if `codec` made others."
+    if codes.dtype != dtype or len(codes) != codec.num_codebooks:
+        expected = f"{codec.num_codebooks} codebooks of {np.dtype(dtype)}"
+        raise ValueError(f"{path}: holds {codes.shape} {codes.dtype}, not {expected}; {DELETE_IT}")
+    try:
+        return checked_codes(codes, codec).numpy().astype(dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {DELETE_IT}") from error
+
 # %% ../../nbs/data/15_code_store.ipynb #7ee13441
 def read_codes(path: Path, codec: Codec, dtype: np.dtype) -> np.ndarray:
     "Stored codes (codebooks, frames); `ValueError` names the file if they are not of this codec."
-    remedy = "delete it, and the next run encodes the recording again"
     data = path.read_bytes()
     content, digest = data[:-32], data[-32:]
     if digest != file_digest(path, content):
         changed = "was changed after it was written, or belongs to another recording"
-        raise ValueError(f"{path}: {changed}; {remedy}")
-    codes = np.load(io.BytesIO(content), allow_pickle=False)
-    if codes.dtype != dtype or len(codes) != codec.num_codebooks:
-        expected = f"{codec.num_codebooks} codebooks of {np.dtype(dtype)}"
-        raise ValueError(f"{path}: holds {codes.shape} {codes.dtype}, not {expected}; {remedy}")
-    try:
-        return checked_codes(codes, codec).numpy().astype(dtype)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; {remedy}") from error
+        raise ValueError(f"{path}: {changed}; {DELETE_IT}")
+    return check_made_by(np.load(io.BytesIO(content), allow_pickle=False), codec, dtype, path)
 
 # %% ../../nbs/data/15_code_store.ipynb #7fcd8e4a
 def writable_folder(root: Path, fallback: Path | None, name: str) -> Path:
@@ -93,6 +107,7 @@ class CodeStore:
     "The codes of recordings, encoded once and kept under `root`; `hits` and `misses` count."
 
     max_in_memory = 4096  # recordings
+    per_pack = 4096  # recordings
     version = 2  # of the files
 
     def __init__(
@@ -117,11 +132,17 @@ class CodeStore:
         self.folder = Path(root) / name  # codes are read from here
         self.new_folder = writable_folder(Path(root), fallback and Path(fallback), name)
         make_folder(self.new_folder)
+        folders = dict.fromkeys((self.folder, self.new_folder))
+        self.packs = [PackFolder(folder, codec.fingerprint) for folder in folders]
+        self.digests = RecordingDigests(self.root, self.new_folder.parent)
 
     def path(self, audio: Audio) -> Path:
-        "The file for the codes of a recording."
-        data = audio.raw if audio.raw is not None else Path(audio.path).read_bytes()
-        name = f"{hashlib.sha256(data).hexdigest()}.npy"
+        "The file for the codes of a recording, as long as they are in no pack."
+        return self.file_of(self.digests.of([audio])[0])
+
+    def file_of(self, digest: np.ndarray) -> Path:
+        "As `path`, for the recording with a digest (32,) uint8."
+        name = f"{digest.tobytes().hex()}.npy"
         stored = self.folder / name
         return stored if stored.exists() else self.new_folder / name
 
@@ -129,13 +150,43 @@ class CodeStore:
         "Codes (codebooks, frames) int64 of a recording."
         if not isinstance(audio, Audio):
             audio = Audio(str(audio))
-        path = self.path(audio)
-        is_stored = path in self._memory or path.exists()
-        if path not in self._memory:
-            self.remember(path, self.read(path) if is_stored else self.encode(audio, path))
-        self.hits += is_stored
-        self.misses += not is_stored
-        return torch.from_numpy(self._memory[path].astype(np.int64))
+        digest = self.digests.of([audio])[0]
+        codes = self.stored(digest)
+        if codes is None:
+            self.misses += 1
+            path = self.file_of(digest)
+            codes = self.encode(audio, path)
+            self.remember(path, codes)
+        else:
+            self.hits += 1
+        return torch.from_numpy(codes.astype(np.int64))
+
+    def stored(self, digest: np.ndarray) -> np.ndarray | None:
+        "The stored codes of a recording by its digest (32,) uint8; None if there are none."
+        codes, path = self.packed(digest), self.file_of(digest)
+        if codes is not None or path in self._memory:
+            return self._memory[path] if codes is None else codes
+        try:
+            codes = self.read(path)
+        except FileNotFoundError:  # not encoded, or put into a pack by another process
+            self.refresh()
+            return self.packed(digest)
+        self.remember(path, codes)
+        return codes
+
+    def refresh(self) -> None:
+        "Look for packs that other processes have written."
+        for packs in self.packs:
+            packs.refresh()
+
+    def packed(self, digest: np.ndarray) -> np.ndarray | None:
+        "Codes from a pack; None if no pack has them."
+        for packs in self.packs:
+            (position,) = packs.find(digest[None])
+            if position >= 0:
+                codes = packs.codes(position).copy()  # not a view into the file
+                return check_made_by(codes, self.codec, self.dtype, packs.folder)
+        return None
 
     def encode(self, audio: Audio, path: Path) -> np.ndarray:
         "Encode a recording and store its codes at `path`."
@@ -167,10 +218,15 @@ class CodeStore:
 STORED = re.compile(r"([0-9a-f]{16})-v\d+(-end-[\d.e+-]+s)?")  # a folder of `CodeStore`
 
 
+def holds_codes(folder: Path) -> bool:
+    "Whether there are codes in a folder, in packs or in files of their own."
+    return any(folder.glob("*.npy")) or any(folder.glob("codes-*.safetensors"))
+
+
 def stored_fingerprints(root: str | Path) -> list[str]:
     "The first 16 digits of the fingerprints of the codecs whose codes are in `root`."
     folders = Path(root).iterdir() if Path(root).is_dir() else ()
-    matches = [STORED.fullmatch(folder.name) for folder in folders if any(folder.glob("*.npy"))]
+    matches = [STORED.fullmatch(folder.name) for folder in folders if holds_codes(folder)]
     return sorted({match[1] for match in matches if match})
 
 
@@ -202,6 +258,56 @@ def check_prepared(
         f"run has {str(name)!r} ({codec.fingerprint[:16]}). Give the run the codec of "
         f"{directory}, or prepare the corpus again with this one"
     )
+
+# %% ../../nbs/data/15_code_store.ipynb #93e6c338
+@patch
+def find_packed(self: CodeStore, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Frames of recordings by digest (n, 32), 0 where it is in no pack; and which folder has each."
+    frames = np.zeros(len(digests), np.int64)
+    folders = np.full(len(digests), -1)
+    for number, packs in enumerate(self.packs):
+        at = packs.find(digests)
+        new = (at >= 0) & (folders < 0)
+        folders[new] = number
+        frames[new] = packs.index["frames"][at[new]]
+    return frames, folders
+
+
+@patch
+def frames(self: CodeStore, recordings: Sequence[Audio]) -> np.ndarray:
+    "Frames (recordings,) int64 of each; one that has no codes yet is encoded."
+    lengths, folders = self.find_packed(self.digests.of(recordings))
+    for i in np.flatnonzero(folders < 0).tolist():
+        lengths[i] = self.get(recordings[i]).shape[1]
+    return lengths
+
+# %% ../../nbs/data/15_code_store.ipynb #2e19bbd7
+@patch
+def pack(self: CodeStore, digests: Sequence[bytes]) -> None:
+    "Put codes that are in files of `new_folder` into a pack, in the order of the digests."
+    codes = [self.stored(as_digest(digest)) for digest in digests]
+    write_pack(self.new_folder, digests, codes, self.codec.fingerprint)
+    self.packs[-1].refresh()
+    for digest in digests:
+        file = self.new_folder / f"{digest.hex()}.npy"
+        self._memory.pop(file, None)
+        file.unlink(missing_ok=True)
+
+# %% ../../nbs/data/15_code_store.ipynb #2983a691
+@patch
+def remove_packed(self: CodeStore) -> None:
+    "Remove files of `new_folder` whose codes are in one of its packs."
+    packs = self.packs[-1]
+    files = [file for file in self.new_folder.glob("*.npy") if LOOSE.fullmatch(file.name)]
+    digests = b"".join(bytes.fromhex(file.stem) for file in files)
+    positions = packs.find(np.frombuffer(digests, np.uint8).reshape(-1, 32))
+    for file, position in zip(files, positions.tolist()):
+        if position >= 0:
+            packs.codes(position)  # raises an error if they are damaged
+            file.unlink(missing_ok=True)
+    for file in self.new_folder.glob(".*.npy.*.new"):  # nobody writes for an hour
+        if time.time() - file.stat().st_mtime > 3600:
+            file.unlink(missing_ok=True)
 
 # %% ../../nbs/data/15_code_store.ipynb #7f842aff
 def seconds_of(audio: Audio) -> float:
@@ -236,43 +342,104 @@ def encode_new(
     clips: int,  # recordings, with those that have codes
     progress: bool,
     workers: int,
-) -> None:
-    "Encode recordings, several at a time; see `encode_all`."
+    scheduler: str = "",  # address of a Dask scheduler
+) -> Iterator[Path]:
+    "Encode recordings, several at a time; the file of each when it is there. See `encode_all`."
     lengths = [seconds_of(audio) for audio in new.values()]
     workers = number_of_workers(self.codec, workers, len(new), sum(lengths))
-    with encoders(self, self.codec.concurrency, workers) as (encode, how):
+    with encoders(self, self.codec.concurrency, workers, scheduler) as (encode, ahead, how):
         if progress:
             print(self.what_is_new(len(new), clips, sum(lengths), how))
         jobs = [(audio, path) for path, audio in new.items()]
         options = dict(desc="codes", total=sum(lengths), unit="s", bar_format=BAR)
         with tqdm(**options, disable=not progress) as bar:
-            for path, length, codes in zip(new, lengths, in_order(encode, jobs, 4 * workers)):
+            for path, length, codes in zip(new, lengths, in_order(encode, jobs, ahead)):
                 self.remember(path, codes)
                 bar.update(length)
+                yield path
 
-# %% ../../nbs/data/15_code_store.ipynb #e036789f
+# %% ../../nbs/data/15_code_store.ipynb #73858704
+def as_digest(digest: bytes) -> np.ndarray:
+    "A digest (32,) uint8 of its bytes."
+    return np.frombuffer(digest, np.uint8)
+
+
+@patch
+def verify(self: CodeStore, packs: PackFolder, numbers: list[int], progress: bool) -> None:
+    "Read all codes of some packs of a folder; `ValueError` names one that is damaged."
+    shown_as = dict(desc="stored codes", unit="pack", disable=not (progress and numbers))
+    for number in tqdm(numbers, **shown_as):
+        # opened for this alone: pages that were read count as memory while they are mapped
+        pack = CodePack(packs.folder / packs.names[number], self.codec.fingerprint)
+        for row in range(len(pack)):
+            pack.codes(row)
+
+# %% ../../nbs/data/15_code_store.ipynb #6b780a19
+@patch
+def read_stored(
+    self: CodeStore, audios: Iterable[Audio], progress: bool
+) -> tuple[int, dict[bytes, Audio]]:
+    """Read the stored codes of recordings, so that a damaged file is found. How many recordings
+    there are, and those that are in no pack, by digest; of a million in packs none stays here.
+    """
+    count, loose = 0, {}
+    used = [set() for _ in self.packs]
+    audios = iter(audios)
+    while some := list(islice(audios, 2**14)):
+        count += len(some)
+        digests = self.digests.of(some, progress)
+        missing = np.ones(len(some), bool)
+        for packs, numbers in zip(self.packs, used):
+            at = packs.find(digests)
+            numbers.update(np.unique(packs.index["packs"][at[at >= 0]]).tolist())
+            missing &= at < 0
+        for i in np.flatnonzero(missing).tolist():
+            loose.setdefault(digests[i].tobytes(), some[i])
+    for packs, numbers in zip(self.packs, used):
+        self.verify(packs, sorted(numbers), progress)
+    files = [d for d in map(as_digest, loose) if self.file_of(d).exists()]
+    for digest in tqdm(files, desc="stored codes", unit="clip", disable=not (progress and files)):
+        self.stored(digest)
+    return count, loose
+
+# %% ../../nbs/data/15_code_store.ipynb #d5031b23
 @patch
 def encode_all(
     self: CodeStore,
     audios: Iterable[Audio],
     progress: bool = True,  # print what is encoded, and a bar in seconds of sound
     workers: int = 0,  # recordings at a time; 0: as many as codec and machine allow
+    scheduler: str = "",  # address of a Dask scheduler whose workers encode; empty: this machine
 ) -> dict[str, int]:
-    """Make sure that the codes of all recordings are stored; counts the `clips`, `hits` and
-    `misses` of this call. Codes are the same for every number of `workers`.
+    """Make sure that the codes of all recordings are stored, and put them into packs; counts the
+    `clips`, `hits` and `misses` of this call. Packs are the same for every number of `workers`.
     """
-    audios = list(audios)
-    clips = {self.path(audio): audio for audio in audios}
+    self.refresh()
+    count, loose = self.read_stored(audios, progress)
+    clips = {self.file_of(as_digest(digest)): audio for digest, audio in loose.items()}
     new = {path: audio for path, audio in clips.items() if not path.exists()}
-    stored = [path for path in clips if path not in new]
-    for path in tqdm(stored, desc="stored codes", unit="clip", disable=not (progress and stored)):
-        self.remember(path, self.read(path))
-    if new:
-        self.encode_new(new, len(clips), progress, workers)
-    hits = len(audios) - len(new)
+    encoded = self.encode_new(new, count, progress, workers, scheduler) if new else iter(())
+    writable = os.access(self.new_folder, os.W_OK)
+    ours = [path for path in clips if writable and path.parent == self.new_folder]
+    for part in (ours[k : k + self.per_pack] for k in range(0, len(ours), self.per_pack)):
+        list(islice(encoded, sum(path in new for path in part)))
+        self.pack([bytes.fromhex(path.stem) for path in part])
+    next(encoded, None)  # ends what encoded
+    if writable:
+        self.remove_packed()
+        self.packs[-1].save_index()
+        self.digests.save()
+    hits = count - len(new)
     self.hits += hits
     self.misses += len(new)
-    return dict(clips=len(audios), hits=hits, misses=len(new))
+    return dict(clips=count, hits=hits, misses=len(new))
+
+# %% ../../nbs/data/15_code_store.ipynb #0fd1de27
+def frames_of(recordings: Sequence[Audio], store) -> np.ndarray:
+    "Frames (recordings,) int64 of each, from an object with `frames`, or with `get` alone."
+    if hasattr(store, "frames"):
+        return store.frames(recordings)
+    return np.array([store.get(audio).shape[1] for audio in recordings], np.int64)
 
 # %% ../../nbs/data/15_code_store.ipynb #ae998e4a
 class Codes:
@@ -289,3 +456,13 @@ class Codes:
     def get(self, audio: Audio) -> Tensor:
         "Codes (codebooks, frames) int64 of a recording."
         return self.codes[audio.path] if audio.path in self.codes else self.store.get(audio)
+
+    def frames(self, recordings: Sequence[Audio]) -> np.ndarray:
+        "Frames (recordings,) int64 of each."
+        lengths = np.zeros(len(recordings), np.int64)
+        others = [i for i, audio in enumerate(recordings) if audio.path not in self.codes]
+        if others:
+            lengths[others] = frames_of([recordings[i] for i in others], self.store)
+        for i in set(range(len(recordings))) - set(others):
+            lengths[i] = self.codes[recordings[i].path].shape[1]
+        return lengths

@@ -163,8 +163,11 @@ def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
     optimal number of rows, plus one).
     """
     rows, rooms = [], []
+    row, last = 0, None
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, room in enumerate(rooms) if room >= lengths[i]), len(rows))
+        first = row if lengths[i] == last else 0  # rows before it have no room for as many
+        last = lengths[i]
+        row = next((r for r in range(first, len(rows)) if rooms[r] >= last), len(rows))
         if row == len(rows):
             rows.append([])
             rooms.append(budget)
@@ -241,6 +244,8 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         "The batches of an epoch, the same number in every epoch."
         order, rng = self.permutation(epoch)
         rows = self.pack(order)
+        if epoch == 0:
+            self.count = len(rows)
         if len(rows) > len(self):
             rows = self.pack(self.permutation(0)[0])
         while len(rows) < len(self):

@@ -10,6 +10,7 @@ import re
 import stat
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 
 from ..core.events import tqdm
 from .conversation import Audio, Conversation, Text, parts_of
@@ -18,6 +19,7 @@ from .corpus_files import BRING_BACK, file_meant
 from .keys import plain_key
 from .measure import AudioRow, AudioStats, CorpusReport, measure_audio
 from .problems import CorpusError, Problem, collect_problems, corpus_error
+from .recording_digests import in_threads
 
 # %% auto #0
 __all__ = ['Measured', 'speakers_without_mark', 'check_corpus']
@@ -43,7 +45,8 @@ def _check_recording(audio: Audio) -> None:
         raise corpus_error(what, "name a recording")
 
 # %% ../../nbs/data/12_corpus_check.ipynb #5611d7ab
-Measured = dict[Audio, AudioStats | None]  # None: the recording is wrong, and was named
+# what was measured; an error that is still to be raised; None: it was, and the recording is named
+Measured = dict[Audio, AudioStats | CorpusError | None]
 
 
 def _stated_duration(c: Conversation) -> float | None:
@@ -68,15 +71,25 @@ def _check_duration(c: Conversation, measured: Measured) -> None:
         remedy = "cut the recording to that part, or correct the duration"
         raise corpus_error(f"{what}is only a part meant?", remedy)
 
+# %% ../../nbs/data/12_corpus_check.ipynb #37db9471
+def _measure_or_error(audio: Audio, max_duration_s: float | None) -> AudioStats | CorpusError:
+    "What was measured on a recording, or why it cannot be used."
+    try:
+        _check_recording(audio)
+        return measure_audio(audio, max_duration_s)
+    except CorpusError as error:
+        return error
+
 # %% ../../nbs/data/12_corpus_check.ipynb #de86e763
 def _measure_once(
     audio: Audio, measured: Measured, max_duration_s: float | None
 ) -> AudioStats | None:
     "What was measured on a recording. `CorpusError` the first time that it cannot be read."
     if audio not in measured:
-        measured[audio] = None
-        _check_recording(audio)
-        measured[audio] = measure_audio(audio, max_duration_s)
+        measured[audio] = _measure_or_error(audio, max_duration_s)
+    if isinstance(measured[audio], CorpusError):
+        error, measured[audio] = measured[audio], None
+        raise error
     return measured[audio]
 
 # %% ../../nbs/data/12_corpus_check.ipynb #0a65aaf4
@@ -144,6 +157,16 @@ def _no_targets(conversations: list[Conversation]) -> Iterator[Problem]:
         what = f"none of the {len(conversations)} conversations has a recording to train on"
         yield Problem(what, "add a recording to an assistant turn at or after start_index")
 
+# %% ../../nbs/data/12_corpus_check.ipynb #a097d344
+def _measure_all(
+    conversations: list[Conversation], max_duration_s: float | None, progress: bool
+) -> Measured:
+    "What was measured on every recording, or the error that it raises."
+    recordings = list(dict.fromkeys(audio for c in conversations for audio in c.audio))
+    read = in_threads(partial(_measure_or_error, max_duration_s=max_duration_s), recordings)
+    bar = dict(desc="checking", unit=" recordings", total=len(recordings), disable=not progress)
+    return dict(zip(recordings, tqdm(read, **bar)))
+
 # %% ../../nbs/data/12_corpus_check.ipynb #2d274648
 def check_corpus(
     conversations: list[Conversation],  # as `load_corpus` gives them
@@ -156,8 +179,8 @@ def check_corpus(
     """
     problems = structure_problems(conversations)
     rows = []
-    measured = {}
-    for c in tqdm(conversations, desc="checking", unit=" conversations", disable=not progress):
+    measured = _measure_all(conversations, max_duration_s, progress)
+    for c in conversations:
         with collect_problems(problems, c.source, c.id):
             rows += _rows_of(c, measured, problems, max_duration_s)
             _check_duration(c, measured)

@@ -15,17 +15,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import psutil
 
+from ..core.messages import shown
 from .codec import Codec
 
 # %% auto #0
 __all__ = ['SECONDS_PER_PROCESS', 'BYTES_PER_PROCESS', 'cores', 'number_of_workers', 'in_order', 'end_with', 'start_encoder',
-           'encode_here', 'process_pool', 'encoders']
+           'encode_here', 'process_pool', 'unpickled', 'encode_there', 'dask_client', 'dask_pool', 'encoders']
 
 # %% ../../nbs/data/25_encoders.ipynb #2f395569
 SECONDS_PER_PROCESS = 30  # of sound
@@ -119,22 +121,88 @@ def process_pool(
             pool.shutdown(cancel_futures=True)
             lifeline.close()
 
+# %% ../../nbs/data/25_encoders.ipynb #1dec67a9
+@cache
+def unpickled(file: str):  # inside the folder of codes, written by `dask_pool`
+    "The store in a file, and a lock for codecs that take one recording at a time."
+    return pickle.loads(Path(file).read_bytes()), threading.Lock()
+
+
+def encode_there(file: str, alone: bool, audio, path: Path):
+    "`CodeStore.encode` on a worker of Dask; codes that are there already are read."
+    store, lock = unpickled(file)
+    with lock if alone else nullcontext():
+        return store.read(path) if path.exists() else store.encode(audio, path)
+
+# %% ../../nbs/data/25_encoders.ipynb #3747c709
+def dask_client(address: str):  # such as tcp://10.0.0.1:8786
+    "A client of a Dask scheduler; `ValueError` if there is none, or it has no workers."
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ValueError("scheduler needs Dask: pip install 'higgs_nb[dask]'") from error
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, TimeoutError, ValueError) as error:
+        what = f"no Dask scheduler answers at {shown(address)} ({error})"
+        remedy = "start one with `dask scheduler`, and give the address that it prints"
+        raise ValueError(f"{what}: {remedy}") from error
+    if not client.nthreads():
+        client.close()
+        remedy = f"start some with `dask worker {shown(address)} --nthreads 1`"
+        raise ValueError(f"the Dask scheduler at {shown(address)} has no workers: {remedy}")
+    return client
+
+# %% ../../nbs/data/25_encoders.ipynb #8063fb35
+@contextmanager
+def dask_pool(
+    store,  # a `CodeStore` that can be pickled, in a folder that all workers see
+    concurrency: str,  # of its codec
+    address: str,  # of the scheduler
+) -> Iterator[tuple[Callable[..., Future], int, str]]:
+    "As `encoders`, on the workers of a Dask scheduler."
+    with (
+        dask_client(address) as client,
+        tempfile.TemporaryDirectory(prefix=".tasks-", dir=store.new_folder) as folder,
+    ):
+        file = Path(folder).absolute() / "store.pkl"
+        file.write_bytes(pickle.dumps(store))
+        threads = sum(client.nthreads().values())
+        how = f"by {len(client.nthreads())} workers of the Dask scheduler at {shown(address)}"
+        alone = concurrency != "threads"
+        task = partial(client.submit, encode_there, str(file), alone, pure=False, retries=2)
+
+        def submit(audio, path: Path) -> Future:
+            if audio.path is not None:  # a worker has another current directory
+                audio = replace(audio, path=os.path.abspath(audio.path))
+            return task(audio, path.absolute())
+
+        yield submit, 4 * threads, how
+
 # %% ../../nbs/data/25_encoders.ipynb #009ca745
 @contextmanager
 def encoders(
     store,  # a `CodeStore`
     concurrency: str,  # of its codec
     workers: int,  # see `number_of_workers`
-) -> Iterator[tuple[Callable[..., Future], str]]:
-    "Within `with`, a function that starts `store.encode` with its arguments; and how, in words."
+    scheduler: str = "",  # address of a Dask scheduler; empty: this machine
+) -> Iterator[tuple[Callable[..., Future], int, str]]:
+    """Within `with`, a function that starts `store.encode` with its arguments, how many recordings
+    to start ahead, and how it is done, in words.
+    """
+    if scheduler:
+        with dask_pool(store, concurrency, scheduler) as pool:
+            yield pool
+        return
     device = getattr(store.codec, "device", "cpu")
     if concurrency == "processes" and workers > 1:
         with process_pool(store, workers) as pool:
-            yield partial(pool.submit, encode_here), f"in {workers} processes on {device}"
+            how = f"in {workers} processes on {device}"
+            yield partial(pool.submit, encode_here), 4 * workers, how
         return
     how = f"in {workers} threads on {device}" if workers > 1 else f"one at a time on {device}"
     with ThreadPoolExecutor(workers) as pool:
         try:
-            yield partial(pool.submit, store.encode), how
+            yield partial(pool.submit, store.encode), 4 * workers, how
         finally:
             pool.shutdown(cancel_futures=True)

@@ -5,7 +5,7 @@
 # %% ../../nbs/data/19_samples.ipynb #772ac999
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from .audio import load_audio
 from .blocks import write_prompt
 from .conversation import Audio, Conversation
 from .delay import IGNORE, delay_pattern
+from .lengths import sample_lengths
 from .prompt import AudioTokens
 from higgs_nb.data.whisper_inputs import (
     at_rate,
@@ -274,7 +275,8 @@ class SampleDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        conversations: list[Conversation],  # as `load_corpus` gives them
+        # as `load_corpus` gives them, or a `CorpusTable`, of which each is made when asked for
+        conversations: Sequence[Conversation],
         tokenizer,  # a fast tokenizer with the special tokens of its family
         store,  # gives the codes of recordings: a `CodeStore`
         tokens: AudioTokens,  # placeholders, BOS and EOS of the model
@@ -282,7 +284,10 @@ class SampleDataset(torch.utils.data.Dataset):
         extractor: WhisperFeatureExtractor | None = None,  # of the model, if it has a tower
         audio_in_codes: bool = True,  # False: references have no codes
     ):
-        self.conversations = list(conversations)
+        is_made_on_demand = isinstance(conversations, Sequence) and not isinstance(
+            conversations, (list, tuple)
+        )
+        self.conversations = conversations if is_made_on_demand else list(conversations)
         self.tokenizer = tokenizer
         self.store = store
         self.tokens = tokens
@@ -301,5 +306,15 @@ class SampleDataset(torch.utils.data.Dataset):
 
     @cached_property
     def lengths(self) -> list[int]:
-        "Tokens of every sample, rows of codes included."
-        return [len(self[i]) for i in range(len(self))]
+        "Tokens of every sample, rows of codes included, see `sample_lengths`."
+        if not self.has_counted_frames:
+            return [len(self[i]) for i in range(len(self))]
+        if len(self):
+            self[0]  # raises an error if the codes are not for this model
+        options = (self.tokenizer, self.store, self.tokens, self.delay)
+        return sample_lengths(self.conversations, *options).tolist()
+
+    @property
+    def has_counted_frames(self) -> bool:
+        "Whether lengths follow from numbers of frames, which the store has, and words alone."
+        return hasattr(self.store, "frames") and self.audio_in_codes and self.extractor is None

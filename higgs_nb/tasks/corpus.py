@@ -5,6 +5,7 @@
 # %% ../../nbs/tasks/03_corpus.ipynb #a2a11516
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..cli.directory import reading
+from ..core.files import file_sha256
 from ..core.messages import cut_list, plain_text
 from ..data.audio import load_audio
 from ..data.code_store import CodeStore, check_prepared
@@ -19,6 +21,7 @@ from ..data.conversation import Audio, Conversation
 from ..data.corpus import conversations_of, corpus_rows, embedded_corpus, load_corpus
 from ..data.corpus_check import CorpusReport, check_corpus
 from ..data.corpus_split import split_corpus
+from ..data.corpus_table import TABLE_FILE, CorpusTable, in_columns
 from ..data.formats import RowList, local_path
 from ..data.mixture import weighted
 from ..data.row_table import Choice, RowTable
@@ -28,8 +31,9 @@ from .settings import Settings
 from ..view.plots import plot_codes, plot_waveform
 
 # %% auto #0
-__all__ = ['NOTHING_HELD', 'learned_recording', 'digests_of', 'keep_apart', 'with_references', 'RunCorpus', 'check_sides',
-           'chosen_columns', 'rows_of_run', 'read_corpus', 'open_store', 'plot_clip']
+__all__ = ['TABLE_FROM', 'NOTHING_HELD', 'learned_recording', 'digests_of', 'keep_apart', 'with_references', 'spoken',
+           'large_table', 'TableReport', 'read_table', 'RunCorpus', 'check_sides', 'chosen_columns', 'rows_of_run',
+           'read_corpus', 'open_store', 'plot_clip']
 
 # %% ../../nbs/tasks/03_corpus.ipynb #c9726201
 def learned_recording(conversation: Conversation) -> Audio | None:
@@ -67,30 +71,90 @@ def with_references(conversations: list[Conversation]) -> list[Conversation]:
     "The conversations, with the assistant's first turns learned as well."
     return [replace(c, start_index=0) for c in conversations]
 
+# %% ../../nbs/tasks/03_corpus.ipynb #5eeff5e3
+def spoken(conversations: Sequence[Conversation]) -> Sequence[Conversation]:
+    "Those of some conversations that have a recording to learn."
+    if not isinstance(conversations, CorpusTable):
+        return [c for c in conversations if learned_recording(c)]
+    forms = [form for part in conversations.column("form") for form in part.to_pylist()]
+    first = {form: i for i, form in reversed(list(enumerate(forms)))}
+    has = {form: bool(learned_recording(conversations[i])) for form, i in first.items()}
+    return conversations.part(np.array([i for i, form in enumerate(forms) if has[form]], int))
+
+# %% ../../nbs/tasks/03_corpus.ipynb #1755ad08
+TABLE_FROM = 20_000  # conversations
+
+
+def large_table(settings: Settings) -> CorpusTable | None:
+    "The table of a large corpus that `prepare` made; None for every other corpus."
+    path, source = Path(settings.data) / TABLE_FILE, Path(settings.data) / "metadata.json"
+    if settings.learn_references or settings.values.get("weights"):
+        return None  # these choose among conversations, which takes all of them
+    if not path.is_file() or not source.is_file():
+        return None
+    table = CorpusTable(path)
+    if len(table) < TABLE_FROM:
+        return None
+    if table.metadata.get("of") != file_sha256(source):
+        print(f"{source} has changed since {path.name} was made of it, so all of it is read")
+        return None
+    return table
+
+# %% ../../nbs/tasks/03_corpus.ipynb #ff035c53
+@dataclass(repr=False)
+class TableReport:
+    "What is known of a corpus that `prepare` has checked."
+
+    table: CorpusTable
+
+    def plot(self, ax=None):
+        "The histogram of the lengths of texts, of up to 10,000 conversations."
+        if ax is None:
+            _, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
+        step = max(1, len(self.table) // 10_000)
+        ax.hist([len(c.transcript) for c in self.table[::step]], bins=40)
+        ax.set(xlabel="characters of a transcript", ylabel="conversations")
+        return ax
+
+    def __repr__(self):
+        return f"{len(self.table):,} conversations, checked when they were prepared"
+
+    def _repr_html_(self):
+        return f"<pre>{self}</pre>"
+
+
+def read_table(table: CorpusTable, settings: Settings) -> RunCorpus:
+    "The corpus of a run from a table, divided as `prepare` has done it."
+    limit = settings.max_clips or None
+    train, held = (table.side(split)[:limit] for split in ("train", "held_out"))
+    return RunCorpus(train, held, TableReport(table), settings.max_duration_s)
+
 # %% ../../nbs/tasks/03_corpus.ipynb #a0335a55
 @dataclass
 class RunCorpus:
     "The conversations of a run, and what the check found."
 
-    train: list[Conversation]
-    held: list[Conversation]  # held out
-    report: CorpusReport
+    train: Sequence[Conversation]  # a list, or a part of a `CorpusTable`
+    held: Sequence[Conversation]  # held out
+    report: CorpusReport | TableReport
     max_duration_s: float  # longest recording
 
     @property
-    def spoken_train(self) -> list[Conversation]:
+    def spoken_train(self) -> Sequence[Conversation]:
         "Those to train on that have a recording."
-        return [c for c in self.train if learned_recording(c)]
+        return spoken(self.train)
 
     @property
-    def spoken_held(self) -> list[Conversation]:
+    def spoken_held(self) -> Sequence[Conversation]:
         "Those held out that have a recording."
-        return [c for c in self.held if learned_recording(c)]
+        return spoken(self.held)
 
     @property
-    def recordings(self) -> list[Audio]:
+    def recordings(self) -> Iterator[Audio]:
         "All recordings, those of prompts included."
-        return [audio for c in self.train + self.held for audio in c.audio]
+        for side in (self.train, self.held):
+            for columns in in_columns(side):
+                yield from columns.recordings
 
     def wave_of(self, conversation: Conversation) -> np.ndarray:
         "The learned recording of a conversation, (samples,) at 24 kHz."
@@ -99,8 +163,9 @@ class RunCorpus:
     def typical(self, store: CodeStore) -> Conversation:
         "A conversation of about three seconds, held out if there are any."
         clips = self.spoken_held or self.spoken_train
-        frames = [store.get(learned_recording(c)).shape[1] for c in clips]
-        return clips[int(np.argmin(np.abs(np.array(frames) - 75)))]
+        clips = clips[:1000] if isinstance(clips, CorpusTable) else clips
+        frames = store.frames([learned_recording(c) for c in clips])
+        return clips[int(np.argmin(np.abs(frames - 75)))]
 
     def __repr__(self):
         sides = f"{len(self.train)} conversations to train on, {len(self.held)} held out"
@@ -165,6 +230,8 @@ def read_corpus(
     if settings.data:
         reading(source)  # `prepare` does not replace it meanwhile
         check_prepared(source, inputs.codec, inputs.codec_name)
+        if table := large_table(settings):
+            return check_sides(read_table(table, settings))
     rows = rows_of_run(settings, source)
     conversations = conversations_of(rows, rows.path, settings.allow_outside, settings.scene)
     report = check_corpus(conversations, max_duration_s=settings.max_duration_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ from ..model.loss import target_counts
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'NO_TOWER', 'NO_WAVEFORMS', 'Shard', 'CollateOrBlank', 'make_collator', 'make_loader', 'hears_something',
-           'check_hearing', 'supervised_cells', 'with_wrong_codes']
+__all__ = ['logger', 'NO_TOWER', 'NO_WAVEFORMS', 'Shard', 'CollateOrBlank', 'make_collator', 'Ids', 'make_loader',
+           'hears_something', 'check_hearing', 'supervised_cells', 'with_wrong_codes']
 
 # %% ../../nbs/training/06_batches.ipynb #ef6ee120
 class Shard(torch.utils.data.Sampler):
@@ -71,6 +72,19 @@ def make_collator(dataset) -> PackedCollator:
     "Makes packed batches of samples of a `SampleDataset`."
     return PackedCollator(dataset.tokens, dataset.extractor)
 
+# %% ../../nbs/training/06_batches.ipynb #ed37661e
+class Ids(Sequence):
+    "The ids of conversations, each looked up when it is asked for: in an error."
+
+    def __init__(self, conversations):
+        self.conversations = conversations
+
+    def __len__(self):
+        return len(self.conversations)
+
+    def __getitem__(self, index):
+        return self.conversations[index].id
+
 # %% ../../nbs/training/06_batches.ipynb #78ad0e78
 def make_loader(
     dataset,  # a `SampleDataset`
@@ -80,7 +94,7 @@ def make_loader(
 ) -> torch.utils.data.DataLoader:
     "This process's packed batches; their order depends on the seed and the epoch alone."
     seed = args.seed if args.data_seed is None else args.data_seed
-    ids = [c.id for c in dataset.conversations]
+    ids = Ids(dataset.conversations)
     sampler = PackedBatchSampler(dataset.lengths, args.token_budget, seed, shuffle, ids=ids)
     return torch.utils.data.DataLoader(
         dataset,

@@ -1,0 +1,121 @@
+"""What a table and packs give is what lists and single files gave: the same samples, lengths,
+batches and first batch, at ten thousand rows.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script
+
+from higgs_nb.data.code_store import CodeStore
+from higgs_nb.data.collator import PackedBatchSampler, PackedCollator
+from higgs_nb.data.corpus import load_corpus
+from higgs_nb.data.corpus_table import CorpusTable
+from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.samples import SampleDataset
+from higgs_nb.tasks import corpus as corpus_tasks
+from higgs_nb.tasks.settings import Settings
+from higgs_nb.training.batches import Ids, Shard
+
+ROWS = 10_000
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "The corpus of benchmarks/corpus.py."
+    module = load_script("corpus")
+    module.FRAMES = 5
+    folder = tmp_path_factory.mktemp("corpus")
+    module.make_corpus(folder, ROWS)
+    return module, folder
+
+
+@pytest.fixture(scope="module")
+def both(made):
+    "The data set from a table, and the reference in memory."
+    module, folder = made
+    tokenizer = byte_tokenizer()
+    tokens = AudioTokens.from_tokenizer(tokenizer, 1024, 8)
+    store = CodeStore(folder / "codes", module.NoCodec())
+    _, table = module.open_table(folder)
+    _, listed = module.open_json(folder)
+    table = SampleDataset(table, tokenizer, store, tokens)
+    return table, SampleDataset(listed, tokenizer, module.OnlyGet(store), tokens)
+
+
+def test_conversations_are_the_same(both):
+    table, listed = both
+    assert len(table) == len(listed) == ROWS - ROWS // 100
+    assert list(table.conversations) == listed.conversations
+    assert list(Ids(table.conversations)) == [c.id for c in listed.conversations]
+
+
+def test_lengths_and_the_order_of_every_epoch_are_the_same(both):
+    table, listed = both
+    assert table.has_counted_frames and not listed.has_counted_frames
+    assert table.lengths == listed.lengths
+    samplers = [PackedBatchSampler(data.lengths, 2048, seed=3) for data in both]
+    for epoch in (0, 1, 5):
+        assert samplers[0].batches(epoch) == samplers[1].batches(epoch)
+    for rank in range(3):
+        shards = [Shard(sampler, rank, 3) for sampler in samplers]
+        assert list(shards[0]) == list(shards[1])
+
+
+def test_the_first_batch_is_the_same(both):
+    collate = PackedCollator(both[0].tokens)
+    rows = PackedBatchSampler(both[0].lengths, 2048, seed=3).batches(0)[0]
+    a, b = (collate([data[i] for i in rows]) for data in both)
+    for key, value in a.items():
+        assert torch.equal(value, b[key]) if torch.is_tensor(value) else value == b[key], key
+
+
+def test_a_table_is_shared_by_processes_and_not_copied(both):
+    "What goes to a worker of a data loader is the path and the numbers of the rows."
+    state = both[0].conversations.__getstate__()
+    assert set(state) == {"path", "rows"}
+    again = object.__new__(CorpusTable)
+    again.__setstate__(state)
+    assert np.array_equal(again.rows, both[0].conversations.rows)
+    assert again[5] == both[0].conversations[5]
+    store = both[0].store.packs[0].__getstate__()
+    assert set(store) == {"folder", "fingerprint"}
+
+
+def test_load_corpus_reads_the_same_rows(made):
+    "The table is of `metadata.json`, row by row."
+    _, folder = made
+    table = CorpusTable(folder / "corpus.arrow")
+    corpus = load_corpus(folder)
+    assert len(table) == len(corpus)
+    assert all(a == b for a, b in zip(table[::97], corpus[::97], strict=True))
+
+
+def test_a_run_opens_a_large_corpus_by_its_table(made, monkeypatch, capsys):
+    "No recording is read, none is held in memory, and a changed metadata.json is noticed."
+    module, folder = made
+    given = dict(data=str(folder), learn_references=False, max_clips=0, max_duration_s=30.0)
+    settings = Settings("train", given, dict.fromkeys(given, "given"))
+    inputs = SimpleNamespace(codec=module.NoCodec(), codec_name="made up")
+    assert corpus_tasks.large_table(settings) is None, "so small a corpus is read"
+    monkeypatch.setattr(corpus_tasks, "TABLE_FROM", ROWS)
+    corpus = corpus_tasks.read_corpus(settings, inputs)
+    assert isinstance(corpus.train, CorpusTable) and isinstance(corpus.spoken_train, CorpusTable)
+    assert (len(corpus.spoken_train), len(corpus.spoken_held)) == (9900, 100)
+    store = CodeStore(folder / "codes", module.NoCodec())
+    assert store.encode_all(corpus.recordings, False) == dict(clips=ROWS, hits=ROWS, misses=0)
+    assert corpus.typical(store) in list(corpus.held)
+    few = corpus_tasks.read_table(corpus.report.table, replace_values(settings, max_clips=7))
+    assert (len(few.train), len(few.held)) == (7, 7)
+    with open(folder / "metadata.json", "a") as file:
+        file.write(" ")
+    assert corpus_tasks.large_table(settings) is None
+    assert "metadata.json has changed since corpus.arrow was made of it" in capsys.readouterr().out
+
+
+def replace_values(settings, **values):
+    "Settings with other values."
+    given = settings.values | values
+    return Settings("train", given, dict.fromkeys(given, "given"))

@@ -213,13 +213,15 @@ class FollowedRun:
         name: str,  # of the notebook
         out: Path,  # directory of the run
         verbose: bool = False,  # everything goes to the terminal as well
+        is_first: bool = True,  # of several processes; the others are shown in their logs alone
     ):
         self.out = out
         self.file = out / f"{name}.log"
         self.verbose = verbose
         self.name = name
         self.screen = Screen(sys.stderr)
-        self.is_shown = not verbose
+        self.is_first = is_first
+        self.is_shown = is_first and not verbose
         self.log = self.reader = self.handlers = None
         self.lock = threading.Lock()
         self.ended = threading.Event()

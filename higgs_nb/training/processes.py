@@ -103,7 +103,9 @@ def of_every_process(value) -> list:
     return values
 
 # %% ../../nbs/training/02_processes.ipynb #dba04d71
-def on_first_process(action: Callable[[], object]):
+def on_first_process(
+    action: Callable[[], object],  # its result has to be plain data
+):
     """Run `action` in the first process alone and return its result everywhere; its
     `CheckpointError` is raised in every process.
     """

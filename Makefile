@@ -12,7 +12,7 @@ quote = '$(subst ','\'',$(1))'
 TOOLS = $(call quote,$(BIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help train codec base test test-bits test-newest test-released test-gpu bench-gpu test-browser lint lab docs bench scores prepare readme clean
+.PHONY: help train codec base test test-bits test-newest test-released test-llama test-gpu bench-gpu test-browser lint lab docs bench scores prepare readme clean
 
 define HELP
 make train         train an adapter on the recordings in the package; runs/train holds it and the executed notebook
@@ -22,6 +22,7 @@ make test          run every test and every notebook
 make test-bits     test quantised bases and 8-bit optimizers, with bitsandbytes beside the virtual environment
 make test-newest   test with the newest transformers, peft and accelerate that settings.ini allows
 make test-released train the released configuration with random weights: 7 minutes, 24 GB of memory, 14 GB of disk
+make test-llama    take the road of the released model with the tokenizer of Llama 3, which npm fetches
 make test-gpu      test what only a GPU can show, the memory plan against its allocator included
 make bench-gpu     measure training, generation and codec on a GPU of 40 GB or more, in 8 minutes
 make test-browser  test the site and the widgets in a headless Chromium; needs chromium, node and npm
@@ -95,6 +96,10 @@ test-newest: settings.ini setup.py $(CONSTRAINTS)
 
 test-released: $(SETUP)
 	$(TOOLS)/pytest -s -m released tests/test_released.py $(ARGS)
+
+# The tokenizer is under the Llama Community License: npm brings it into ~/.cache, never into the repository.
+test-llama: $(SETUP) $(CODEC)/torchaudio
+	OMP_NUM_THREADS=1 PYTHONPATH="$$(mkdir -p $(CODEC) && cd $(CODEC) && pwd)" $(TOOLS)/pytest -m llama tests/test_released_road.py $(ARGS)
 
 # What is installed for the GPU: CONSTRAINTS= takes the newest torch, a constraint file of your own another one.
 test-gpu: $(SETUP)

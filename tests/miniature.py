@@ -21,9 +21,11 @@ from higgs_nb.model.model import tiny_config
 SIZES = dict(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=96)
 
 
-def write_base(folder, codec=None):
-    "A base as transformers saves it; `codec`: a folder, which its processor names."
-    tokenizer = byte_tokenizer()
+def write_base(folder, codec=None, tokenizer=None):
+    """A base as transformers saves it; `codec`: a folder, which its processor names; `tokenizer`:
+    another one than that of bytes.
+    """
+    tokenizer = tokenizer or byte_tokenizer()
     config = tiny_config(tokenizer, **SIZES)
     torch.manual_seed(0)
     model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)

@@ -14,23 +14,26 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, load_script
-from transformers import HiggsAudioV2Config
+from transformers import HiggsAudioV2Config, WhisperConfig
 
 from higgs_nb.cli.notebooks import parameters_of
-from higgs_nb.cli.plan import main, plan_of, plan_values
+from higgs_nb.cli.plan import MPS, main, plan_of, plan_values
 from higgs_nb.model.lora import HEADS, create_lora_config
 from higgs_nb.training.advice import advice, as_parameters, changes, check_plan
-from higgs_nb.training.cards import budget_line, compare_cards, largest_budget
+from higgs_nb.training.cards import CardTable, budget_line, compare_cards, largest_budget
 from higgs_nb.training.counter import KINDS, MemoryCounter
-from higgs_nb.training.plan import plan_training
+from higgs_nb.training.plan import host_and_disk, plan_training, schedule
 from higgs_nb.training.planned_base import RELEASED, plan_config, released_config
-from higgs_nb.training.planned_model import StepSettings
+from higgs_nb.training.planned_model import StepSettings, check_settings
 from higgs_nb.training.simulate import simulate, simulate_layers
 
 
 @pytest.fixture(scope="module")
 def measured():
-    return load_script("plan")
+    "The benchmark, which its processes find by its name."
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield load_script("plan")
+    sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,8 @@ def measured():
         "accumulated",
         "rank 64, dropout",
         "long, bf16, recomputed",
+        "Whisper tower",
+        "two processes",
     ],
 )
 def test_the_plan_is_what_a_run_allocates(measured, name):
@@ -61,6 +66,74 @@ def test_a_look_at_held_out_data_is_planned(measured):
     look, step = (measured.compare(config, settings, evaluate=e) for e in (True, False))
     assert look["measured"] > 1.2 * step["measured"] and look["planned"] > 1.2 * step["planned"]
     assert -0.05 < look["off"] < 0.1, look  # the probe leaves out frames at the ends of clips
+
+
+def test_a_divided_base_is_planned(measured):
+    """Two processes that exchange layers through gloo: a layer's buffers more or less, and far from
+    what a whole base takes.
+    """
+    config, settings = measured.CASES["two processes, divided"]
+    settings = replace(settings, token_budget=512)
+    row = measured.compare(config, settings)
+    assert -0.05 < row["off"] < 0.1, row
+    divided, whole = (
+        simulate(config, replace(settings, sharding=sharding))["start"]["weights"]
+        for sharding in (True, False)
+    )
+    layers = sum(p.numel() * 4 for name, p in measured.frozen_layers(config))
+    assert whole - divided == pytest.approx(layers / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(sharding=True), "--processes 2"),
+        (dict(sharding=True, processes=2, bits=4), "4 or 8 bits cannot be divided"),
+        (dict(sharding=True, processes=2, lora=None), "trained as a whole cannot be divided"),
+        (dict(processes=0), "at least 1"),
+    ],
+)
+def test_what_cannot_be_divided_is_an_error(changes, message):
+    settings = replace(StepSettings(create_lora_config(r=4)), **changes)
+    with pytest.raises(ValueError, match=message):
+        check_settings(settings)
+
+
+def test_several_processes_of_the_released_model():
+    "Each holds the gradients once more, and half the layers if two divide them; advice says so."
+    plan = plan_training("released", create_lora_config(r=16))
+    two = plan.with_settings(processes=2)
+    divided = two.with_settings(sharding=True)
+    trained = plan.breakdown["adapters"]
+    assert two.peak - plan.peak == pytest.approx(trained, rel=1e-3)
+    assert two.peak - divided.peak > 3.5e9
+    available = divided.needs + 1
+    assert dict(sharding=True) in [change for change, _ in changes(two, available)]
+    assert not any("sharding" in change for change, _ in changes(plan, available))
+    assert host_and_disk(two)["loading"] == 2 * host_and_disk(plan)["loading"]
+    steps = [schedule(p, hours=10)["steps"] for p in (plan, two)]
+    assert steps[0] == pytest.approx(2 * steps[1], abs=1) and "divided among" in str(divided)
+
+
+def test_a_tower_is_planned(tmp_path):
+    "Its weights, and the projector, which is trained."
+    sizes = dict(d_model=64, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=128)
+    WhisperConfig(**sizes, decoder_layers=1, vocab_size=99).save_pretrained(tmp_path)
+    values = [["whisper", str(tmp_path)], ["device", "cpu"]]
+    plan, without = (plan_of("tiny", plan_values("tiny", given)) for given in (values, values[1:]))
+    assert plan.stages["start"]["weights"] > without.stages["start"]["weights"] + 100_000
+    projector = 2 * (64 + 1) * plan.config.hidden_size
+    adapters = [p.stages["start"]["adapters"] for p in (plan, without)]
+    assert adapters[0] - adapters[1] >= projector
+
+
+def test_what_is_known_of_mps_is_said(capsys, monkeypatch):
+    monkeypatch.setattr("higgs_nb.cli.plan.compare_cards", lambda plan: CardTable({}, {}))
+    assert main(["tiny", "-p", "device=mps"]) == 0
+    said = capsys.readouterr().out
+    assert MPS in said and "fp32" in said and "on the CPU" in said
+    values = plan_values("tiny", [["device", "mps"]])
+    assert plan_of("tiny", values).settings.precision == "fp32"
 
 
 def total(kinds):
@@ -190,6 +263,8 @@ def test_the_command_needs_a_config_alone(tmp_path):
         (["small", "-p", "targets=nothing"], "matches nothing"),
         (["small", "-p", "bits=5"], "choose 0 or 4 or 8"),
         (["released", "-p", "optimizer=sgd"], "optimizer"),
+        (["small", "-p", "sharding=True"], "higgs_plan --processes 2"),
+        (["small", "-p", "device=xpu"], "small token_budget"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_line(words, expected, capsys, monkeypatch):

@@ -20,10 +20,11 @@ from .manifest import MODEL_FILE, tensor_table
 from .whole_model import SHARD, index_text
 from .writing import Content, Deferred, drop_from_cache, dtype_name
 from ..core.files import load_json, within
+from ..core.messages import cut_list
 
 # %% auto #0
 __all__ = ['DTYPES', 'ONE_FILE', 'INDEX', 'PATTERNS', 'dtypes_by_name', 'read_tensor', 'stored_tensors', 'weight_names',
-           'model_tensors', 'model_folder', 'weight_files']
+           'check_weights', 'model_tensors', 'model_folder', 'weight_files']
 
 # %% ../../nbs/checkpoint/15_stored.ipynb #16f435df
 DTYPES = (
@@ -101,6 +102,21 @@ def weight_names(folder: Path) -> list[str]:
         return [ONE_FILE]
     remedy = f"give a folder with {ONE_FILE}, or with {INDEX} and the files that it names"
     raise CheckpointError("it holds no weights in safetensors", folder, remedy=remedy)
+
+# %% ../../nbs/checkpoint/15_stored.ipynb #4e5f15a8
+def check_weights(base: str | Path) -> None:  # a directory; what is on the hub is fetched later
+    "`FileNotFoundError` names the files of weights that a directory lacks."
+    folder = Path(base)
+    if not folder.is_dir():
+        return
+    names = weight_names(folder) if (folder / INDEX).is_file() else []
+    missing = [name for name in names if not within(folder, name).is_file()]
+    if missing or not list(folder.glob("*.safetensors")):
+        named = ", ".join(cut_list(missing or [ONE_FILE]))
+        raise FileNotFoundError(
+            f"{folder} holds no weights, or not all: {named} is missing. Fetch the base again, "
+            "`hf download` takes up an interrupted download"
+        )
 
 # %% ../../nbs/checkpoint/15_stored.ipynb #03d0f4ca
 def model_tensors(

@@ -19,8 +19,9 @@ from ..core.files import load_json, write_json
 from ..core.locks import lock_directory, lock_open_file, lock_state
 
 # %% auto #0
-__all__ = ['HELD', 'CLAIM', 'RESULTS', 'output_directory', 'occupied', 'is_same', 'in_use', 'claim', 'inherited', 'occupy',
-           'reading', 'set_aside', 'read_noted', 'interrupted', 'changes', 'found_checkpoint', 'goes_on']
+__all__ = ['HELD', 'CLAIM', 'RESULTS', 'output_directory', 'process_directory', 'run_directory', 'occupied', 'is_same', 'in_use',
+           'claim', 'inherited', 'occupy', 'reading', 'set_aside', 'read_noted', 'interrupted', 'changes',
+           'found_checkpoint', 'goes_on']
 
 # %% ../../nbs/cli/06_directory.ipynb #ed007c6e
 def output_directory(out: str | Path) -> Path:  # of a run, need not exist
@@ -34,6 +35,16 @@ def output_directory(out: str | Path) -> Path:  # of a run, need not exist
             f"--out {out} lies in {sources}, among the sources: name a directory elsewhere"
         )
     return out
+
+# %% ../../nbs/cli/06_directory.ipynb #fcc7fe3f
+def process_directory(out: Path, rank: int) -> Path:  # of a run; number of the process
+    "Where a process of a run executes its notebook."
+    return out / f"process-{rank}" if rank else out
+
+
+def run_directory(out: Path, rank: int) -> Path:  # of a process; its number
+    "The directory of the run, which all of its processes have in common."
+    return out.parent if rank else out
 
 # %% ../../nbs/cli/06_directory.ipynb #565ffd46
 def occupied(out: Path) -> bool:

@@ -18,17 +18,18 @@ from ..model.lora import EMBEDDINGS, HEADS, PRESETS, create_lora_config
 from ..training.advice import advice
 from ..training.cards import CardTable, compare_cards
 from ..training.plan import MemoryPlan, gigabytes, host_and_disk, plan_training, schedule
+from ..training.planned_model import ALLOWED
 from ..training.recipe import recipe_of
 
 # %% auto #0
-__all__ = ['OF_TRAIN', 'PRECISIONS', 'read_given', 'plan_values', 'listed', 'lora_of', 'plan_of', 'as_text', 'as_data',
-           'positive', 'argument_parser', 'main']
+__all__ = ['OF_TRAIN', 'PRECISIONS', 'MPS', 'read_given', 'plan_values', 'listed', 'lora_of', 'planned_as', 'plan_of', 'as_text',
+           'as_data', 'positive', 'count', 'argument_parser', 'main']
 
 # %% ../../nbs/cli/21_plan.ipynb #c3ba8de5
 OF_TRAIN = tuple(
     """revision targets rank alpha dropout rslora dora rank_pattern train_in_full text_loss_weight
-    token_budget optimizer accumulate gradient_checkpointing precision bits device
-    use_audio_out_self_attention max_duration_s keep""".split()
+    token_budget optimizer accumulate gradient_checkpointing precision bits device sharding
+    use_audio_out_self_attention whisper max_duration_s keep""".split()
 )
 
 # %% ../../nbs/cli/21_plan.ipynb #689154b6
@@ -76,22 +77,49 @@ def lora_of(values: dict):
         use_dora=values["dora"],
     )
 
-# %% ../../nbs/cli/21_plan.ipynb #055804e8
+# %% ../../nbs/cli/21_plan.ipynb #13d56549
 PRECISIONS = {"auto": "bf16", "bfloat16": "bf16", "float16": "bf16", "float32": "fp32"}
+MPS = (
+    "MPS has not been measured: this is the plan of a CPU. A Mac's GPU shares the memory of its "
+    "host, of which macOS lets it have a part, so leave a third of it free. A base is loaded in "
+    "float32 there; what saves memory is gradient_checkpointing=True and a smaller token_budget, "
+    "while bits and adamw_bnb_8bit need bitsandbytes, which was not tried there."
+)
 
 
-def plan_of(base: str, values: dict) -> MemoryPlan:  # values: of `plan_values`
-    "The plan of a run of `train`."
+def planned_as(device: str, precision: str) -> tuple[str, str]:  # parameters of a run
+    "Device and precision that a plan follows; `ValueError` for a device that is not planned."
+    if device == "mps":
+        return "cpu", "fp32" if precision == AUTO else PRECISIONS[precision]
+    device = "cuda" if device == AUTO else device
+    if device not in ALLOWED["device"]:
+        raise ValueError(
+            f"device={device}: memory is planned on cuda and cpu, and on mps as on a CPU. Start "
+            "with a small token_budget there and watch what the first steps take"
+        )
+    return device, PRECISIONS[precision]
+
+# %% ../../nbs/cli/21_plan.ipynb #055804e8
+def plan_of(
+    base: str,
+    values: dict,  # of `plan_values`
+    processes: int = 1,  # one for each device
+) -> MemoryPlan:
+    "The plan of a run of `train`, for each of its processes."
     same = ("token_budget", "accumulate", "gradient_checkpointing", "max_duration_s", "bits")
+    device, precision = planned_as(values["device"], values["precision"])
     return plan_training(
         base,
         lora_of(values),
-        precision=PRECISIONS[values["precision"]],
+        precision=precision,
         optimizer=values["optimizer"],
-        device="cuda" if values["device"] == AUTO else values["device"],
+        device=device,
         revision=values["revision"] or None,
         use_audio_out_self_attention=values["use_audio_out_self_attention"] or None,
+        whisper=values["whisper"] or None,
         text_loss=bool(values["text_loss_weight"]),
+        processes=processes,
+        sharding=values["sharding"],
         **{name: values[name] for name in same},
     )
 
@@ -100,6 +128,8 @@ def as_text(plan: MemoryPlan, cards: CardTable, keep: int, args: argparse.Namesp
     "The plan for a terminal."
     needs = {name: gigabytes(size) for name, size in host_and_disk(plan, keep).items()}
     parts = [str(plan), str(cards)]
+    if args.on_mps:
+        parts.append(MPS)
     parts.append(
         f"host memory: {needs['loading']} while loading, {needs['saving']} while saving; "
         f"disk: {needs['disk']} for {keep} checkpoints and the adapter"
@@ -127,6 +157,8 @@ def as_data(plan: MemoryPlan, cards: CardTable, keep: int, args: argparse.Namesp
         for name, variant in cards.plans.items()
     }
     data |= host_and_disk(plan, keep)
+    if args.on_mps:
+        data["remark"] = MPS
     if args.hours:
         time = schedule(plan, args.hours, args.epochs, args.tokens_per_second, args.clip_s)
         data["schedule"] = time
@@ -143,6 +175,14 @@ def positive(text: str) -> float:
     return number
 
 # %% ../../nbs/cli/21_plan.ipynb #ff00a244
+def count(text: str) -> int:
+    "A whole number above zero, for argparse."
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
 def argument_parser() -> argparse.ArgumentParser:
     "The options of `higgs_plan`."
     parser = argparse.ArgumentParser(
@@ -160,6 +200,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--card", type=positive, help="memory of your card in GB")
     parser.add_argument("--hours", type=positive, help="hours of speech to train on")
     parser.add_argument("--epochs", type=positive, default=1.0, help="times that it is seen (1)")
+    processes_help = "processes, one for each GPU (1); the plan is that of each"
+    parser.add_argument("--processes", type=count, default=1, help=processes_help)
     speed_help = "that your card trains, from the log of a run"
     parser.add_argument("--tokens-per-second", type=positive, help=speed_help)
     clip_help = "mean length of a clip in seconds (10)"
@@ -175,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:  # words; None: those of this pr
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of itself
     try:
         values = plan_values(args.base, args.parameter)
-        plan = plan_of(args.base, values)
+        args.on_mps = values["device"] == "mps"
+        plan = plan_of(args.base, values, args.processes)
         cards = compare_cards(plan)
         if args.json:
             print(json.dumps(as_data(plan, cards, values["keep"], args), indent=1))

@@ -13,7 +13,7 @@ from pathlib import Path
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from .directory import output_directory
+from .directory import output_directory, process_directory
 from .execution import run
 from .notebooks import describe, run_notebooks
 from .parameters import read_parameters, split_assignments
@@ -21,10 +21,12 @@ from .stop import TRY_AGAIN, StopSignals, in_thread
 from .summary import record_of, summary_lines
 from .terminal import FollowedRun
 from ..core.messages import shown
+from ..training.processes import launched
 
 # %% auto #0
-__all__ = ['MAX_INPUT', 'print_error', 'argument_parser', 'parse_arguments', 'chosen_directory', 'was_stopped', 'report_stop',
-           'report_failure', 'report_done', 'follow_run', 'with_standard_input', 'run_command', 'list_command', 'main']
+__all__ = ['SEVERAL', 'MAX_INPUT', 'print_error', 'argument_parser', 'parse_arguments', 'chosen_directory', 'was_stopped',
+           'report_stop', 'report_failure', 'report_done', 'follow_run', 'with_standard_input', 'run_command',
+           'list_command', 'main']
 
 # %% ../../nbs/cli/09_run.ipynb #38837572
 def print_error(text: str) -> None:
@@ -70,14 +72,25 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error("name a run: higgs_run --list prints them")
     return args
 
+# %% ../../nbs/cli/09_run.ipynb #604e3b77
+SEVERAL = ("train",)  # runs that a launcher may start in several processes
+
 # %% ../../nbs/cli/09_run.ipynb #4961953b
 def chosen_directory(args: argparse.Namespace, given: dict) -> Path:  # parameters
-    "The directory of a run; `ValueError` if it is empty or is given twice."
+    """The directory of a run, or of a further process in it; `ValueError` if it is empty or is
+    given twice, or if a launcher has started several processes of a run that is one.
+    """
+    rank, count = launched()
+    if count > 1 and args.name in run_notebooks() and args.name not in SEVERAL:
+        raise ValueError(
+            f"{args.name} is one process, and a launcher has started {count}: start it without"
+        )
     if args.out is not None and not args.out.strip():
         raise ValueError("--out is empty; leave it out for the default")
     if args.out and given.get("out", args.out) != args.out:
         raise ValueError(f"--out {args.out} and -p out={given['out']}: leave one out")
-    return output_directory(args.out or given.get("out") or f"runs/{Path(args.name).stem}")
+    out = output_directory(args.out or given.get("out") or f"runs/{Path(args.name).stem}")
+    return process_directory(out, rank)
 
 # %% ../../nbs/cli/09_run.ipynb #b19364a2
 def was_stopped(error: Exception, stop: StopSignals) -> bool:
@@ -140,7 +153,7 @@ def follow_run(
     except (ValueError, OSError) as error:
         print_error(f"higgs_run: {error}")
         return 1 if stop.begun else 2
-    return report_done(executed)
+    return report_done(executed) if followed.is_first else 0
 
 # %% ../../nbs/cli/09_run.ipynb #53ce2cdb
 MAX_INPUT = 2**22  # characters of standard input
@@ -167,9 +180,10 @@ def run_command(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print_error(f"higgs_run: {error}")
         return 2
-    stop, followed = StopSignals(out), FollowedRun(Path(args.name).stem, out, args.verbose)
+    stop = StopSignals(out)
+    followed = FollowedRun(Path(args.name).stem, out, args.verbose, not launched()[0])
     code = follow_run(args, given, stop, followed)
-    if stop.begun:
+    if stop.begun and followed.is_first:
         file = sys.stderr if code else sys.stdout
         print(f"  log: {shown(str(followed.file))}", file=file)
     return code

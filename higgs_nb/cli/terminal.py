@@ -261,9 +261,11 @@ class FollowedRun(RunLog):
         name: str,  # of the notebook
         out: Path,  # directory of the run
         verbose: bool = False,  # everything goes to the terminal as well
+        is_first: bool = True,  # of several processes; the others are shown in their logs alone
     ):
         super().__init__(name, out, verbose)
-        self.screen, self.is_shown = Screen(sys.stderr), not verbose
+        self.screen, self.is_first = Screen(sys.stderr), is_first
+        self.is_shown = is_first and not verbose
         self.reader, self.lock, self.ended = None, threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self.follow, daemon=True)
 

@@ -71,6 +71,11 @@ def check_source(name: str | Path) -> None:  # see `load_model`
                 f"{name} is an adapter: load its base with load_model, then "
                 f"load_lora_adapters(base, {str(name)!r})"
             )
+        if Path(name).is_dir():
+            raise ValueError(
+                f"{name} cannot be loaded as a base: it holds no config.json; give the directory "
+                "that holds it beside the weights"
+            )
         return
     check_kind(load_json(file), name)
 

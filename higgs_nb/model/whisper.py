@@ -14,7 +14,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from .modules import zero_gradient
 
 # %% auto #0
-__all__ = ['WHISPER_FIELDS', 'convolved_lengths', 'feature_lengths', 'first', 'check_window', 'WhisperTower',
+__all__ = ['WHISPER_FIELDS', 'convolved_lengths', 'feature_lengths', 'first', 'check_window', 'mask_of', 'WhisperTower',
            'AudioEncoderProjector', 'whisper_settings']
 
 # %% ../../nbs/model/08_whisper.ipynb #cbcc7dc4
@@ -40,6 +40,14 @@ def check_window(expected: int, mel_frames: int) -> None:
             f"Whisper takes chunks of {expected} mel frames, these have {mel_frames}: "
             "pad them to 30 s"
         )
+
+# %% ../../nbs/model/08_whisper.ipynb #9477fcd2
+def mask_of(config: WhisperConfig, hidden: Tensor, inside: Tensor) -> Tensor | None:
+    "The mask of attention among the positions of chunks (chunks, n, d_model) that are `inside`."
+    if hidden.is_meta:
+        n = hidden.shape[1]
+        return inside[:, None, None].expand(-1, 1, n, n).contiguous()
+    return create_bidirectional_mask(config, hidden, inside)
 
 # %% ../../nbs/model/08_whisper.ipynb #39513dd2
 class WhisperTower(WhisperEncoder):
@@ -74,7 +82,7 @@ class WhisperTower(WhisperEncoder):
         check_window(2 * self.max_source_positions, input_features.shape[-1])
         hidden = self.convolved(input_features)
         inside = first(convolved_lengths(attention_mask), hidden.shape[1])
-        mask = create_bidirectional_mask(self.config, hidden, inside)
+        mask = mask_of(self.config, hidden, inside)
         for layer in self.layers:
             hidden = layer(hidden, mask)
         hidden = self.layer_norm(self.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))

@@ -23,6 +23,7 @@ from .corpus import RunCorpus, learned_recording
 from .inputs import Inputs
 from .settings import Settings
 from ..training.loop import HiggsTrainer
+from ..training.processes import launched
 from ..training.speak import ScoreCallback, SpeechCallback
 
 # %% auto #0
@@ -33,8 +34,10 @@ __all__ = ['OWN_SENTENCES', 'open_judges', 'wanted_voice', 'add_speech', 'max_fr
 def open_judges(
     settings: Settings,  # of the run
 ) -> Judges:
-    "The judges that are installed; an error if they are not and the run asks for scores."
-    wanted = settings.score_every or not missing_judges()
+    """The judges that are installed; an error if they are not and the run asks for scores. Of
+    several processes, the first judges.
+    """
+    wanted = not launched()[0] and (settings.score_every or not missing_judges())
     return default_judges() if wanted else Judges()
 
 # %% ../../nbs/tasks/05_compare.ipynb #60091a5a

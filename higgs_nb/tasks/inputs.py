@@ -13,9 +13,10 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
-from ..cli.directory import goes_on, occupy, output_directory
+from ..checkpoint.stored import check_weights
+from ..cli.directory import goes_on, occupy, output_directory, run_directory
 from ..cli.parameters import parameters
-from ..cli.plan import plan_of
+from ..cli.plan import MPS, plan_of
 from ..core.html import table
 from ..data.codec import CODECS, Codec, codec_class, load_codec
 from ..data.codec_pairs import check_codec_fits
@@ -24,13 +25,32 @@ from ..family import HIGGS_V2, family_of
 from ..model.load import base_path, check_source, load_config
 from ..model.model import tiny_config
 from .settings import Settings, own_codec, resolve
-from ..training.advice import check_plan
+from ..training.advice import available_bytes, check_plan
 from ..training.plan import MemoryPlan
+from ..training.processes import join_processes, launched, on_first_process
 from ..training.recipe import far_from, recipe_of
 
 # %% auto #0
-__all__ = ['Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_base', 'kind_of_codec', 'check_own_codec',
-           'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs', 'not_planned', 'plan_run']
+__all__ = ['check_sharding', 'Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_tokenizer', 'open_base',
+           'kind_of_codec', 'check_own_codec', 'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs',
+           'memory_of_process', 'not_planned', 'plan_run']
+
+# %% ../../nbs/tasks/02_inputs.ipynb #aa87ef03
+def check_sharding(values: dict, processes: int) -> None:  # parameters of a run
+    "`ValueError` if a base cannot be divided as the parameters ask."
+    if not values.get("sharding"):
+        return
+    if values.get("bits"):
+        raise ValueError(
+            f"sharding=True, bits={values['bits']}: a quantised base cannot be divided; leave one "
+            "of the two out"
+        )
+    if processes == 1:
+        raise ValueError(
+            "sharding=True divides the base among several processes, and this run is one: leave "
+            "it out, or start one process for each GPU, `higgs_launch --standalone "
+            "--nproc-per-node 2 -m higgs_nb.cli.run train ...`"
+        )
 
 # %% ../../nbs/tasks/02_inputs.ipynb #a9242b85
 class Run:
@@ -38,9 +58,11 @@ class Run:
 
     def __init__(self, name: str, given: dict):  # of `parameters`
         self.name, self.given = name, given
-        self.out = output_directory(given["out"])
-        occupy(self.out)
-        self.settings = resolve(name, given)
+        own, rank = output_directory(given["out"]), launched()[0]
+        occupy(own)
+        self.out, self.settings = run_directory(own, rank), resolve(name, given)
+        check_sharding(self.settings.values, launched()[1])
+        join_processes(resolve_device(given["device"]) == "cpu")
         for sentence in far_from(recipe_of(given["base"]), self.settings.values):
             warnings.warn(sentence)
 
@@ -49,7 +71,7 @@ class Run:
         are set aside. See `goes_on`.
         """
         same_run = {k: v for k, v in self.given.items() if k != "resume_force"}
-        return goes_on(self.out, same_run)
+        return on_first_process(lambda: goes_on(self.out, same_run))
 
 # %% ../../nbs/tasks/02_inputs.ipynb #c494c6bc
 def begin_run(
@@ -77,6 +99,18 @@ def resolve_precision(precision: str, device: str) -> str:  # parameter of a run
     fast = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
     return "float32" if device == "mps" or (device == "cpu" and not fast) else "auto"
 
+# %% ../../nbs/tasks/02_inputs.ipynb #2640f922
+def open_tokenizer(base: str, revision: str | None = None):  # a directory or a hub id; its commit
+    "The tokenizer of a base; `ValueError` says what to do if there is none."
+    try:
+        return AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{base} brings no tokenizer that can be loaded: fetch tokenizer.json and "
+            "tokenizer_config.json of the base again, `hf download` does. The loader said: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
 # %% ../../nbs/tasks/02_inputs.ipynb #a3b6fe4d
 def open_base(settings: Settings):
     """Configuration and tokenizer of a run's base, without its weights; `ValueError` if it is
@@ -88,7 +122,7 @@ def open_base(settings: Settings):
     path, revision = base_path(settings.base), settings.revision or None
     check_source(path)
     config = load_config(path, revision)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    tokenizer = open_tokenizer(path, revision)
     AudioTokens.from_config(config, tokenizer)
     return config, tokenizer
 
@@ -189,6 +223,8 @@ def open_inputs(
     device = resolve_device(settings.device)
     config, tokenizer = open_base(settings)
     if settings.base != "tiny":
+        if settings.run != "prepare":  # which reads no weights
+            check_weights(base_path(settings.base))
         check_memory(base_path(settings.base))
     name, codec = open_codec(settings, config)
     return Inputs(
@@ -201,15 +237,20 @@ def open_inputs(
         precision=resolve_precision(settings.values.get("precision", "auto"), device),
     )
 
+# %% ../../nbs/tasks/02_inputs.ipynb #3fe6582d
+def memory_of_process(device: str) -> float:  # its type
+    "Bytes that this process may take: those of its GPU, or its share of the host's memory."
+    available = available_bytes(device)
+    return available / launched()[1] if device == "cpu" else available
+
 # %% ../../nbs/tasks/02_inputs.ipynb #1376f43e
 def not_planned(settings: Settings, inputs: Inputs) -> str:
     "Why there is no plan for a run; empty if there is one."
-    if inputs.device not in ("cuda", "cpu"):
-        return f"memory is not planned on {inputs.device}"
+    watch = "start with a small token_budget, and watch what the first steps take"
+    if inputs.device not in ("cuda", "cpu", "mps"):
+        return f"memory is not planned on {inputs.device}: {watch}"
     if family_of(inputs.config) is not HIGGS_V2:
-        return f"memory is not planned for {family_of(inputs.config).title}"
-    if settings.whisper or getattr(inputs.config, "encode_whisper_embed", False):
-        return "memory is not planned with a Whisper tower"
+        return f"memory is not planned for {family_of(inputs.config).title}: {watch}"
     return ""
 
 
@@ -217,13 +258,16 @@ def plan_run(
     settings: Settings,  # of the run
     inputs: Inputs,  # of `open_inputs`
 ) -> MemoryPlan | None:
-    """The plan of a run's memory, None if there is none, which is said; `ValueError` names the
-    change that makes a run fit that does not.
+    """The plan of the memory of each process of a run, None if there is none, which is said;
+    `ValueError` names the change that makes a run fit that does not.
     """
     if why := not_planned(settings, inputs):
         print(why)
         return None
     device = dict(device=inputs.device, precision=inputs.precision)
-    plan = plan_of(settings.base, settings.values | device)
-    check_plan(plan)
+    plan = plan_of(settings.base, settings.values | device, launched()[1])
+    if inputs.device == "mps":  # an estimate, so that nothing is refused
+        print(MPS)
+        return plan
+    check_plan(plan, memory_of_process(inputs.device))
     return plan

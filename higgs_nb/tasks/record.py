@@ -14,6 +14,7 @@ from .inputs import Inputs
 from .settings import Settings
 from ..training.loop import HiggsTrainer, TrainOutput
 from ..training.probe import OffsetProbe
+from ..training.processes import launched
 
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'write_settings', 'before_after', 'median_speed', 'probe_losses', 'training_record',
@@ -34,7 +35,9 @@ def write_settings(
     inputs: Inputs,  # of `open_inputs`
     length: dict[str, int],  # of `planned_length`
 ) -> dict:
-    "Write `settings.json`, the resolved settings of a run; returns what it holds."
+    """Write `settings.json`, the resolved settings of a run; returns what it holds. Of several
+    processes, the first writes.
+    """
     record = dict(
         parameters=settings.values | length,
         sources=settings.sources,
@@ -42,7 +45,8 @@ def write_settings(
         device=inputs.device,
         precision=inputs.precision,
     )
-    write_json(out / "settings.json", record)
+    if not launched()[0]:
+        write_json(out / "settings.json", record)
     return record
 
 # %% ../../nbs/tasks/06_record.ipynb #596cd45e
@@ -91,6 +95,7 @@ def training_record(
         training_seconds=round(result.metrics["train_runtime"], 1),
         tokens_per_second=median_speed(history),
         device=inputs.device,
+        processes=launched()[1],
     )
 
 # %% ../../nbs/tasks/06_record.ipynb #2238b42f
@@ -99,9 +104,12 @@ def write_record(
     record: dict,  # of `training_record`
     **results,  # what was found after training
 ) -> dict:
-    "Add results to the record of a run and write it as `run.json`; returns the whole."
+    """Add results to the record of a run and write it as `run.json`; returns the whole. Of several
+    processes, the first writes.
+    """
     record |= results
-    write_json(out / "run.json", record)
+    if not launched()[0]:
+        write_json(out / "run.json", record)
     return record
 
 # %% ../../nbs/tasks/06_record.ipynb #7811b642

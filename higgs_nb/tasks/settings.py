@@ -18,7 +18,7 @@ from ..model.load import base_family, base_path
 from ..training.recipe import recipe_of
 
 # %% auto #0
-__all__ = ['Settings', 'as_text', 'resolve_length', 'resolve_modules', 'own_codec', 'resolve']
+__all__ = ['Settings', 'as_text', 'resolve_length', 'resolve_modules', 'own_codec', 'resolve', 'given_settings']
 
 # %% ../../nbs/tasks/01_settings.ipynb #eb14511a
 @dataclass(frozen=True, repr=False)
@@ -120,3 +120,13 @@ def resolve(
         names = base_family(given["base"]).architecture
         values["train_in_full"] = resolve_modules(given["train_in_full"], recipe, names)
     return Settings(run, values, sources)
+
+# %% ../../nbs/tasks/01_settings.ipynb #0793aa0a
+def given_settings(
+    run: str,  # name of the notebook
+    given: dict,  # its checked parameters
+) -> Settings:
+    "The settings of a run whose parameters come from no recipe."
+    defaults = defaults_of(run)
+    sources = {k: "default" if v == defaults.get(k) else "given" for k, v in given.items()}
+    return Settings(run, given, sources)

@@ -25,10 +25,11 @@ from .settings import Settings
 from ..training.arguments import HiggsTrainingArguments
 from ..training.callbacks import RunState, plan_steps
 from ..training.loop import HiggsTrainer, TrainOutput
+from ..training.processes import on_first_process
 
 # %% auto #0
 __all__ = ['ANOTHER_RUN', 'make_tiny', 'quantization', 'base_arguments', 'load_base', 'base_record', 'optional_parts',
-           'add_adapter', 'make_dataset', 'training_arguments', 'planned_length', 'train_adapter']
+           'add_adapter', 'make_dataset', 'training_arguments', 'planned_length', 'save_once', 'train_adapter']
 
 # %% ../../nbs/tasks/04_training.ipynb #be999e08
 def make_tiny(folder: Path, seed: int) -> None:
@@ -66,7 +67,7 @@ def load_base(
 ) -> HiggsAudioForTraining:
     "Load the base of a run, with the parts that the run adds to it."
     if settings.base == "tiny":
-        make_tiny(out / "base", settings.seed)
+        on_first_process(lambda: make_tiny(out / "base", settings.seed))
     arguments = base_arguments(settings, out)
     bits = quantization(settings.bits)
     return load_model(**arguments, dtype=inputs.precision, quantization_config=bits)
@@ -135,6 +136,7 @@ def training_arguments(
         codebook_weights=settings.codebook_weights or None,
         label_smoothing_factor=settings.label_smoothing,
         code_noise=settings.code_noise,
+        shard_base=settings.sharding,
     )
     return HiggsTrainingArguments(
         output_dir=str(out),
@@ -170,6 +172,12 @@ def planned_length(
     plan_steps(state, trainer.args, batches)
     return dict(batches=batches, steps=state.max_steps, epochs=state.num_train_epochs)
 
+# %% ../../nbs/tasks/04_training.ipynb #a3ca402a
+def save_once(trainer: HiggsTrainer, folder: Path, resume: bool) -> None:
+    "Save the adapter, unless a run is resumed that was interrupted after it had done so."
+    if not (resume and folder.is_dir()):
+        trainer.save_adapter(folder)
+
 # %% ../../nbs/tasks/04_training.ipynb #eec40e3d
 ANOTHER_RUN = "training not resumed: the checkpoint belongs to"
 
@@ -195,6 +203,5 @@ def train_adapter(
             "or choose another --out"
         )
         raise CheckpointError(error.what, error.path, error, remedy) from error
-    if not (resume and (out / "adapter").is_dir()):
-        trainer.save_adapter(out / "adapter")  # else the run was interrupted after this
+    on_first_process(lambda: save_once(trainer, out / "adapter", resume))
     return result

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import psutil
 import torch
 
-from .cards import STEP, can_be_packed
+from .cards import STEP, can_be_divided, can_be_packed
 from .plan import CARDS, MemoryPlan, gigabytes
 from .worst_batch import tokens_of_clip
 
@@ -69,6 +69,9 @@ def combinations(plan: MemoryPlan) -> Iterator[Change]:
     yield recompute
     if s.lora is not None and s.lora.modules_to_save:
         yield recompute | dict(train_in_full="no")
+    if can_be_divided(plan):
+        yield dict(sharding=True)
+        yield recompute | dict(sharding=True)
     if not s.bits and can_be_packed(plan):
         yield dict(bits=4)
         yield recompute | dict(bits=4)

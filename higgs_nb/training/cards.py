@@ -18,7 +18,7 @@ from .worst_batch import tokens_of_clip
 
 # %% auto #0
 __all__ = ['BUDGETS', 'STEP', 'VARIANTS', 'BudgetLine', 'budget_line', 'largest_budget', 'variants_of', 'can_be_packed',
-           'CardTable', 'compare_cards', 'bar_text', 'cards_text', 'cards_html', 'plot_cards']
+           'can_be_divided', 'CardTable', 'compare_cards', 'bar_text', 'cards_text', 'cards_html', 'plot_cards']
 
 # %% ../../nbs/training/24_cards.ipynb #9e5cebaf
 BUDGETS = (1024, 16384)  # tokens that are simulated, beside those of the plan
@@ -67,6 +67,7 @@ def largest_budget(plan: MemoryPlan, available: float) -> int:  # bytes
 VARIANTS = {
     "gradient_checkpointing": dict(gradient_checkpointing=True),
     "8-bit optimizer": dict(optimizer="adamw_bnb_8bit"),
+    "divided base": dict(sharding=True),
     "4-bit base": dict(bits=4),
     "4-bit base, gradient_checkpointing": dict(bits=4, gradient_checkpointing=True),
 }
@@ -78,6 +79,8 @@ def variants_of(plan: MemoryPlan) -> dict[str, MemoryPlan]:
     for name, changes in VARIANTS.items():
         if changes.get("bits") and not can_be_packed(plan):
             continue
+        if changes.get("sharding") and not can_be_divided(plan):
+            continue
         variant = plan.with_settings(**changes)
         if variant.settings not in [p.settings for p in found.values()]:
             found[name] = variant
@@ -87,7 +90,13 @@ def variants_of(plan: MemoryPlan) -> dict[str, MemoryPlan]:
 def can_be_packed(plan: MemoryPlan) -> bool:
     "Whether a run can have its base in 4 bits."
     lora = plan.settings.lora
-    return lora is not None and not lora.use_dora
+    return lora is not None and not lora.use_dora and not plan.settings.sharding
+
+
+def can_be_divided(plan: MemoryPlan) -> bool:
+    "Whether the processes of a run can divide its base, and do not yet."
+    s = plan.settings
+    return s.processes > 1 and s.lora is not None and not s.bits and not s.sharding
 
 # %% ../../nbs/training/24_cards.ipynb #c7c72c60
 @dataclass

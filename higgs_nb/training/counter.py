@@ -57,13 +57,18 @@ class MemoryCounter(TorchDispatchMode):
 
 # %% ../../nbs/training/16_counter.ipynb #f9d2794c
 @patch
-def hold(self: MemoryCounter, tensor: Tensor, kind: str | None = None):  # None: the present kind
+def hold(
+    self: MemoryCounter,
+    tensor: Tensor,
+    kind: str | None = None,  # None: the present kind
+    processes: int = 1,  # among which it is divided
+):
     "Count the storage of a tensor, if it is not counted yet."
     storage = tensor.untyped_storage()
     key = id(storage)
     if key in self.storages:
         return
-    size = -(-storage.nbytes() // self.block) * self.block
+    size = -(-storage.nbytes() // processes // self.block) * self.block
     kind = kind or self.kind
     self.storages[key] = (weakref.ref(storage, partial(self.release, key)), kind, size)
     self.add(kind, size)

@@ -113,10 +113,12 @@ def with_settings(self: MemoryPlan, **changes) -> MemoryPlan:
 
 # %% ../../nbs/training/23_plan.ipynb #c525e236
 def host_and_disk(plan: MemoryPlan, keep: int = 2) -> dict[str, int]:  # checkpoints that stay
-    "Bytes of host memory for loading and for saving, and of disk."
+    """Bytes of host memory for loading and for saving, and of disk, where all processes of a run
+    are on one host.
+    """
     sizes = sizes_of(plan.config, plan.settings)
     return dict(
-        loading=sizes["base"],
+        loading=sizes["base"] * plan.settings.processes,
         saving=sizes["checkpoint"],
         disk=sizes["checkpoint"] * (keep + 2) + sizes["adapter"],
     )
@@ -136,7 +138,7 @@ def schedule(
     seconds = 3600 * hours
     tokens = seconds * (HIGGS_V2.frame_rate + TEXT_RATE) + TEMPLATE * seconds / clip_s
     batches = math.ceil(tokens / (plan.settings.token_budget * FILLED))
-    per_epoch = math.ceil(batches / plan.settings.accumulate)
+    per_epoch = math.ceil(batches / plan.settings.accumulate / plan.settings.processes)
     planned = dict(tokens=round(tokens), steps_per_epoch=per_epoch)
     planned["steps"] = math.ceil(per_epoch * epochs)
     if tokens_per_second:
@@ -156,13 +158,14 @@ def plan_training(
     device: str = "cuda",  # or "cpu"
     revision: str | None = None,  # of the base on the hub
     use_audio_out_self_attention: bool | None = None,  # True: add it where the base lacks it
+    whisper: str | None = None,  # directory or hub id of a WhisperModel: a tower
     **more,  # fields of `StepSettings`
 ) -> MemoryPlan:
     "Plan a run; `ValueError` for what cannot be planned."
     is_name = isinstance(base, str)
     config, origin = plan_config(base, revision) if is_name else (base, "a configuration")
     name = base if is_name else "model"
-    new = extend_config(config, name, use_audio_out_self_attention, None, None)
+    new = extend_config(config, name, use_audio_out_self_attention, None, whisper)
     settings = StepSettings(
         lora=lora,
         token_budget=token_budget,
@@ -183,11 +186,13 @@ def title_of(plan: MemoryPlan) -> str:
     s = plan.settings
     adapted = f"LoRA rank {s.lora.r}" if s.lora else "trained as a whole"
     packed = f", base in {s.bits} bits" if s.bits else ""
+    base = "divided among them" if s.sharding else "whole in each"
+    several = f", each of {s.processes} processes, the base {base}" if s.processes > 1 else ""
     recomputed = ", activations recomputed" if s.gradient_checkpointing else ""
     where = "a GPU" if s.device == "cuda" else "the CPU"
     return (
-        f"{plan.base} on {where}: {s.precision}{packed}, {adapted}, {s.token_budget:,} tokens a "
-        f"batch{recomputed}, {s.optimizer}"
+        f"{plan.base} on {where}{several}: {s.precision}{packed}, {adapted}, "
+        f"{s.token_budget:,} tokens a batch{recomputed}, {s.optimizer}"
     )
 
 # %% ../../nbs/training/23_plan.ipynb #37ed0837

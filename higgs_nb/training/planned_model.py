@@ -24,7 +24,7 @@ from .stand_ins import DeviceArithmetic, pack_base
 from .worst_batch import worst_lengths
 
 # %% auto #0
-__all__ = ['ALLOWED', 'StepSettings', 'check_settings', 'forward_way', 'checkpoint_options', 'shapes_of_model']
+__all__ = ['ALLOWED', 'StepSettings', 'check_divided', 'check_settings', 'forward_way', 'checkpoint_options', 'shapes_of_model']
 
 # %% ../../nbs/training/20_planned_model.ipynb #7ab584b9
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class StepSettings:
     lengths: tuple[int, ...] | None = None  # of the samples of the batch; None: `worst_lengths`
     new_modules: tuple[str, ...] = ()  # that the checkpoint lacks, see `load_model`
     text_loss: bool = True
+    processes: int = 1  # one for each device
+    sharding: bool = False  # frozen layers are divided among the processes, see `shard_base`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,6 +62,22 @@ def samples(self: StepSettings) -> tuple[int, ...]:
     "Tokens of each sample of the batch."
     return self.lengths or worst_lengths(self.token_budget, self.max_duration_s)
 
+# %% ../../nbs/training/20_planned_model.ipynb #56fd6b3f
+def check_divided(settings: StepSettings) -> None:
+    "`ValueError` if a base cannot be divided among processes as the settings say."
+    if settings.processes < 1:
+        raise ValueError(f"processes={settings.processes}: at least 1")
+    if not settings.sharding:
+        return
+    if settings.processes == 1:
+        raise ValueError(
+            "sharding=True divides the base among several processes: plan them, "
+            "`higgs_plan --processes 2`, or leave it out"
+        )
+    if settings.lora is None or settings.bits:
+        what = "that is trained as a whole" if settings.lora is None else "in 4 or 8 bits"
+        raise ValueError(f"sharding=True: a base {what} cannot be divided; leave sharding out")
+
 # %% ../../nbs/training/20_planned_model.ipynb #43b6d314
 ALLOWED = dict(precision=("bf16", "fp32"), bits=(0, 4, 8), device=("cuda", "cpu"))
 
@@ -74,6 +92,7 @@ def check_settings(settings: StepSettings) -> None:
         raise ValueError(f"accumulate={settings.accumulate}: at least 1")
     if settings.bits and settings.lora is None:
         raise ValueError("a base in 4 or 8 bits cannot be trained as a whole: give it an adapter")
+    check_divided(settings)
 
 # %% ../../nbs/training/20_planned_model.ipynb #7b1ffea7
 @contextmanager
@@ -90,8 +109,6 @@ def checkpoint_options(settings: StepSettings) -> dict:
 # %% ../../nbs/training/20_planned_model.ipynb #4c2a3794
 def shapes_of_model(config: HiggsAudioV2Config, settings: StepSettings, layers: int) -> nn.Module:
     "The model with its adapters on the meta device, with `layers` decoder layers."
-    if getattr(config, "encode_whisper_embed", False):
-        raise ValueError("a base with a Whisper tower is not planned: its recordings are not known")
     config = copy.deepcopy(config)
     config.num_hidden_layers, config._attn_implementation = layers, "sdpa"
     with torch.device("meta"):

@@ -26,8 +26,8 @@ from .stand_ins import CUBLAS, DeviceArithmetic, flash_workspace, optimizer_stat
 from .worst_batch import worst_batch
 
 # %% auto #0
-__all__ = ['BLOCK', 'FEW', 'place_of', 'StageHooks', 'hold_state', 'watch_gradients', 'take_step', 'take_look', 'simulate_layers',
-           'extend', 'simulate']
+__all__ = ['GATHERED', 'BLOCK', 'FEW', 'place_of', 'StageHooks', 'divided_parameters', 'hold_exchange', 'hold_state',
+           'watch_gradients', 'take_step', 'take_look', 'simulate_layers', 'extend', 'simulate']
 
 # %% ../../nbs/training/21_simulate.ipynb #2dfe20b4
 def place_of(i: int, layers: int) -> str:
@@ -63,11 +63,37 @@ class StageHooks:
         if output.requires_grad:
             output.register_hook(lambda _: self.enter(f"backward, {place} layer", "backward"))
 
+# %% ../../nbs/training/21_simulate.ipynb #3fbeff5e
+GATHERED = 3  # layers' worth of buffers and gathered parameters, at most
+
+
+def divided_parameters(model: nn.Module, settings: StepSettings) -> set[nn.Parameter]:
+    "The parameters of which each process holds a part."
+    if not settings.sharding:
+        return set()
+    layers = base_of(model).model.layers
+    return {p for p in layers.parameters() if not p.requires_grad}
+
+
+def hold_exchange(
+    model: nn.Module, settings: StepSettings, counter: MemoryCounter, divided: int
+) -> None:  # divided: bytes of the layers that are gathered when they compute
+    "Count what processes need to exchange gradients and layers."
+    if settings.processes == 1:
+        return
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    counter.add("gradients", trained)
+    layer = divided // len(base_of(model).model.layers)
+    counter.add("workspace", GATHERED * layer)
+
 # %% ../../nbs/training/21_simulate.ipynb #dbd71caa
 def hold_state(model: nn.Module, settings: StepSettings, counter: MemoryCounter) -> list[Tensor]:
     "Count parameters, buffers and the state of the optimizer; returns that state."
+    divided = divided_parameters(model, settings)
     for p in model.parameters():
-        counter.hold(p, "adapters" if settings.lora and p.requires_grad else "weights")
+        kind = "adapters" if settings.lora and p.requires_grad else "weights"
+        counter.hold(p, kind, settings.processes if p in divided else 1)
+    hold_exchange(model, settings, counter, sum(p.nbytes for p in divided))
     for buffer in model.buffers():
         counter.hold(buffer, "weights")
     state = optimizer_state(model, settings.optimizer)

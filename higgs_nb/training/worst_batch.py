@@ -5,6 +5,7 @@
 # %% ../../nbs/training/18_worst_batch.ipynb #a7ad93a2
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import HiggsAudioV2Config
@@ -13,16 +14,18 @@ from ..data.collator import PackedCollator
 from ..data.delay import IGNORE, delay_pattern
 from ..data.prompt import AudioTokens
 from ..data.samples import Sample
+from ..data.whisper_inputs import whisper_extractor
 from ..family import HIGGS_V2
 
 # %% auto #0
-__all__ = ['TEMPLATE', 'TEXT_RATE', 'tokens_of', 'tokens_of_clip', 'made_up_sample', 'worst_lengths', 'worst_batch']
+__all__ = ['TEMPLATE', 'TEXT_RATE', 'REFERENCE', 'tokens_of', 'tokens_of_clip', 'made_up_reference', 'made_up_sample',
+           'worst_lengths', 'worst_batch']
 
 # %% ../../nbs/training/18_worst_batch.ipynb #b51a13fd
 def tokens_of(config: HiggsAudioV2Config) -> AudioTokens:
     "The ids that structure a sequence, from the configuration of a model alone."
     return AudioTokens(
-        audio_in=-1,
+        audio_in=getattr(config, "audio_in_token_id", -1),
         audio_out=config.audio_token_id,
         audio_delay=config.audio_delay_token_id,
         pad=config.pad_token_id,
@@ -40,6 +43,15 @@ def tokens_of_clip(seconds: float, rate: float = HIGGS_V2.frame_rate) -> int:
     "Tokens of a sample with a clip of so many seconds, frames included, about."
     return round(seconds * (rate + TEXT_RATE)) + TEMPLATE
 
+# %% ../../nbs/training/18_worst_batch.ipynb #6a5575de
+REFERENCE = 25  # features of a reference recording: a second
+
+
+def made_up_reference(config: HiggsAudioV2Config) -> list[np.ndarray]:
+    "The waveform, at Whisper's rate, of a reference for a tower; none without a tower."
+    has_tower = getattr(config, "encode_whisper_embed", False)
+    return [np.zeros(160 * (4 * REFERENCE - 1), np.float32)] if has_tower else []
+
 # %% ../../nbs/training/18_worst_batch.ipynb #f224bb6b
 def made_up_sample(length: int, config: HiggsAudioV2Config, seed: int = 0) -> Sample:
     """A prompt, a text and its speech, `length` tokens in all, of random codes and labelled as in
@@ -56,12 +68,14 @@ def made_up_sample(length: int, config: HiggsAudioV2Config, seed: int = 0) -> Sa
     audio_ids, audio_labels = delay_pattern(codes, torch.tensor([frames]), *ends)
     delayed = config.num_codebooks - 1
     placeholders = [tokens.audio_out] * (rows - delayed) + [tokens.audio_delay] * delayed
-    text = [3] * (length - rows - 4)
+    waveforms = made_up_reference(config)
+    features = [tokens.audio_in] * (REFERENCE * len(waveforms))
+    text = [*features, *[3] * (length - rows - 4 - len(features))]
     ids = torch.tensor([*text, config.audio_bos_token_id, *placeholders, 4, 5, 5])
     labels = torch.full_like(ids, IGNORE)
     spoken = [len(text), -3, -2]  # audio_out_bos, audio_eos, eot
     labels[spoken] = ids[spoken]
-    return Sample(ids, labels, audio_ids, audio_labels, id=f"made up {length}")
+    return Sample(ids, labels, audio_ids, audio_labels, f"made up {length}", waveforms)
 
 # %% ../../nbs/training/18_worst_batch.ipynb #92e532c1
 def worst_lengths(token_budget: int, max_duration_s: float = 30.0) -> tuple[int, ...]:
@@ -80,4 +94,4 @@ def worst_lengths(token_budget: int, max_duration_s: float = 30.0) -> tuple[int,
 def worst_batch(config: HiggsAudioV2Config, lengths: tuple[int, ...]) -> dict[str, Tensor]:
     "A packed batch of made-up samples of these lengths."
     samples = [made_up_sample(n, config, seed=i) for i, n in enumerate(lengths)]
-    return PackedCollator(tokens_of(config))(samples)
+    return PackedCollator(tokens_of(config), extractor=whisper_extractor(config))(samples)

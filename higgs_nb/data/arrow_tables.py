@@ -31,8 +31,8 @@ from higgs_nb.data.row_table import (
 )
 
 # %% auto #0
-__all__ = ['MARKS', 'open_saved', 'Cell', 'holds_bytes', 'arrow_columns', 'light_columns', 'entries_of', 'split_of_file',
-           'unreadable', 'parquet_table', 'saved_splits', 'saved_table']
+__all__ = ['MARKS', 'DAMAGE', 'open_saved', 'Cell', 'holds_bytes', 'arrow_columns', 'light_columns', 'entries_of',
+           'split_of_file', 'unreadable', 'parquet_table', 'saved_splits', 'saved_table']
 
 # %% ../../nbs/data/33_arrow_tables.ipynb #a6dbc32a
 @lru_cache(maxsize=8)
@@ -84,7 +84,7 @@ def _cell(path: str, column: str, row: int):
         return _parquet_cell(path, _stamp(path), column, row)
     return open_saved(path, _stamp(path))[row : row + 1][column][0].as_py()
 
-# %% ../../nbs/data/33_arrow_tables.ipynb #27f97775
+# %% ../../nbs/data/33_arrow_tables.ipynb #b9ed5fa1
 class Cell(Audio):
     "A recording whose bytes are in a cell of a table, and stay there until they are used."
 
@@ -112,7 +112,7 @@ class Cell(Audio):
         "The bytes, read now. `AudioError` if there are none."
         try:
             value = _cell(self.file, self.column, self.row)
-        except (OSError, pa.ArrowException, IndexError) as error:
+        except (OSError, pa.ArrowException, ValueError, LookupError) as error:
             what = f"{self.name} cannot be read: {str(error)[:200]}"
             raise AudioError(
                 Problem(what, "bring the file back or read the corpus again")
@@ -241,12 +241,15 @@ def unreadable(path: Path, error: Exception) -> CorpusError:
     what = f"{where} is a Hugging Face data set that cannot be read: {reason}"
     return corpus_error(what, f"download or write it again, {OR_METADATA}")
 
-# %% ../../nbs/data/33_arrow_tables.ipynb #7d8ad4bc
+# %% ../../nbs/data/33_arrow_tables.ipynb #16b17409
+DAMAGE = (OSError, UnicodeDecodeError, pa.ArrowException)  # what readers of Arrow raise
+
+
 def _whole(entries: Iterable[Entry], path: Path) -> Iterator[Entry]:
     "The entries; `CorpusError` names the file where they end early."
     try:
         yield from entries
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except DAMAGE as error:
         raise unreadable(path, error) from error
 
 # %% ../../nbs/data/33_arrow_tables.ipynb #4511891d
@@ -276,22 +279,23 @@ def _shard_entries(root: Path, path: Path, columns: dict[str, str]) -> Iterator[
         name = str(path.relative_to(root))
         yield from entries_of(batches, columns, name, split_of_file(path), embedded)
 
-# %% ../../nbs/data/33_arrow_tables.ipynb #1dbfdca6
+# %% ../../nbs/data/33_arrow_tables.ipynb #63dc5b53
+def _file_columns(path: Path, choice: Choice) -> dict[str, str]:
+    "Role -> column of a Parquet file. `CorpusError` names it."
+    try:
+        return arrow_columns(pq.read_schema(path, memory_map=True), choice)
+    except DAMAGE as error:
+        raise unreadable(path, error) from error
+    except CorpusError as error:
+        problems = (Problem(p.what, p.remedy, f"{path}:1") for p in error.problems)
+        raise CorpusError(*problems) from error
+
+
 def _columns_of_shards(paths: list[Path], choice: Choice) -> dict[str, str]:
     "Role -> column of all files. `CorpusError` if they differ, or one is damaged."
-    first = {}
-    for path in paths:
-        try:
-            schema = pq.read_schema(path, memory_map=True)
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable(path, error) from error
-        try:
-            columns = arrow_columns(schema, choice)
-        except CorpusError as error:
-            problems = (Problem(p.what, p.remedy, f"{path}:1") for p in error.problems)
-            raise CorpusError(*problems) from error
-        first = first or columns
-        if columns != first:
+    first = _file_columns(paths[0], choice)
+    for path in paths[1:]:
+        if _file_columns(path, choice) != first:
             what = f"{paths[0]} and {path} have different columns"
             raise corpus_error(what, "name the folder or the file of one of them")
     return first

@@ -164,7 +164,7 @@ def number_columns(
     numbers = [str(n) for n in range(1, width + 1)]
     return columns | guess_columns(numbers, choice)
 
-# %% ../../nbs/data/29_text_tables.ipynb #0faed824
+# %% ../../nbs/data/29_text_tables.ipynb #2c10443c
 def _pipe_entries(rows: list[Cells | Problem], columns: dict[str, str], width: int, path: Path):
     "The entries of a table without a header."
     roles = {int(number) - 1: role for role, number in columns.items()}
@@ -191,10 +191,11 @@ def pipe_table(
         what = f"{path} is neither a table with a header nor one with two or three columns"
         remedy = "write a header such as file_name,transcription,"
         raise corpus_error(f"{what} between '|', as LJSpeech has", f"{remedy} {OR_METADATA}")
-    columns = number_columns(cells, choice)
+    width = len(cells[0])
+    columns = number_columns([row for row in cells if len(row) == width], choice)
     kind = "LJSpeech" if "speaker" not in columns else "path, speaker and text between '|'"
     table = RowTable(kind, path, path.parent, columns)
-    return fill(table, _pipe_entries(rows, columns, len(cells[0]), path))
+    return fill(table, _pipe_entries(rows, columns, width, path))
 
 # %% ../../nbs/data/29_text_tables.ipynb #44aaec92
 def text_table(

@@ -115,7 +115,9 @@ def load_json(path: str | Path, max_bytes: int = MAX_JSON):
         raise ValueError(f"{path} is not JSON that can be read: {error}") from error
 
 # %% ../../nbs/core/02_files.ipynb #e3ecedcb
-def file_sha256(path: str | Path) -> str:
+def file_sha256(
+    path: str | Path,  # of a file
+) -> str:
     "The sha256 of a file, 64 hexadecimal digits. `OSError` if it cannot be read."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -80,7 +80,7 @@ def table_row(c: Conversation) -> dict:
 # %% ../../nbs/data/42_corpus_table.ipynb #b2ed983f
 def write_table(
     folder: Path,  # that the paths of recordings are relative to
-    conversations: Iterable[Conversation],
+    conversations: Iterable[Conversation],  # with paths relative to `folder`
     of: str = "",  # sha256 of the file that has the same rows
 ) -> Path:
     "Write the table of a corpus, whole or not at all."

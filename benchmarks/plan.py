@@ -22,12 +22,14 @@ from pathlib import Path
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import HiggsAudioV2Config
+from transformers import HiggsAudioV2Config, PretrainedConfig
 
 from higgs_nb.data.prompt import byte_tokenizer
 from higgs_nb.data.samples import SampleDataset
+from higgs_nb.family import HIGGS_V3, family_of
+from higgs_nb.model.classes import CLASSES
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config
-from higgs_nb.model.model import HiggsAudioForTraining
+from higgs_nb.model.v3 import HiggsAudioV3Config
 from higgs_nb.training.arguments import HiggsTrainingArguments
 from higgs_nb.training.loop import HiggsTrainer
 from higgs_nb.training.planned_model import StepSettings
@@ -60,6 +62,25 @@ def configuration(width: int, layers: int, vocabulary: int, heads: int) -> Higgs
     )
 
 
+def third_configuration(vocabulary: int) -> HiggsAudioV3Config:
+    "Of Higgs Audio V3; the heads are together twice as wide as the rows."
+    return HiggsAudioV3Config(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=768,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        audio_token_id=vocabulary - 1,
+        audio_delay_token_id=vocabulary - 1,
+        audio_bos_token_id=vocabulary - 2,
+    )
+
+
 SMALL, WIDE, DEEP = (
     (configuration(256, 4, 4096, 4)),
     (configuration(512, 3, 16_384, 8)),
@@ -68,7 +89,9 @@ SMALL, WIDE, DEEP = (
 PLAIN = StepSettings(
     create_lora_config(r=16), token_budget=1536, precision="fp32", device="cpu", max_duration_s=10
 )
+THIRD = third_configuration(4096)
 EVERYTHING = create_lora_config(r=16, train=HEADS + EMBEDDINGS)
+TABLE = create_lora_config(r=16, train=HIGGS_V3.architecture.heads)
 CASES = {
     "plain": (SMALL, PLAIN),
     "bf16": (SMALL, replace(PLAIN, precision="bf16")),
@@ -94,6 +117,9 @@ CASES = {
     "wide": (WIDE, replace(PLAIN, token_budget=2048)),
     "deep": (DEEP, PLAIN),
     "deep, recomputed": (DEEP, replace(PLAIN, gradient_checkpointing=True)),
+    "V3": (THIRD, PLAIN),
+    "V3, bf16, table in full": (THIRD, replace(PLAIN, lora=TABLE, precision="bf16")),
+    "V3, recomputed": (THIRD, replace(PLAIN, gradient_checkpointing=True)),
 }
 
 
@@ -103,7 +129,8 @@ class Samples(SampleDataset):
     def __init__(self, config, lengths):
         samples = [made_up_sample(n, config, seed=i) for i, n in enumerate(lengths)]
         self.samples = [replace(sample, id=str(i)) for i, sample in enumerate(samples)]
-        super().__init__(self.samples, byte_tokenizer(), None, tokens_of(config))
+        tokens = tokens_of(config)
+        super().__init__(self.samples, byte_tokenizer(tokens.family), None, tokens)
 
     def __getitem__(self, i):
         return self.samples[i]
@@ -117,13 +144,13 @@ class Trainer(HiggsTrainer):
 
 
 def make_trainer(
-    config: HiggsAudioV2Config, settings: StepSettings, folder: str, evaluate: bool = False
+    config: PretrainedConfig, settings: StepSettings, folder: str, evaluate: bool = False
 ) -> HiggsTrainer:
     "A trainer of a random model on batches as the plan has them; two steps."
     config = copy.deepcopy(config)
     config._attn_implementation = "sdpa"
     with torch.device(settings.device):
-        model = HiggsAudioForTraining(config).to(settings.dtype)
+        model = CLASSES[family_of(config).name].model(config).to(settings.dtype)
     if settings.lora is not None:
         model = apply_lora(model, settings.lora)
     batches = min(settings.accumulate, 2)

@@ -43,6 +43,9 @@ def measured():
         "accumulated",
         "rank 64, dropout",
         "long, bf16, recomputed",
+        "V3",
+        "V3, bf16, table in full",
+        "V3, recomputed",
     ],
 )
 def test_the_plan_is_what_a_run_allocates(measured, name):

@@ -20,6 +20,7 @@ from ..checkpoint.base import base_of
 from ..checkpoint.errors import CheckpointError, explained
 from ..checkpoint.manifest import ADAPTER_FILES, library_versions
 from ..checkpoint.merged import StoredModel
+from ..checkpoint.published import is_published, published_files
 from ..checkpoint.saving import Snapshot, staging_directory
 from ..checkpoint.validate import CheckpointReport, validate_checkpoint
 from ..checkpoint.whole_model import is_stock
@@ -27,10 +28,12 @@ from .answers import answers, compare
 from .fresh_process import ask_about
 from .processor import carried_files
 from ..core.files import fsync
+from ..family import Family
 
 # %% auto #0
-__all__ = ['LAYOUTS', 'NOTE', 'files_below', 'contents_of', 'merged_contents', 'source_of', 'export_problem', 'still_to_export',
-           'check_merge', 'check_free', 'Question', 'Exported', 'export_files', 'export_model']
+__all__ = ['WHAT', 'LAYOUTS', 'NOTE', 'files_below', 'contents_of', 'export_kinds', 'merged_contents', 'source_of',
+           'export_problem', 'still_to_export', 'check_merge', 'check_free', 'Question', 'Exported', 'export_files',
+           'export_model']
 
 # %% ../../nbs/cli/18_export.ipynb #b330f23c
 def files_below(folder: str | Path) -> dict[str, bytes]:  # any directory
@@ -46,12 +49,35 @@ def contents_of(
     card: str,  # text of its README.md
     base: dict | None,  # of `describe_base`, for the manifest
     meta: dict | None = None,  # more for the manifest
+    files: Mapping[str, bytes] | None = None,  # more files, see `legal_files`
 ) -> Snapshot:
     "What an export of an adapter (a PeftModel) or of a model holds; see `export_model`."
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        files = {"README.md": card.encode(), **files_below(folder)}
+        files = {"README.md": card.encode(), **files_below(folder), **(files or {})}
     return take_snapshot(model, base=base or {}, meta=meta, files=files, copy=False)
+
+# %% ../../nbs/cli/18_export.ipynb #95e68ff1
+WHAT = {  # word of the parameter -> kinds of exports
+    "both": ["adapter", "merged"],
+    "all": ["adapter", "merged", "original"],
+    **{kind: [kind] for kind in ("adapter", "merged", "original")},
+}
+
+
+def export_kinds(
+    what: str,  # parameter of the run
+    family: Family,  # of the base
+) -> list[str]:
+    "The kinds of exports; `ValueError` if there is no such, or not for the family."
+    if what not in WHAT:
+        raise ValueError(f"what={what!r}: choose adapter, merged, both, original or all")
+    if "original" in WHAT[what] and family.architecture.original_type is None:
+        raise ValueError(
+            f"what={what!r}: there is no original layout of {family.title}: choose adapter, merged "
+            "or both"
+        )
+    return WHAT[what]
 
 # %% ../../nbs/cli/18_export.ipynb #6e4ee715
 # layout -> "module:function" that gives the files of a `StoredModel` with the folder of its base
@@ -65,13 +91,15 @@ def merged_contents(
     base: Path | str,  # folder of the base, with its tokenizer
     card: str,  # text of its README.md
     *,
-    files: Mapping[str, bytes] | None = None,  # more files, see `processor_files`
+    files: Mapping[str, bytes] | None = None,  # more, see `processor_files`, `legal_files`
     meta: dict | None = None,  # for the manifest
 ) -> Snapshot:
     "What the export of a merged model holds; its tensors are read while they are written."
     if kind in LAYOUTS:
         module, name = LAYOUTS[kind].split(":")
         own = getattr(importlib.import_module(module), name)(model, base)
+    elif is_published(base):
+        own = published_files(model, base) | dict(files or {})
     else:
         own = carried_files(base, NOTE) | dict(files or {}) | model.files()
     noted = dict(versions=library_versions(), **meta or {}, finite=True, kind="model")

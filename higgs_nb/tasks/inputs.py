@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoTokenizer
 
 from ..cli.directory import goes_on, occupy, output_directory
 from ..cli.parameters import parameters
@@ -20,8 +19,14 @@ from ..core.html import table
 from ..data.codec import CODECS, Codec, codec_class, load_codec
 from ..data.codec_pairs import check_codec_fits
 from ..data.prompt import AudioTokens, byte_tokenizer
-from ..family import HIGGS_V2, family_of
-from ..model.load import base_path, check_source, load_config
+from higgs_nb.model.load import (
+    base_path,
+    check_source,
+    known_config,
+    load_config,
+    load_tokenizer,
+    read_config,
+)
 from ..model.model import tiny_config
 from .settings import Settings, own_codec, resolve
 from ..training.advice import check_plan
@@ -29,8 +34,14 @@ from ..training.plan import MemoryPlan
 from ..training.recipe import far_from, recipe_of
 
 # %% auto #0
-__all__ = ['Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_base', 'kind_of_codec', 'check_own_codec',
+__all__ = ['look_up', 'Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_base', 'kind_of_codec', 'check_own_codec',
            'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs', 'not_planned', 'plan_run']
+
+# %% ../../nbs/tasks/02_inputs.ipynb #0f5324d3
+def look_up(base: str, revision: str = "") -> None:  # parameters of a run
+    "Fetch the configuration of a base on the hub, so that its family is known."
+    if base != "tiny" and not known_config(base):
+        read_config(base_path(base), revision or None)
 
 # %% ../../nbs/tasks/02_inputs.ipynb #a9242b85
 class Run:
@@ -40,6 +51,7 @@ class Run:
         self.name, self.given = name, given
         self.out = output_directory(given["out"])
         occupy(self.out)
+        look_up(given["base"], given.get("revision", ""))
         self.settings = resolve(name, given)
         for sentence in far_from(recipe_of(given["base"]), self.settings.values):
             warnings.warn(sentence)
@@ -88,7 +100,7 @@ def open_base(settings: Settings):
     path, revision = base_path(settings.base), settings.revision or None
     check_source(path)
     config = load_config(path, revision)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    tokenizer = load_tokenizer(path, revision)
     AudioTokens.from_config(config, tokenizer)
     return config, tokenizer
 
@@ -206,8 +218,6 @@ def not_planned(settings: Settings, inputs: Inputs) -> str:
     "Why there is no plan for a run; empty if there is one."
     if inputs.device not in ("cuda", "cpu"):
         return f"memory is not planned on {inputs.device}"
-    if family_of(inputs.config) is not HIGGS_V2:
-        return f"memory is not planned for {family_of(inputs.config).title}"
     if settings.whisper or getattr(inputs.config, "encode_whisper_embed", False):
         return "memory is not planned with a Whisper tower"
     return ""

@@ -138,7 +138,7 @@ def plan_training(
     lora: LoraConfig | None = None,  # of `create_lora_config`; None: the model as a whole
     token_budget: int = 4096,  # tokens of a packed batch, frames included
     accumulate: int = 1,  # batches of one optimizer step
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool = False,  # compute activations again: less memory, more time
     precision: str = "bf16",  # or "fp32"
     bits: int = 0,  # of the matrices in the base's layers: 4, 8, or 0 for its precision
     optimizer: str = "adamw_torch_fused",  # or "adamw_bnb_8bit"

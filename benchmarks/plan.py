@@ -27,13 +27,15 @@ import torch
 import transformers
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import HiggsAudioV2Config, WhisperConfig
+from transformers import HiggsAudioV2Config, PretrainedConfig, WhisperConfig
 
 from higgs_nb.data.conversation import Audio, tts_conversation
 from higgs_nb.data.prompt import byte_tokenizer
 from higgs_nb.data.samples import SampleDataset, sample_options
+from higgs_nb.family import HIGGS_V3, family_of
+from higgs_nb.model.classes import CLASSES
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config
-from higgs_nb.model.model import HiggsAudioForTraining
+from higgs_nb.model.v3 import HiggsAudioV3Config
 from higgs_nb.model.whisper import whisper_settings
 from higgs_nb.training.arguments import HiggsTrainingArguments
 from higgs_nb.training.loop import HiggsTrainer
@@ -74,6 +76,25 @@ def with_tower(config: HiggsAudioV2Config) -> HiggsAudioV2Config:
     return config
 
 
+def third_configuration(vocabulary: int) -> HiggsAudioV3Config:
+    "Of Higgs Audio V3; the heads are together twice as wide as the rows."
+    return HiggsAudioV3Config(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=768,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        audio_token_id=vocabulary - 1,
+        audio_delay_token_id=vocabulary - 1,
+        audio_bos_token_id=vocabulary - 2,
+    )
+
+
 SMALL, WIDE, DEEP = (
     (configuration(256, 4, 4096, 4)),
     (configuration(512, 3, 16_384, 8)),
@@ -83,7 +104,9 @@ LISTENS = with_tower(configuration(256, 4, 4096, 4))
 PLAIN = StepSettings(
     create_lora_config(r=16), token_budget=1536, precision="fp32", device="cpu", max_duration_s=10
 )
+THIRD = third_configuration(4096)
 EVERYTHING = create_lora_config(r=16, train=HEADS + EMBEDDINGS)
+TABLE = create_lora_config(r=16, train=HIGGS_V3.architecture.heads)
 CASES = {
     "plain": (SMALL, PLAIN),
     "bf16": (SMALL, replace(PLAIN, precision="bf16")),
@@ -116,6 +139,9 @@ CASES = {
         WIDE,
         replace(PLAIN, processes=2, sharding=True, gradient_checkpointing=True),
     ),
+    "V3": (THIRD, PLAIN),
+    "V3, bf16, table in full": (THIRD, replace(PLAIN, lora=TABLE, precision="bf16")),
+    "V3, recomputed": (THIRD, replace(PLAIN, gradient_checkpointing=True)),
 }
 
 
@@ -125,8 +151,8 @@ class Samples(SampleDataset):
     def __init__(self, config, lengths):
         samples = [made_up_sample(n, config, seed=i) for i, n in enumerate(lengths)]
         self.samples = [replace(sample, id=str(i)) for i, sample in enumerate(samples)]
-        options = sample_options(config)
-        super().__init__(self.samples, byte_tokenizer(), None, tokens_of(config), **options)
+        tokens, options = tokens_of(config), sample_options(config)
+        super().__init__(self.samples, byte_tokenizer(tokens.family), None, tokens, **options)
         if self.extractor:
             heard = tts_conversation("A", id="0", reference=("B", Audio("b.wav")))
             self.conversations = [replace(heard, id=s.id) for s in self.samples]
@@ -143,13 +169,13 @@ class Trainer(HiggsTrainer):
 
 
 def make_trainer(
-    config: HiggsAudioV2Config, settings: StepSettings, folder: str, evaluate: bool = False
+    config: PretrainedConfig, settings: StepSettings, folder: str, evaluate: bool = False
 ) -> HiggsTrainer:
     "A trainer of a random model on batches as the plan has them; two steps."
     config = copy.deepcopy(config)
     config._attn_implementation = "sdpa"
     with torch.device(settings.device):
-        model = HiggsAudioForTraining(config).to(settings.dtype)
+        model = CLASSES[family_of(config).name].model(config).to(settings.dtype)
     model.new_modules = settings.new_modules
     if settings.lora is not None:
         model = apply_lora(model, settings.lora)
@@ -177,7 +203,7 @@ def make_trainer(
 def frozen_layers(config: HiggsAudioV2Config) -> list[tuple[str, nn.Parameter]]:
     "Name and parameter of everything in the decoder layers, on the meta device."
     with torch.device("meta"):
-        return list(HiggsAudioForTraining(config).model.layers.named_parameters())
+        return list(CLASSES[family_of(config).name].model(config).model.layers.named_parameters())
 
 
 def allocated_at_most(events: list[dict]) -> int:  # of a trace of PyTorch's profiler

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 
 # %% auto #0
 __all__ = ['HIGGS_V2', 'V3_CONTROLS', 'V3_MARKS', 'HIGGS_V3', 'FAMILIES', 'SpecialTokens', 'TurnTemplate', 'BlockTemplate',
-           'DelayForm', 'LoraTargets', 'Architecture', 'Recipe', 'Family', 'v3_tokens', 'family_of']
+           'DelayForm', 'LoraTargets', 'Architecture', 'Recipe', 'Family', 'v3_tokens', 'v3_delivery', 'family_of']
 
 # %% ../nbs/family.ipynb #04faf3a7
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class SpecialTokens:
     audio_in: str  # placeholder of a recording that is context
     audio_out: str  # placeholder of a row of codes
     controls: tuple[str, ...] = ()  # those that a text may hold: they say how it is spoken
+    delivery: tuple[str, ...] = ()  # of the controls, those that stand before a sentence
     vocabulary: tuple[str, ...] = ()  # all, where their order is not that of the fields
 
     @property
@@ -61,6 +62,7 @@ class TurnTemplate:
     turn_end: str
     turn_continues: str  # instead, where another turn of the assistant follows
     answer: str  # precedes speech that is generated
+    most_references: int | None = None  # recordings that a prompt follows; None: any number
 
 # %% ../nbs/family.ipynb #e0da0bfc
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class BlockTemplate:
     speech: str  # a recording that is learned
     answer: str  # precedes speech that is generated
     no_system: tuple[str, ...] = ()  # system turns of other families, which are left out
+    most_references: int | None = 1  # recordings that a prompt follows; None: any number
 
 # %% ../nbs/family.ipynb #c11893dc
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class Recipe:
     save_every: float = 0.1  # steps between checkpoints; below 1, a share of all steps
     train_in_full: tuple[str, ...] = ()  # heads and embeddings beside the adapter
     code_noise: float = 0.0  # share of codes that the model reads wrongly in training
-    rehearse: float = 0.0  # utterances of the base's own speech per recording
+    rehearse: float = 0.0  # utterances of the base's own speech per recording, beside them
     max_duration_s: float = 30.0  # longest recording
     max_speech_s: float = 30.0  # longest clip that a run generates
     scene: str = ""  # of conversations that name none
@@ -314,6 +317,16 @@ def v3_tokens() -> tuple[tuple[str, ...], tuple[str, ...]]:
     late = controls.index("<|prosody:expressive_high|>")
     return controls, (*marks, *controls[:late], "<|chatml|>", *controls[late:])
 
+# %% ../nbs/family.ipynb #db87963b
+def v3_delivery() -> tuple[str, ...]:
+    "The controls of Higgs Audio V3 that may stand before any sentence."
+    tags = {
+        "emotion": V3_CONTROLS["emotion"].split(),
+        "style": ["shouting", "whispering"],
+        "prosody": [tag for tag in V3_CONTROLS["prosody"].split() if "pause" not in tag],
+    }
+    return tuple(f"<|{kind}:{tag}|>" for kind, names in tags.items() for tag in names)
+
 # %% ../nbs/family.ipynb #93193678
 HIGGS_V3 = Family(
     name="higgs_audio_v3",
@@ -328,6 +341,7 @@ HIGGS_V3 = Family(
         audio_in="<|asr|>",
         audio_out="<|await_audio|>",
         controls=v3_tokens()[0],
+        delivery=v3_delivery(),
         vocabulary=("<|endoftext|>", *v3_tokens()[1]),
     ),
     template=BlockTemplate(
@@ -381,6 +395,7 @@ HIGGS_V3 = Family(
         dropout=0.05,
         token_budget=4096,
         epochs=3,
+        rehearse=0.1,
     ),
     licence="Boson Higgs TTS 3 (Audio v3) Research and Non-Commercial License",
     notice="Derived from Higgs Audio v3, licensed from Boson AI USA, Inc.",

@@ -48,6 +48,9 @@ def measured():
         "long, bf16, recomputed",
         "Whisper tower",
         "two processes",
+        "V3",
+        "V3, bf16, table in full",
+        "V3, recomputed",
     ],
 )
 def test_the_plan_is_what_a_run_allocates(measured, name):

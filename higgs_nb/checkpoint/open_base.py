@@ -24,9 +24,10 @@ from .stored import model_folder, model_tensors
 from .writing import Deferred
 from ..family import HIGGS_V2
 from ..model.load import load_model
+from ..model.native import COPIES, our_name
 
 # %% auto #0
-__all__ = ['converted', 'tower_tensors', 'open_base', 'describe_stored']
+__all__ = ['converted', 'tower_tensors', 'under_our_names', 'open_base', 'describe_stored']
 
 # %% ../../nbs/checkpoint/18_open_base.ipynb #c4ef2186
 def converted(tensor: Deferred, dtype: torch.dtype) -> Deferred:
@@ -43,6 +44,12 @@ def tower_tensors(whisper: str) -> dict[str, Deferred]:  # directory or hub id
         for name, tensor in state.items()
     }
 
+# %% ../../nbs/checkpoint/18_open_base.ipynb #9e4c8e74
+def under_our_names(stored: Mapping[str, Deferred]) -> dict[str, Deferred]:
+    "The tensors of a model by the names that they have here, without a codec beside them."
+    named = {our_name(name): t for name, t in stored.items() if name not in COPIES}
+    return {name: tensor for name, tensor in named.items() if name is not None}
+
 # %% ../../nbs/checkpoint/18_open_base.ipynb #552759fe
 def open_base(
     base: Mapping,  # arguments of `load_model` that give the base
@@ -51,8 +58,8 @@ def open_base(
     """A base on the meta device, and its tensors on the disk in its precision; what a run adds to
     its base (audio self-attention, the projector of a tower) is not among them.
     """
-    model = load_model(**base, dtype=dtype, device_map="meta")
-    stored = model_tensors(model_folder(base["name_or_path"], base.get("revision")))
+    model, name = load_model(**base, dtype=dtype, device_map="meta"), base["name_or_path"]
+    stored = under_our_names(model_tensors(model_folder(name, base.get("revision"))))
     if base.get("whisper"):
         stored |= tower_tensors(base["whisper"])
     wanted = base_tensors(model)

@@ -104,7 +104,8 @@ def answers(
     state = last_hidden_state(model, sample, tokens)
     codes = greedy_codes(model, tokenizer, text, max_frames)
     model.train(was_training)
-    heads = dict(audio_logits=base.audio_lm_head, text_logits=base.text_lm_head)
+    text_head = getattr(base, "text_lm_head", None)
+    heads = dict(audio_logits=base.audio_lm_head, text_logits=text_head)
     logits = {name: head(state).float().cpu() for name, head in heads.items() if head is not None}
     return dict(codes=codes) | logits
 

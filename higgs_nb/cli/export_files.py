@@ -15,6 +15,7 @@ from torch import nn
 from ..checkpoint.adapter import take_snapshot
 from ..checkpoint.manifest import library_versions
 from ..checkpoint.merged import StoredModel
+from ..checkpoint.published import is_published, published_files
 from ..checkpoint.saving import Snapshot
 from .processor import carried_files
 
@@ -35,11 +36,12 @@ def contents_of(
     card: str,  # text of its README.md
     base: dict | None,  # of `describe_base`, for the manifest
     meta: dict | None = None,  # more for the manifest
+    files: Mapping[str, bytes] | None = None,  # more files, see `legal_files`
 ) -> Snapshot:
     "What an export of an adapter (a PeftModel) or of a model holds; see `export_model`."
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        files = {"README.md": card.encode(), **files_below(folder)}
+        files = {"README.md": card.encode(), **files_below(folder), **(files or {})}
     return take_snapshot(model, base=base or {}, meta=meta, files=files, copy=False)
 
 # %% ../../nbs/cli/27_export_files.ipynb #6e4ee715
@@ -54,13 +56,15 @@ def merged_contents(
     base: Path | str,  # folder of the base, with its tokenizer
     card: str,  # text of its README.md
     *,
-    files: Mapping[str, bytes] | None = None,  # more files, see `processor_files`
+    files: Mapping[str, bytes] | None = None,  # more, see `processor_files`, `legal_files`
     meta: dict | None = None,  # for the manifest
 ) -> Snapshot:
     "What the export of a merged model holds; its tensors are read while they are written."
     if kind in LAYOUTS:
         module, name = LAYOUTS[kind].split(":")
         own = getattr(importlib.import_module(module), name)(model, base)
+    elif is_published(base):
+        own = published_files(model, base) | dict(files or {})
     else:
         own = carried_files(base, NOTE) | dict(files or {}) | model.files()
     noted = dict(versions=library_versions(), **meta or {}, finite=True, kind="model")

@@ -5,6 +5,7 @@
 # %% ../../nbs/cli/15_model_card.ipynb #04100b22
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -15,10 +16,10 @@ from ..data.samples import SampleDataset
 from ..family import FAMILIES, HIGGS_V2, Family
 
 # %% auto #0
-__all__ = ['PACKAGED', 'CARD', 'NOT_STOCK', 'NO_STOCK', 'TITLES', 'SETTINGS', 'LIBRARIES', 'learned_clips', 'corpus_summary',
-           'part_summary', 'data_summary', 'hub_name', 'card_family', 'licence_duties', 'base_summary',
-           'model_arguments', 'original_code', 'loading_code', 'loss_row', 'pairs', 'codec_summary', 'card_header',
-           'training_summary', 'model_card']
+__all__ = ['PACKAGED', 'LEGAL', 'CARD', 'NOT_STOCK', 'NO_STOCK', 'TITLES', 'SETTINGS', 'LIBRARIES', 'learned_clips',
+           'corpus_summary', 'part_summary', 'data_summary', 'hub_name', 'card_family', 'licence_duties', 'legal_files',
+           'base_summary', 'model_arguments', 'original_code', 'loading_code', 'loss_row', 'pairs', 'codec_summary',
+           'card_header', 'training_summary', 'model_card']
 
 # %% ../../nbs/cli/15_model_card.ipynb #60f192b2
 def learned_clips(data: SampleDataset) -> list[Audio]:  # of a run
@@ -94,6 +95,23 @@ def licence_duties(
         return ""
     notice = f" {family.notice}" if family.notice else ""
     return f" Weights that were released by its makers are under the {family.licence}.{notice}"
+
+# %% ../../nbs/cli/15_model_card.ipynb #e2be6d62
+LEGAL = re.compile(r"(LICEN[CS]E|NOTICE).*")
+
+
+def legal_files(
+    folder: Path | str,  # of the base
+    name: str,  # the parameter `base` of the run
+    family: Family,  # of that base
+) -> dict[str, bytes]:
+    "The licence of a base, and the notice that a model made from it has to carry."
+    kept = [p for p in sorted(Path(folder).iterdir()) if p.is_file() and LEGAL.fullmatch(p.name)]
+    files = {p.name: p.read_bytes() for p in kept}
+    notice = family.notice.encode()
+    if name not in PACKAGED and not any(notice in content for content in files.values()):
+        files["NOTICE"] = b"\n".join([*files.get("NOTICE", b"").splitlines(), notice, b""])
+    return files
 
 # %% ../../nbs/cli/15_model_card.ipynb #17f9c713
 def base_summary(
@@ -230,9 +248,12 @@ def card_header(
     family: Family = HIGGS_V2,  # of the base
 ) -> str:
     "The metadata that a model hub reads, as YAML."
+    has_class = family.architecture.stock or kind == "adapter"
     data = ModelCardData(
         base_model=hub_name(name),
-        library_name=LIBRARIES[kind],
+        library_name=LIBRARIES[kind] if has_class else "higgs_nb",
+        license=None if name in PACKAGED else "other",
+        license_name=None if name in PACKAGED else family.licence,
         pipeline_tag="text-to-speech",
         tags=[family.name.replace("_", "-"), kind],
     )
@@ -255,6 +276,7 @@ def model_card(
     "The README.md of an export, with the metadata that model hubs read."
     given, family = run["parameters"], card_family(base)
     class_note = NOT_STOCK if family.architecture.stock else NO_STOCK
+    measured = ("audio", "text") if family.architecture.text_head else ("audio",)
     remarks = ("" if stock else class_note, f"\n{remark}\n" if remark else "")
     card = CARD.format(
         header=card_header(given["base"], kind, family),
@@ -267,7 +289,7 @@ def model_card(
         source=in_markdown(Path(given["data"]).name or "the recordings in higgs_nb"),
         training=training_summary(given),
         codec=codec_summary(run.get("codec")),
-        losses="\n".join(loss_row(k, run[f"held_out_{k}_loss"]) for k in ("audio", "text")),
+        losses="\n".join(loss_row(k, run[f"held_out_{k}_loss"]) for k in measured),
         verdict=in_markdown(run["verdict"]),
         probe=pairs(run["probe"], ".3f"),
         versions=pairs(run["versions"]),

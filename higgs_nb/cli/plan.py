@@ -14,7 +14,9 @@ from .notebooks import defaults_of, parameters_of
 from .parameters import AUTO, check_parameters, read_pair, split_assignments
 from .run import print_error
 from ..core.messages import did_you_mean, shown
-from ..model.lora import EMBEDDINGS, HEADS, PRESETS, create_lora_config
+from ..family import HIGGS_V2, Architecture
+from ..model.load import base_family
+from ..model.lora import PRESETS, create_lora_config
 from ..training.advice import advice
 from ..training.cards import CardTable, compare_cards
 from ..training.plan import MemoryPlan, gigabytes, host_and_disk, plan_training, schedule
@@ -62,10 +64,10 @@ def listed(names: str | tuple[str, ...]) -> tuple[str, ...]:  # with commas betw
     return tuple(name.strip() for name in names.split(",") if name.strip())
 
 # %% ../../nbs/cli/21_plan.ipynb #c1901bc8
-def lora_of(values: dict):
-    "The configuration of the adapter that a run of `train` has."
+def lora_of(values: dict, names: Architecture = HIGGS_V2.architecture):
+    "The configuration of the adapter that a run of `train` has, on a base with these `names`."
     targets, trained = values["targets"], values["train_in_full"]
-    words = {"yes": HEADS + EMBEDDINGS, "no": ()}
+    words = {"yes": names.heads_and_embeddings, "no": ()}
     return create_lora_config(
         targets if targets in PRESETS else listed(targets),
         values["rank"],
@@ -110,7 +112,7 @@ def plan_of(
     device, precision = planned_as(values["device"], values["precision"])
     return plan_training(
         base,
-        lora_of(values),
+        lora_of(values, base_family(base).architecture),
         precision=precision,
         optimizer=values["optimizer"],
         device=device,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ..core.files import load_json
 from ..data.codec import codec_class
-from ..family import HIGGS_V2, TurnTemplate
+from ..family import FAMILIES, HIGGS_V2, TurnTemplate
 
 # %% auto #0
-__all__ = ['CHAT', 'FEATURE_EXTRACTOR', 'TEMPLATE', 'OF_TOKENIZER', 'SETTINGS', 'OF_PROCESSOR', 'NO_PROCESSOR',
+__all__ = ['CHAT', 'FEATURE_EXTRACTOR', 'TEMPLATE', 'OF_TOKENIZER', 'SETTINGS', 'OF_PROCESSOR', 'NO_TURNS', 'NO_PROCESSOR',
            'template_strings', 'chat_template', 'processor_config', 'carried_files', 'ProcessorFiles', 'is_stock_codec',
            'taken_over', 'processor_files']
 
@@ -175,6 +175,10 @@ def taken_over(folder: Path, codec: str) -> ProcessorFiles:
     return ProcessorFiles(files, True, remark)
 
 # %% ../../nbs/cli/23_processor.ipynb #5058cbbd
+NO_TURNS = (
+    "Its prompts have no turns, so it has neither a chat template nor a processor of "
+    "transformers: `generate_speech` of higgs_nb writes them."
+)
 NO_PROCESSOR = (
     "Its codec ({codec}) is not a class of transformers, so `AutoProcessor` cannot load: write "
     "prompts with the tokenizer's `apply_chat_template`, and decode with `load_codec` of higgs_nb."
@@ -187,6 +191,9 @@ def processor_files(
     codec: str = "",  # of the run: a name on the hub, a folder or "world"; empty: the base's
 ) -> ProcessorFiles:
     "The files for `AutoProcessor` beside an exported model and its tokenizer."
+    kind = config.get("model_type")
+    if kind in FAMILIES and not isinstance(FAMILIES[kind].template, TurnTemplate):
+        return ProcessorFiles({}, False, NO_TURNS)
     if (Path(base) / SETTINGS).is_file():
         return taken_over(Path(base), codec)
     template = {TEMPLATE: chat_template().encode()}

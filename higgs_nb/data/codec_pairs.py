@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ..core.files import load_json, within
 from ..core.messages import shown
 from .codec import Codec
-from ..family import HIGGS_V2
+from ..family import FAMILIES
 
 # %% auto #0
 __all__ = ['STREAM_CODES', 'PROCESSOR_FILES', 'frame_rate_of', 'check_codec_fits', 'base_file', 'codec_of_base']
@@ -27,11 +27,13 @@ def frame_rate_of(config) -> float | None:  # of a model
     noted = getattr(config, "frame_rate", None)
     if noted is not None:
         return noted
-    released = HIGGS_V2.released_ids
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return None
+    released = family.released_ids
     shape = (config.num_codebooks, config.codebook_size - STREAM_CODES)
-    is_released = config.model_type == HIGGS_V2.architecture.model_type
-    is_released = is_released and shape == (released["num_codebooks"], released["stream_bos"])
-    return HIGGS_V2.frame_rate if is_released else None
+    is_released = shape == (released["num_codebooks"], released["stream_bos"])
+    return family.frame_rate if is_released else None
 
 # %% ../../nbs/data/24_codec_pairs.ipynb #2af07ad2
 def check_codec_fits(

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from transformers import BitsAndBytesConfig, PretrainedConfig
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.files import load_json
@@ -21,12 +23,12 @@ from ..family import FAMILIES, HIGGS_V2, Family, family_of
 from .additions import extend_config, start_additions
 from .classes import CLASSES
 from .native import from_native_config, is_native, read_native
-from .place import check_directory, kind_remedy
+from .place import check_directory, is_hub_id, kind_remedy
 
 # %% auto #0
-__all__ = ['PANGRAMS', 'base_path', 'base_family', 'check_kind', 'check_source', 'tokenizer_fingerprint', 'noted_tokenizer',
-           'check_tokenizer', 'precise_modules', 'keep_precise', 'keep_packing', 'read_config', 'load_config',
-           'weights_source', 'check_keys', 'check_stream_codes', 'load_model']
+__all__ = ['PANGRAMS', 'base_path', 'known_config', 'base_family', 'check_kind', 'check_source', 'tokenizer_fingerprint',
+           'noted_tokenizer', 'check_tokenizer', 'precise_modules', 'keep_precise', 'keep_packing', 'read_config',
+           'load_config', 'load_tokenizer', 'weights_source', 'check_keys', 'check_stream_codes', 'load_model']
 
 # %% ../../nbs/model/11_load.ipynb #b2b0a566
 def base_path(
@@ -41,11 +43,20 @@ def base_path(
     return str(Path(run) / "base") if base == "tiny" else base
 
 # %% ../../nbs/model/11_load.ipynb #de2360ca
+def known_config(base: str) -> dict:  # "small", "tiny", a directory or a hub id
+    "The config.json of a base, in its directory or the cache of the hub; empty if it is in none."
+    file = Path(base_path(base)) / "config.json"
+    if not file.is_file() and is_hub_id(base):
+        with suppress(HFValidationError):  # a name that the hub does not allow
+            cached = try_to_load_from_cache(base, "config.json")
+            file = Path(cached) if isinstance(cached, str) else file
+    config = load_json(file) if file.is_file() else {}
+    return config if isinstance(config, dict) else {}
+
+
 def base_family(base: str) -> Family:  # "small", "tiny", a directory or a hub id
     "The family of a base, as far as it is known without loading it."
-    file = Path(base_path(base)) / "config.json"
-    config = load_json(file) if file.is_file() else {}
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = known_config(base).get("model_type")
     for family in FAMILIES.values():
         if kind == family.architecture.model_type or base in family.architecture.released:
             return family
@@ -170,6 +181,16 @@ def load_config(name: str, revision: str | None) -> PretrainedConfig:  # see `lo
     check_kind(values, name)
     of_family = CLASSES[FAMILIES[values["model_type"]].name].config
     return of_family.from_pretrained(name, revision=revision)
+
+# %% ../../nbs/model/11_load.ipynb #dab457e5
+def load_tokenizer(
+    name_or_path: str,  # directory or hub id of a base, see `load_model`
+    revision: str | None = None,  # commit of the hub repository
+):
+    "The tokenizer of a checkpoint; code that it may bring is not executed."
+    config = load_config(name_or_path, revision)
+    options = dict(config=config, revision=revision, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(name_or_path, **options)
 
 # %% ../../nbs/model/11_load.ipynb #9aa1bc94
 def weights_source(

@@ -32,7 +32,7 @@ from .whisper import AudioEncoderProjector, WhisperTower
 
 # %% auto #0
 __all__ = ['PACKED_FIELDS', 'RECORDING_FIELDS', 'TINY', 'HiggsOutput', 'resized_head', 'check_has_tower', 'check_features_fit',
-           'ReadsRecordings', 'TwoLosses', 'ComputesHiddenStates', 'ReadsPromptOnce', 'ResizesTextHead',
+           'ReadsBatches', 'ReadsRecordings', 'TwoLosses', 'ReadsPromptOnce', 'ResizesTextHead',
            'HiggsAudioForTraining', 'tiny_config', 'tiny_model']
 
 # %% ../../nbs/model/10_model.ipynb #179854d5
@@ -106,9 +106,46 @@ def check_features_fit(chunks: int, features: int, positions: int) -> None:
             f"{positions} {HIGGS_V2.special.audio_in} positions"
         )
 
+# %% ../../nbs/model/10_model.ipynb #6257a9fa
+class ReadsBatches:
+    "The part of a model that hands batches to its decoder."
+
+    packed_fields = PACKED_FIELDS  # that the decoder takes of a packed batch
+    new_modules = ()  # that the checkpoint lacked, see `load_model`
+    trained_tokenizer = None  # fingerprint, see `check_tokenizer`
+
+    def decoder_inputs(
+        self,
+        input_ids,
+        attention_mask=None,
+        audio_input_ids=None,
+        audio_input_ids_mask=None,
+        position_ids=None,
+        **batch,
+    ) -> dict:
+        "The arguments of the decoder for a batch. Fields that are not needed for that are ignored."
+        inputs = dict(input_ids=input_ids, audio_input_ids=audio_input_ids)
+        inputs["position_ids"] = position_ids
+        if "lengths" in batch:
+            return inputs | dict(packed={name: batch[name] for name in self.packed_fields})
+        mask = dict(attention_mask=attention_mask, audio_input_ids_mask=audio_input_ids_mask)
+        return inputs | mask | dict(use_cache=False)
+
+    def hidden(self, **batch) -> Tensor:
+        """The last hidden state of every position of a batch, rows flattened: (rows * positions,
+        hidden).
+        """
+        return self.model(**self.decoder_inputs(**batch)).last_hidden_state.flatten(0, 1)
+
 # %% ../../nbs/model/10_model.ipynb #c6d7ccf7
-class ReadsRecordings:
+class ReadsRecordings(ReadsBatches):
     "The part of `HiggsAudioForTraining` that reads recordings through the Whisper tower."
+
+    def decoder_inputs(self, input_ids, **batch) -> dict:
+        "As the class above, with the features of recordings."
+        recordings = {name: batch.get(name) for name in RECORDING_FIELDS}
+        whisper = self.whisper_features(input_ids, **recordings)
+        return super().decoder_inputs(input_ids, **batch) | whisper
 
     def whisper_features(
         self,
@@ -143,6 +180,9 @@ class ReadsRecordings:
 # %% ../../nbs/model/10_model.ipynb #ee769d27
 class TwoLosses:
     "The part of `HiggsAudioForTraining` that computes losses from hidden states."
+
+    loss_weights = LossWeights()
+    loss_chunks = DEFAULT_CHUNKS
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
         "(rows, hidden) -> (rows, codebooks, codes)"
@@ -188,37 +228,6 @@ def audio_part(self: TwoLosses, hidden: Tensor, targets: Tensor, share: Tensor) 
     "The audio loss, weighted, the sum of each codebook, and more for the `HiggsOutput`."
     options = (self.loss_weights.label_smoothing, self.loss_chunks)
     return *chunked_cross_entropy(hidden, self.audio_lm_head, targets, share, *options), {}
-
-# %% ../../nbs/model/10_model.ipynb #9aa2dff9
-class ComputesHiddenStates:
-    "The part of `HiggsAudioForTraining` that runs the decoder on a batch."
-
-    def hidden(
-        self,
-        input_ids,
-        attention_mask=None,
-        audio_input_ids=None,
-        audio_input_ids_mask=None,
-        position_ids=None,
-        **batch,
-    ) -> Tensor:
-        """The last hidden state of every position of a batch, rows flattened: (rows * positions,
-        hidden). Fields that are not needed for that are ignored.
-        """
-        recordings = {name: batch.get(name) for name in RECORDING_FIELDS}
-        inputs = dict(
-            input_ids=input_ids,
-            audio_input_ids=audio_input_ids,
-            position_ids=position_ids,
-            **self.whisper_features(input_ids, **recordings),
-        )
-        if "lengths" in batch:
-            inputs["packed"] = {name: batch[name] for name in PACKED_FIELDS}
-        else:
-            inputs["attention_mask"] = attention_mask
-            inputs["audio_input_ids_mask"] = audio_input_ids_mask
-            inputs["use_cache"] = False
-        return self.model(**inputs).last_hidden_state.flatten(0, 1)
 
 # %% ../../nbs/model/10_model.ipynb #9d3b72a8
 class ReadsPromptOnce:
@@ -275,7 +284,6 @@ class ResizesTextHead:
 class HiggsAudioForTraining(
     ReadsRecordings,
     TwoLosses,
-    ComputesHiddenStates,
     ReadsPromptOnce,
     ResizesTextHead,
     HiggsAudioV2ForConditionalGeneration,
@@ -306,10 +314,6 @@ class HiggsAudioForTraining(
             d_model = self.audio_tower.config.d_model
             self.audio_encoder_proj = AudioEncoderProjector(d_model, width)
         self.post_init()
-        self.loss_weights = LossWeights()
-        self.loss_chunks = DEFAULT_CHUNKS
-        self.new_modules = ()  # that the checkpoint lacked, see `load_model`
-        self.trained_tokenizer = None  # see `check_tokenizer`
 
     def forward(
         self,

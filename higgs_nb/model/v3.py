@@ -16,8 +16,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 
 from ..family import HIGGS_V3
 from .layers import cache_argument
-from .loss import DEFAULT_CHUNKS, LossWeights, chunked_cross_entropy
-from .model import TwoLosses
+from .loss import chunked_cross_entropy
+from .model import ReadsBatches, TwoLosses
 from .modules import active
 from .qwen3 import PACKED_ROW, Qwen3Decoder
 from .sampling import sample_rows
@@ -126,12 +126,13 @@ class RowGenerationMixin(GenerationMixin):
         return rows if audio_input_ids is None else torch.cat([audio_input_ids, rows], 1)
 
 # %% ../../nbs/model/17_v3.ipynb #89aa06c5
-class HiggsAudioV3ForTraining(TableLosses, RowGenerationMixin, Qwen3PreTrainedModel):
+class HiggsAudioV3ForTraining(ReadsBatches, TableLosses, RowGenerationMixin, Qwen3PreTrainedModel):
     """Higgs Audio V3 for batches of `PaddedCollator` and `PackedCollator`, which give a
     `HiggsOutput`, and for generation.
     """
 
     config_class = HiggsAudioV3Config
+    packed_fields = PACKED_ROW
     _no_split_modules = Qwen3Decoder._no_split_modules
 
     def __init__(self, config: HiggsAudioV3Config):
@@ -140,10 +141,6 @@ class HiggsAudioV3ForTraining(TableLosses, RowGenerationMixin, Qwen3PreTrainedMo
         self.model = Qwen3Decoder(config)
         self.text_lm_head = None
         self.post_init()
-        self.loss_weights = LossWeights()
-        self.loss_chunks = DEFAULT_CHUNKS
-        self.new_modules = ()  # that the checkpoint lacked, see `load_model`
-        self.trained_tokenizer = None  # see `check_tokenizer`
 
     def forward(
         self,
@@ -180,28 +177,6 @@ class HiggsAudioV3ForTraining(TableLosses, RowGenerationMixin, Qwen3PreTrainedMo
         out = self.model(**sequence, use_cache=use_cache, **cache_argument(cache, past_key_values))
         logits = self.audio_logits(out.last_hidden_state[:, -logits_to_keep:])
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
-
-    def hidden(
-        self,
-        input_ids,
-        attention_mask=None,
-        audio_input_ids=None,
-        audio_input_ids_mask=None,
-        position_ids=None,
-        **batch,
-    ) -> Tensor:
-        """The last hidden state of every position of a batch, rows flattened: (rows * positions,
-        hidden). Fields that are not needed for that are ignored.
-        """
-        inputs = dict(input_ids=input_ids, audio_input_ids=audio_input_ids)
-        inputs["position_ids"] = position_ids
-        if "lengths" in batch:
-            inputs["packed"] = {name: batch[name] for name in PACKED_ROW}
-        else:
-            inputs["attention_mask"] = attention_mask
-            inputs["audio_input_ids_mask"] = audio_input_ids_mask
-            inputs["use_cache"] = False
-        return self.model(**inputs).last_hidden_state.flatten(0, 1)
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         "As stock; the model then belongs to another tokenizer."

@@ -19,6 +19,7 @@ from ..core.messages import shown
 from ..data.code_store import Codes
 from ..data.codec import Codec
 from ..data.conversation import Audio, Conversation, tts_conversation
+from ..data.prompt import family_of_tokenizer
 from .clips import Speech
 from .generate import Encoder, generate_speech
 from .sentences import pieces
@@ -79,8 +80,10 @@ class LongText:
         max_chars: int = 200,  # of a piece
         history: int = 1,  # pieces before it that a piece continues; 0: each by itself
         seed: int | None = None,  # of drawing; None: greedy
+        most_references: int | None = None,  # of a prompt; None: any number
     ):
         self.text, self.number, self.voice, self.history = text, number, voice, history
+        self.most_references = most_references
         self.pieces = pieces(check_text(text.text, f"text {number + 1}"), max_chars)
         self.clips: list[Speech] = []
         self.codes: dict[str, Tensor] = {}  # of the clips that are carried on, by path
@@ -104,7 +107,9 @@ class LongText:
         return f"text {self.number}/piece {piece}"
 
     def context(self) -> list[tuple[str, Audio]]:
-        "Words and recordings that the next piece continues."
+        """Words and recordings that the next piece continues. Where a prompt has room for fewer,
+        those that the others follow: the voice's, or the first piece.
+        """
         said = [i for i in range(len(self.clips)) if self.path(i) in self.codes]
         if not self.history:
             said = []
@@ -112,8 +117,8 @@ class LongText:
         chosen = sorted({*first, *said[-self.history :]})
         pairs = [(self.pieces[i], Audio(self.path(i))) for i in chosen]
         if self.voice.reference:
-            return [(self.voice.reference_text, self.voice.reference), *pairs]
-        return pairs
+            pairs.insert(0, (self.voice.reference_text, self.voice.reference))
+        return pairs[: self.most_references]
 
     def prompt(self) -> Conversation:
         "The conversation that the next piece answers."
@@ -199,7 +204,8 @@ def speak_texts(
     """
     named = [text if isinstance(text, SpokenText) else SpokenText(text) for text in texts]
     is_drawn = bool(generation.get("do_sample"))
-    options = dict(voice=voice, max_chars=max_chars, history=history)
+    most = family_of_tokenizer(tokenizer).template.most_references
+    options = dict(voice=voice, max_chars=max_chars, history=history, most_references=most)
     plans = [
         LongText(text, i, seed=seed + i if is_drawn else None, **options)
         for i, text in enumerate(named)

@@ -14,6 +14,7 @@ import soxr
 from scipy.stats import bootstrap
 from torch import Tensor
 
+from ..data.blocks import LIKE_A_MARK
 from .judges import RATE, Judges, normalise_english
 
 # %% auto #0
@@ -79,7 +80,8 @@ def score_words(
     import jiwer
 
     normalise = judges.normalise or normalise_english
-    expected, recognised = normalise(score.text), normalise(transcript)
+    text = LIKE_A_MARK.sub(" ", score.text)  # how a text is spoken is not heard as words
+    expected, recognised = normalise(text), normalise(transcript)
     score.heard = transcript
     score.words = len(expected.split())
     score.letters = len(expected)

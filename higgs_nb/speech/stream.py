@@ -19,7 +19,7 @@ from ..data.code_store import Codes
 from ..data.codec import Codec
 from ..data.conversation import Conversation
 from ..data.delay import undelay
-from ..data.prompt import AudioTokens
+from ..data.prompt import AudioTokens, family_of_tokenizer
 from ..model.load import check_tokenizer
 from .clips import Speech
 from higgs_nb.speech.generate import (
@@ -156,7 +156,8 @@ def stream_speech(
     check_options(generation, base.generation_config, max_frames, 1, do_sample)
     check_tokenizer(base, tokenizer)
     seed = seed if do_sample else None
-    plan = LongText(SpokenText(text), 0, voice, max_chars, history, seed)
+    most = family_of_tokenizer(tokenizer).template.most_references
+    plan = LongText(SpokenText(text), 0, voice, max_chars, history, seed, most)
     store = reference_codes(voice, store or Encoder(codec))
     chunk_frames = max(round(chunk_s * codec.frame_rate), 1)
     with in_eval_mode(model):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from ..checkpoint.adapter import load_lora_adapters
 from ..checkpoint.base import base_of
@@ -25,10 +24,11 @@ from ..cli.answers import answers
 from ..cli.directory import occupy, output_directory, reading
 from ..cli.export import Exported, Question, export_files, source_of, still_to_export
 from ..cli.export_files import contents_of, merged_contents
-from ..cli.model_card import model_card
+from ..cli.model_card import card_family, legal_files, model_card
 from ..cli.parameters import parameters
 from ..cli.processor import ProcessorFiles, processor_files
-from ..model.load import load_model
+from ..family import Family
+from ..model.load import load_model, load_tokenizer
 from .record import read_record
 from .settings import Settings, given_settings
 from .speaker import Speaker, chosen_device, find_speaker
@@ -42,11 +42,22 @@ KINDS = ("adapter", "merged", "original")
 SEVERAL = {"both": KINDS[:2], "all": KINDS}
 
 
-def kinds_of(what: str) -> list[str]:  # parameter of the run
-    "The layouts that are asked for; `ValueError` for a word that is none."
+def kinds_of(
+    what: str,  # parameter of the run
+    family: Family,  # of the base
+) -> list[str]:
+    """The layouts that are asked for; `ValueError` for a word that is none, or a layout that the
+    family does not have.
+    """
     if what not in (*KINDS, *SEVERAL):
         raise ValueError(f"what={what!r}: choose adapter, merged, both, original or all")
-    return list(SEVERAL.get(what, (what,)))
+    kinds = list(SEVERAL.get(what, (what,)))
+    if "original" in kinds and family.architecture.original_type is None:
+        raise ValueError(
+            f"what={what!r}: there is no original layout of {family.title}: choose adapter, merged "
+            "or both"
+        )
+    return kinds
 
 # %% ../../nbs/tasks/10_exporting.ipynb #9c4d7d92
 @dataclass(frozen=True)
@@ -71,6 +82,12 @@ class ExportSource:
         "The folder of the base."
         return model_folder(self.speaker.load["name_or_path"], self.speaker.load["revision"])
 
+    @property
+    def legal(self) -> dict[str, bytes]:
+        "Licence and notice that every export carries."
+        base = self.record["parameters"]["base"]
+        return legal_files(self.folder, base, card_family(self.described))
+
     def __repr__(self):
         kept = sorted(set(self.kinds) - set(self.todo))
         lines = [f"to be exported to {self.out}: {', '.join(self.todo)}"]
@@ -84,8 +101,9 @@ def open_export(namespace: dict) -> ExportSource:  # `globals()` of the notebook
     adapter is not whole, or the place of an export is taken.
     """
     given = parameters("export", namespace)
-    run, out, kinds = Path(given["run"]), output_directory(given["out"]), kinds_of(given["what"])
+    run, out = Path(given["run"]), output_directory(given["out"])
     record, report = read_record(run), verified(run / "adapter")
+    kinds = kinds_of(given["what"], card_family(report.manifest.meta["base"]))
     occupy(out)
     reading(run)
     return ExportSource(
@@ -116,7 +134,7 @@ def ask_adapted(
     "Load base and adapter, let them answer, and drop the base."
     settings, load = source.settings, source.speaker.load
     name, revision = load["name_or_path"], load["revision"]
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    tokenizer = load_tokenizer(name, revision)
     base = load_model(**load, dtype=settings.precision)
     model = load_lora_adapters(base, source.report, tokenizer=tokenizer)
     stock, is_exact = is_stock(model), base_of(model).dtype == torch.float32
@@ -124,7 +142,7 @@ def ask_adapted(
     said = answers(model, tokenizer, settings.text, settings.max_frames)
     card = model_card(source.record, "adapter", source.described, stock)
     made_of = source_of(source.report)
-    contents = contents_of(model, tokenizer, card, source.described, made_of)
+    contents = contents_of(model, tokenizer, card, source.described, made_of, source.legal)
     return Adapted(said, contents, tokenizer, stock, is_exact)
 
 # %% ../../nbs/tasks/10_exporting.ipynb #6636d8b5
@@ -164,7 +182,7 @@ def contents_for(kind: str, source: ExportSource, adapted: Adapted, merged: Merg
     remark = merged.processor.remark if kind == "merged" else ""
     card = model_card(source.record, kind, source.described, adapted.stock, remark)
     meta: Mapping = dict(base=source.described, **source_of(source.report))
-    files = merged.processor.files
+    files = merged.processor.files | source.legal
     return merged_contents(merged.stored, kind, source.folder, card, files=files, meta=meta)
 
 # %% ../../nbs/tasks/10_exporting.ipynb #5f4a3c93
@@ -185,7 +203,8 @@ def export_one(
         **of_adapter if kind == "adapter" else {},
     )
     contents = contents_for(kind, source, adapted, merged)
-    exact = kind == "adapter" or adapted.is_exact
+    rounds = source.described["without"]  # what is trained in full, which PEFT rounds
+    exact = adapted.is_exact or (kind == "adapter" and not rounds)
     return export_files(contents, source.out / kind, question, adapted.answers, exact)
 
 # %% ../../nbs/tasks/10_exporting.ipynb #2efd31de

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoTokenizer
 
 from ..checkpoint.stored import check_weights
 from ..cli.directory import goes_on, occupy, output_directory, run_directory
@@ -21,8 +20,14 @@ from ..core.html import table
 from ..data.codec import CODECS, Codec, codec_class, load_codec
 from ..data.codec_pairs import check_codec_fits
 from ..data.prompt import AudioTokens, byte_tokenizer
-from ..family import HIGGS_V2, family_of
-from ..model.load import base_path, check_source, load_config
+from higgs_nb.model.load import (
+    base_path,
+    check_source,
+    known_config,
+    load_config,
+    load_tokenizer,
+    read_config,
+)
 from ..model.model import tiny_config
 from .settings import Settings, own_codec, resolve
 from ..training.advice import available_bytes, check_plan
@@ -31,7 +36,7 @@ from ..training.processes import join_processes, launched, on_first_process
 from ..training.recipe import far_from, recipe_of
 
 # %% auto #0
-__all__ = ['check_sharding', 'Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_tokenizer', 'open_base',
+__all__ = ['check_sharding', 'look_up', 'Run', 'begin_run', 'resolve_device', 'resolve_precision', 'open_tokenizer', 'open_base',
            'kind_of_codec', 'check_own_codec', 'open_codec', 'weight_bytes', 'check_memory', 'Inputs', 'open_inputs',
            'memory_of_process', 'not_planned', 'plan_run']
 
@@ -52,6 +57,12 @@ def check_sharding(values: dict, processes: int) -> None:  # parameters of a run
             "--nproc-per-node 2 -m higgs_nb.cli.run train ...`"
         )
 
+# %% ../../nbs/tasks/02_inputs.ipynb #0f5324d3
+def look_up(base: str, revision: str = "") -> None:  # parameters of a run
+    "Fetch the configuration of a base on the hub, so that its family is known."
+    if base != "tiny" and not known_config(base):
+        read_config(base_path(base), revision or None)
+
 # %% ../../nbs/tasks/02_inputs.ipynb #a9242b85
 class Run:
     "A run notebook that is being executed: its parameters, settings and directory."
@@ -60,6 +71,7 @@ class Run:
         self.name, self.given = name, given
         own, rank = output_directory(given["out"]), launched()[0]
         occupy(own)
+        look_up(given["base"], given.get("revision", ""))
         self.out, self.settings = run_directory(own, rank), resolve(name, given)
         check_sharding(self.settings.values, launched()[1])
         join_processes(resolve_device(given["device"]) == "cpu")
@@ -103,7 +115,7 @@ def resolve_precision(precision: str, device: str) -> str:  # parameter of a run
 def open_tokenizer(base: str, revision: str | None = None):  # a directory or a hub id; its commit
     "The tokenizer of a base; `ValueError` says what to do if there is none."
     try:
-        return AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
+        return load_tokenizer(base, revision)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{base} brings no tokenizer that can be loaded: fetch tokenizer.json and "
@@ -249,8 +261,6 @@ def not_planned(settings: Settings, inputs: Inputs) -> str:
     watch = "start with a small token_budget, and watch what the first steps take"
     if inputs.device not in ("cuda", "cpu", "mps"):
         return f"memory is not planned on {inputs.device}: {watch}"
-    if family_of(inputs.config) is not HIGGS_V2:
-        return f"memory is not planned for {family_of(inputs.config).title}: {watch}"
     return ""
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from ..checkpoint.adapter import load_lora_adapters
 from ..cli.directory import reading
@@ -18,7 +17,7 @@ from ..core.files import load_json
 from ..data.audio import load_audio
 from ..data.codec import Codec, load_codec
 from ..data.conversation import Audio
-from ..model.load import base_path, check_source, load_model
+from ..model.load import base_path, check_source, load_model, load_tokenizer
 from ..speech.long import Voice
 from ..speech.texts import SpokenText, check_text, read_texts
 from .inputs import resolve_device, resolve_precision
@@ -119,7 +118,7 @@ def load_speaker(
     where = chosen_device(device)
     codec: Codec = load_codec(speaker.codec)
     name, revision = speaker.load["name_or_path"], speaker.load.get("revision")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    tokenizer = load_tokenizer(name, revision)
     model = load_model(**speaker.load, dtype=resolve_precision(precision, where.type))
     if speaker.adapter:
         reading(speaker.adapter)

@@ -17,8 +17,10 @@ from pathlib import Path
 
 from fastcore.basics import patch
 from tqdm.auto import tqdm
+from transformers import PretrainedConfig
 
 from ..core.events import send_event
+from ..family import family_of
 from .callbacks import SPOKEN, Callback
 from .probe import OFFSETS
 
@@ -27,9 +29,15 @@ __all__ = ['SHOWN', 'log_columns', 'json_line', 'csv_row', 'append', 'LogFileCal
            'TrackerCallback', 'ProgressCallback', 'shown_losses', 'EventCallback']
 
 # %% ../../nbs/training/08_log.ipynb #21f3581a
-def log_columns(codebooks: int) -> list[str]:
-    "The columns of `log.csv`, the same for every run of models with as many codebooks."
-    losses = ["loss", "text_loss", "audio_loss", *(f"codebook_{k}" for k in range(codebooks))]
+def log_columns(config: PretrainedConfig) -> list[str]:  # of the model
+    "The columns of `log.csv`, the same for every run of models of a family."
+    family, losses = family_of(config), ["loss"]
+    if family.architecture.text_head:
+        losses.append("text_loss")
+    losses.append("audio_loss")
+    if family.delay.labelled_closing is None:  # EOS cells are told apart, see `named_ends`
+        losses += ["code_loss", "end_loss"]
+    losses += [f"codebook_{k}" for k in range(config.num_codebooks)]
     return [
         "step",
         "epoch",
@@ -75,7 +83,7 @@ class LogFileCallback(Callback):
     def on_train_begin(self, trainer):
         if not trainer.is_first_process:
             return
-        self.columns = log_columns(trainer.model.config.num_codebooks)
+        self.columns = log_columns(trainer.model.config)
         history = trainer.state.log_history
         self.begin(trainer, "jsonl", "".join(map(json_line, history)))
         rows = "".join(csv_row(entry, self.columns) for entry in history)

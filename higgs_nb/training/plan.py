@@ -11,10 +11,10 @@ from functools import cached_property
 
 from fastcore.basics import patch
 from peft import LoraConfig
-from transformers import HiggsAudioV2Config
+from transformers import PretrainedConfig
 
 from ..core.html import Html, element, table
-from ..family import HIGGS_V2
+from ..family import family_of
 from ..model.additions import extend_config
 from .counter import KINDS
 from .planned_base import plan_config, sizes_of
@@ -33,13 +33,14 @@ SPOKEN = dict(
 )  # of a run: clips at a time, rows and tokens of each
 
 
-def speaking_bytes(config: HiggsAudioV2Config, width: int) -> int:  # width: bytes of a number
+def speaking_bytes(config: PretrainedConfig, width: int) -> int:  # width: bytes of a number
     "Bytes that generation takes beside the model, at most."
     heads = 2 * config.num_key_value_heads * config.head_dim
     cells = SPOKEN["clips"] * (SPOKEN["prompt"] + SPOKEN["frames"])
     cache = cells * heads * (config.num_hidden_layers + 1) * width
     inner = 2 * config.hidden_size + 3 * config.intermediate_size
-    logits = config.vocab_size + config.num_codebooks * config.codebook_size
+    texts = config.vocab_size if family_of(config).architecture.text_head else 0
+    logits = texts + config.num_codebooks * config.codebook_size
     prompts = SPOKEN["clips"] * (SPOKEN["prompt"] * inner * width + logits * 4)
     return cache + prompts
 
@@ -68,7 +69,7 @@ class MemoryPlan:
 
     base: str
     origin: str  # of the configuration
-    config: HiggsAudioV2Config
+    config: PretrainedConfig
     settings: StepSettings
 
     @cached_property
@@ -136,7 +137,8 @@ def schedule(
 ) -> dict[str, float]:
     "Tokens of an epoch, steps, and hours of training, all of them about."
     seconds = 3600 * hours
-    tokens = seconds * (HIGGS_V2.frame_rate + TEXT_RATE) + TEMPLATE * seconds / clip_s
+    rate = family_of(plan.config).frame_rate + TEXT_RATE
+    tokens = seconds * rate + TEMPLATE * seconds / clip_s
     batches = math.ceil(tokens / (plan.settings.token_budget * FILLED))
     per_epoch = math.ceil(batches / plan.settings.accumulate / plan.settings.processes)
     planned = dict(tokens=round(tokens), steps_per_epoch=per_epoch)
@@ -147,11 +149,11 @@ def schedule(
 
 # %% ../../nbs/training/23_plan.ipynb #cc709c11
 def plan_training(
-    base: str | HiggsAudioV2Config = "released",  # see `plan_config`, or a configuration
+    base: str | PretrainedConfig = "released",  # see `plan_config`, or a configuration
     lora: LoraConfig | None = None,  # of `create_lora_config`; None: the model as a whole
     token_budget: int = 4096,  # tokens of a packed batch, frames included
     accumulate: int = 1,  # batches of one optimizer step
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool = False,  # compute activations again: less memory, more time
     precision: str = "bf16",  # or "fp32"
     bits: int = 0,  # of the matrices in the base's layers: 4, 8, or 0 for its precision
     optimizer: str = "adamw_torch_fused",  # or "adamw_bnb_8bit"

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import HiggsAudioV2Config
+from transformers import PretrainedConfig
 
 from ..data.prompt import byte_tokenizer
-from ..family import HIGGS_V2
+from ..family import FAMILIES, HIGGS_V2, Family
+from ..model.classes import CLASSES
 from ..model.load import base_path, load_config
 from ..model.model import tiny_config
 from .own_base import checkpoint_bytes
@@ -23,12 +24,13 @@ from .simulate import FEW
 __all__ = ['RELEASED', 'released_config', 'is_cached', 'plan_config', 'bytes_of', 'sizes_of']
 
 # %% ../../nbs/training/22_planned_base.ipynb #558c3669
-RELEASED = ("released", *HIGGS_V2.architecture.released)
+RELEASED = {name: f for f in FAMILIES.values() for name in f.architecture.released}
+RELEASED = {"released": HIGGS_V2, **RELEASED}  # name of a base -> its family
 
 
-def released_config() -> HiggsAudioV2Config:
-    "The configuration of the released model, as far as shapes go."
-    return HiggsAudioV2Config(codebook_size=HIGGS_V2.released_ids["stream_eos"] + 1)
+def released_config(family: Family = HIGGS_V2) -> PretrainedConfig:
+    "The configuration of the released model of a family, as far as shapes go."
+    return CLASSES[family.name].config(codebook_size=family.released_ids["stream_eos"] + 1)
 
 # %% ../../nbs/training/22_planned_base.ipynb #143de5b1
 def is_cached(name: str) -> bool:  # NAME or OWNER/NAME
@@ -39,12 +41,13 @@ def is_cached(name: str) -> bool:  # NAME or OWNER/NAME
 def plan_config(
     base: str,  # "released", "small", "tiny", a directory or a hub id
     revision: str | None = None,
-) -> tuple[HiggsAudioV2Config, str]:
+) -> tuple[PretrainedConfig, str]:
     "The configuration of a base, and where it comes from; see `load_config` for errors."
     if base == "tiny":
         return tiny_config(byte_tokenizer()), "the tiny model of tests"
     if base in RELEASED and not revision and not is_cached(base):
-        return released_config(), "the released configuration, which the package knows"
+        source = "the released configuration, which the package knows"
+        return released_config(RELEASED[base]), source
     config = load_config(base_path(base), revision)
     return config, f"the config.json of {base}"
 
@@ -58,7 +61,7 @@ def bytes_of(model: nn.Module, base: nn.Module) -> dict[str, int]:  # base: with
     )
 
 # %% ../../nbs/training/22_planned_base.ipynb #f9cfc382
-def sizes_of(config: HiggsAudioV2Config, settings: StepSettings) -> dict[str, int]:
+def sizes_of(config: PretrainedConfig, settings: StepSettings) -> dict[str, int]:
     "Bytes of `base`, `checkpoint` and `adapter`; of a quantised base before it is packed."
     settings = replace(settings, bits=0)
     plain = replace(settings, lora=None)

@@ -14,17 +14,19 @@ import torch
 from fastcore.basics import patch
 from peft import LoraConfig
 from torch import nn
-from transformers import HiggsAudioV2Config
+from transformers import PretrainedConfig
 
+from ..family import family_of
+from ..model.classes import CLASSES
 from ..model.device import as_if_on
 from ..model.lora import apply_lora
-from ..model.model import HiggsAudioForTraining
 from .accelerator import recompute_activations
 from .stand_ins import DeviceArithmetic, pack_base
 from .worst_batch import worst_lengths
 
 # %% auto #0
-__all__ = ['ALLOWED', 'StepSettings', 'check_divided', 'check_settings', 'forward_way', 'checkpoint_options', 'shapes_of_model']
+__all__ = ['ALLOWED', 'StepSettings', 'check_divided', 'check_settings', 'forward_way', 'checkpoint_options', 'with_layers',
+           'shapes_of_model']
 
 # %% ../../nbs/training/20_planned_model.ipynb #7ab584b9
 @dataclass(frozen=True)
@@ -106,13 +108,22 @@ def checkpoint_options(settings: StepSettings) -> dict:
     "Arguments of `torch.utils.checkpoint`: transformers' defaults, and `forward_way` once more."
     return dict(use_reentrant=False, context_fn=lambda: (nullcontext(), forward_way(settings)))
 
-# %% ../../nbs/training/20_planned_model.ipynb #4c2a3794
-def shapes_of_model(config: HiggsAudioV2Config, settings: StepSettings, layers: int) -> nn.Module:
-    "The model with its adapters on the meta device, with `layers` decoder layers."
+# %% ../../nbs/training/20_planned_model.ipynb #91b8d5c8
+def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    "A copy of a configuration with so many layers, all of them of the kind of the first."
     config = copy.deepcopy(config)
-    config.num_hidden_layers, config._attn_implementation = layers, "sdpa"
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1] * layers
+    return config
+
+# %% ../../nbs/training/20_planned_model.ipynb #4c2a3794
+def shapes_of_model(config: PretrainedConfig, settings: StepSettings, layers: int) -> nn.Module:
+    "The model with its adapters on the meta device, with `layers` decoder layers."
+    config = with_layers(config, layers)
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model = HiggsAudioForTraining(config).to(settings.dtype)
+        model = CLASSES[family_of(config).name].model(config).to(settings.dtype)
     model.new_modules = settings.new_modules
     if settings.lora is not None:
         model = apply_lora(model, settings.lora, settings.text_loss)

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import HiggsAudioV2Config
+from transformers import PretrainedConfig
 
 from ..checkpoint.base import base_of
 from ..model.device import as_if_on
@@ -148,7 +148,7 @@ BLOCK = {"cuda": 512, "cpu": 1}  # bytes that an allocator rounds up to
 
 
 def simulate_layers(
-    config: HiggsAudioV2Config, settings: StepSettings, layers: int
+    config: PretrainedConfig, settings: StepSettings, layers: int
 ) -> dict[str, dict[str, int]]:
     "Stage -> bytes by kind when their sum is largest, of a model with `layers` layers."
     model = shapes_of_model(config, settings, layers)
@@ -178,7 +178,7 @@ def extend(few: dict, more: dict, layers: int) -> dict[str, dict[str, int]]:
     }
 
 # %% ../../nbs/training/21_simulate.ipynb #0f8a881d
-def simulate(config: HiggsAudioV2Config, settings: StepSettings) -> dict[str, dict[str, int]]:
+def simulate(config: PretrainedConfig, settings: StepSettings) -> dict[str, dict[str, int]]:
     "Stage -> bytes by kind when their sum is largest; `ValueError` for what cannot be planned."
     check_settings(settings)
     if config.num_hidden_layers <= FEW[1]:

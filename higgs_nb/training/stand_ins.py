@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from ..family import HIGGS_V2
+from ..family import family_of
 from ..model.device import autocast_dtype, device_type
 
 # %% auto #0
@@ -130,9 +130,9 @@ def pack(layer: nn.Linear, bits: int) -> None:  # layer: on the meta device, cha
 # %% ../../nbs/training/17_stand_ins.ipynb #e2069a14
 def pack_base(model: nn.Module, bits: int) -> None:  # model: on the meta device, changed in place
     "Pack the matrices of the decoder layers; `ValueError` for DoRA, which would unpack them all."
+    apart = set(family_of(model.config).architecture.audio_attention[:1])
     for name, module in list(model.named_modules()):
-        apart = HIGGS_V2.architecture.audio_attention[0] in name.split(".")
-        if ".layers." not in name or apart:
+        if ".layers." not in name or apart & set(name.split(".")):
             continue
         if isinstance(module, LoraLinear):
             if module.lora_variant:

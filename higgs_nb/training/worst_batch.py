@@ -8,21 +8,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import HiggsAudioV2Config
+from transformers import PretrainedConfig
 
 from ..data.collator import PackedCollator
-from ..data.delay import IGNORE, delay_pattern
+from ..data.delay import IGNORE
 from ..data.prompt import AudioTokens
-from ..data.samples import Sample
+from ..data.samples import Clip, Sample, write_clip
 from ..data.whisper_inputs import whisper_extractor
-from ..family import HIGGS_V2
+from ..family import HIGGS_V2, family_of
 
 # %% auto #0
-__all__ = ['TEMPLATE', 'TEXT_RATE', 'REFERENCE', 'tokens_of', 'tokens_of_clip', 'made_up_reference', 'made_up_sample',
-           'worst_lengths', 'worst_batch']
+__all__ = ['TEMPLATE', 'TEXT_RATE', 'REFERENCE', 'tokens_of', 'tokens_of_clip', 'made_up_reference', 'made_up_clip',
+           'made_up_sample', 'worst_lengths', 'worst_batch']
 
 # %% ../../nbs/training/18_worst_batch.ipynb #b51a13fd
-def tokens_of(config: HiggsAudioV2Config) -> AudioTokens:
+def tokens_of(config: PretrainedConfig) -> AudioTokens:
     "The ids that structure a sequence, from the configuration of a model alone."
     return AudioTokens(
         audio_in=getattr(config, "audio_in_token_id", -1),
@@ -32,10 +32,11 @@ def tokens_of(config: HiggsAudioV2Config) -> AudioTokens:
         stream_bos=config.audio_stream_bos_id,
         stream_eos=config.audio_stream_eos_id,
         num_codebooks=config.num_codebooks,
+        family=family_of(config),
     )
 
 # %% ../../nbs/training/18_worst_batch.ipynb #2eafc582
-TEMPLATE = 34  # tokens of a prompt without its words
+TEMPLATE = 34  # tokens of a prompt without its words, at most
 TEXT_RATE = 4  # text tokens of a second of speech, about
 
 
@@ -47,35 +48,42 @@ def tokens_of_clip(seconds: float, rate: float = HIGGS_V2.frame_rate) -> int:
 REFERENCE = 25  # features of a reference recording: a second
 
 
-def made_up_reference(config: HiggsAudioV2Config) -> list[np.ndarray]:
+def made_up_reference(config: PretrainedConfig) -> list[np.ndarray]:
     "The waveform, at Whisper's rate, of a reference for a tower; none without a tower."
     has_tower = getattr(config, "encode_whisper_embed", False)
     return [np.zeros(160 * (4 * REFERENCE - 1), np.float32)] if has_tower else []
 
-# %% ../../nbs/training/18_worst_batch.ipynb #f224bb6b
-def made_up_sample(length: int, config: HiggsAudioV2Config, seed: int = 0) -> Sample:
-    """A prompt, a text and its speech, `length` tokens in all, of random codes and labelled as in
-    training; `ValueError` if it is too short for a frame.
-    """
-    tokens, rate = tokens_of(config), HIGGS_V2.frame_rate
-    rows = round((length - TEMPLATE) * rate / (rate + TEXT_RATE))
-    frames = rows - HIGGS_V2.delay.rows(0, config.num_codebooks)
+# %% ../../nbs/training/18_worst_batch.ipynb #5d65355f
+def made_up_clip(length: int, tokens: AudioTokens, seed: int = 0) -> Clip:
+    "The clip of a sample of `length` tokens; `ValueError` if it is too short for a frame."
+    family, codebooks = tokens.family, tokens.num_codebooks
+    rows = round((length - TEMPLATE) * family.frame_rate / (family.frame_rate + TEXT_RATE))
+    frames = rows - family.delay.rows(0, codebooks)
     if frames < 1:
         raise ValueError(f"a sample of {length} tokens has no room for speech")
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(tokens.stream_bos, (config.num_codebooks, frames), generator=generator)
-    ends = (tokens.stream_bos, tokens.stream_eos)
-    audio_ids, audio_labels = delay_pattern(codes, torch.tensor([frames]), *ends)
-    delayed = config.num_codebooks - 1
-    placeholders = [tokens.audio_out] * (rows - delayed) + [tokens.audio_delay] * delayed
+    codes = torch.randint(tokens.stream_bos, (codebooks, frames), generator=generator)
+    return write_clip(codes, 0, tokens, delay=True)
+
+# %% ../../nbs/training/18_worst_batch.ipynb #72375467
+def made_up_sample(length: int, config: PretrainedConfig, seed: int = 0) -> Sample:
+    """A prompt, a text and its speech, `length` tokens in all, of random codes and labelled as in
+    training; `ValueError` if it is too short for a frame.
+    """
+    tokens = tokens_of(config)
+    clip = made_up_clip(length, tokens, seed)
+    after = [4, 5, 5] if tokens.family.special.audio_end else []  # audio_eos, eot
     waveforms = made_up_reference(config)
     features = [tokens.audio_in] * (REFERENCE * len(waveforms))
-    text = [*features, *[3] * (length - rows - 4 - len(features))]
-    ids = torch.tensor([*text, config.audio_bos_token_id, *placeholders, 4, 5, 5])
+    words = length - len(features) - len(clip.ids) - 1 - len(after)
+    text = [*features, *[3] * words]
+    ids = torch.tensor([*text, config.audio_bos_token_id, *clip.ids, *after])
     labels = torch.full_like(ids, IGNORE)
-    spoken = [len(text), -3, -2]  # audio_out_bos, audio_eos, eot
-    labels[spoken] = ids[spoken]
-    return Sample(ids, labels, audio_ids, audio_labels, f"made up {length}", waveforms)
+    if tokens.family.architecture.text_head:
+        spoken = [len(text), -3, -2]  # audio_out_bos, audio_eos, eot
+        labels[spoken] = ids[spoken]
+    name = f"made up {length}"
+    return Sample(ids, labels, clip.audio_ids, clip.audio_labels, name, waveforms)
 
 # %% ../../nbs/training/18_worst_batch.ipynb #92e532c1
 def worst_lengths(token_budget: int, max_duration_s: float = 30.0) -> tuple[int, ...]:
@@ -91,7 +99,7 @@ def worst_lengths(token_budget: int, max_duration_s: float = 30.0) -> tuple[int,
     return (longest + rest, *lengths[1:])
 
 # %% ../../nbs/training/18_worst_batch.ipynb #b0008eaf
-def worst_batch(config: HiggsAudioV2Config, lengths: tuple[int, ...]) -> dict[str, Tensor]:
+def worst_batch(config: PretrainedConfig, lengths: tuple[int, ...]) -> dict[str, Tensor]:
     "A packed batch of made-up samples of these lengths."
     samples = [made_up_sample(n, config, seed=i) for i, n in enumerate(lengths)]
     return PackedCollator(tokens_of(config), extractor=whisper_extractor(config))(samples)

@@ -35,9 +35,10 @@ PART = "[0, 1)"
 # %% ../../nbs/cli/03_limits.ipynb #3cf000f5
 COUNTS = """accumulate batch_size hidden_size intermediate_size keep layers max_frames
     rank rank_pattern speak_every steps token_budget top_k variants vocabulary width"""
-NUMBERS = """alpha audio_loss_weight clips codebook_weights edge_s evaluate.max_duration_s guide
-    held_out_clips history max_clips max_texts pause_s players prompts readings rehearse score_every
-    service speak swap table text_loss_weight voices.held_out warmup weights workers"""
+NUMBERS = """alpha audio_loss_weight clips codebook_weights edge_s evaluate.max_duration_s examples
+    generated guide held_out_clips history max_clips max_texts novels ordinary pause_s players
+    prompts readings rehearse score_every service speak swap table test_texts text_loss_weight
+    voices.held_out warmup weights workers"""
 POSITIVES = """epochs eval_every learning_rate max_duration_s max_speech_s save_every temperature"""
 RANGES = {
     "bits": "[0, 8]",

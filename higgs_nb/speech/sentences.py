@@ -57,7 +57,9 @@ def ends_sentence(text: str, match: re.Match) -> bool:  # of `SENTENCE_END` in `
     return not is_number and not ends_with_abbreviation(before)
 
 # %% ../../nbs/speech/10_sentences.ipynb #c02fd7c4
-def sentences(text: str) -> list[str]:
+def sentences(
+    text: str,  # with paragraphs, which end sentences
+) -> list[str]:
     "The sentences of a text, without the space around them; nothing else is lost."
     found = []
     for paragraph in re.split(r"\n\s*\n", text):

@@ -29,7 +29,19 @@ from higgs_nb.speech.transcripts import (
 )
 
 # %% auto #0
-__all__ = ['LIKE', 'WordStore', 'languages_of', 'Writing', 'row_of', 'save_piece', 'write_pieces']
+__all__ = ['LIKE', 'words_of_line', 'WordStore', 'languages_of', 'Writing', 'row_of', 'save_piece', 'write_pieces']
+
+# %% ../../nbs/speech/19_written.ipynb #9b1f2b2c
+def words_of_line(line: bytes, where: str) -> tuple[str, Written]:  # place for the error
+    "Key and words of a line; `ValueError` if it is damaged."
+    try:
+        row = json.loads(line)
+        key = row.pop("key")
+        return key, Written(**row | dict(doubts=tuple(row["doubts"])))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{where} is damaged: remove that line, its piece is heard again"
+        ) from error
 
 # %% ../../nbs/speech/19_written.ipynb #ef44f4aa
 class WordStore:
@@ -38,10 +50,9 @@ class WordStore:
     def __init__(self, file: Path):
         self.file, self.known = file, {}
         lines = file.read_bytes().split(b"\n") if file.exists() else []
-        for line in lines[:-1]:  # one that was cut off ends the file
-            row = json.loads(line)
-            key = row.pop("key")
-            self.known[key] = Written(**row | dict(doubts=tuple(row["doubts"])))
+        for number, line in enumerate(lines[:-1], 1):  # one that was cut off ends the file
+            key, words = words_of_line(line, f"{file}, line {number}")
+            self.known[key] = words
         if lines and lines[-1]:
             file.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
 

@@ -12,7 +12,7 @@ quote = '$(subst ','\'',$(1))'
 TOOLS = $(call quote,$(BIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help train codec base test test-bits test-newest test-released test-llama test-gpu bench-gpu test-browser lint lab docs bench scores prepare readme clean
+.PHONY: help train codec base test test-bits test-newest test-released test-llama test-gpu bench-gpu test-browser lint lab docs bench bench-transcribe scores prepare readme clean
 
 define HELP
 make train         train an adapter on the recordings in the package; runs/train holds it and the executed notebook
@@ -30,6 +30,7 @@ make lint          run formatter and linter, and check the floors and the counts
 make lab           open the notebooks in JupyterLab
 make docs          build the site into _docs, with Quarto if it is installed, else with smalldocs
 make bench         run every benchmark in benchmarks/
+make bench-transcribe  measure transcription and the check of texts, in an hour; needs the extra eval
 make scores        measure the scores of the small base again, into runs/scores: hours; needs the extra eval
 make prepare       after an edit in nbs/: export the package, clean the notebooks, write README.md
 make clean         remove what was built; .venv and runs/ stay
@@ -136,7 +137,11 @@ docs: $(SETUP)
 
 bench: $(SETUP)
 	@ls benchmarks/*.py >/dev/null || { echo "make bench: no benchmark in benchmarks/" >&2; exit 1; }
-	@set -e; for benchmark in $(filter-out benchmarks/small_base.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; $(TOOLS)/python "$$benchmark" $(ARGS); done
+	@set -e; for benchmark in $(filter-out benchmarks/small_base.py benchmarks/gpu.py benchmarks/transcribe.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; $(TOOLS)/python "$$benchmark" $(ARGS); done
+
+bench-transcribe: $(SETUP)
+	$(TOOLS)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[eval]"
+	$(TOOLS)/python benchmarks/transcribe.py $(ARGS)
 
 scores: $(SETUP)
 	$(TOOLS)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[eval]"

@@ -261,6 +261,7 @@ FREE = {  # string parameters that take any text, and why
     "corpus.bitrate": "of ffmpeg",
     "corpus_fr.bitrate": "of ffmpeg",
     "export.text": "words to speak",
+    "prepare.language": "a code of Whisper's, checked before the corpus is read",
     "speak.text": "words to speak",
     "speak.reference_text": "the words of a recording",
     "speak.scene": "where it is spoken",

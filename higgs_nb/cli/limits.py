@@ -37,9 +37,10 @@ COUNTS = """accumulate batch_size hidden_size intermediate_size keep layers max_
     rank rank_pattern speak_every steps token_budget top_k variants vocabulary width"""
 NUMBERS = """alpha audio_loss_weight clips codebook_weights edge_s evaluate.max_duration_s examples
     generated guide held_out_clips history max_clips max_texts novels ordinary pause_s players
-    prompts readings rehearse score_every service speak swap table test_texts text_loss_weight
-    voices.held_out warmup weights workers"""
-POSITIVES = """epochs eval_every learning_rate max_duration_s max_speech_s save_every temperature"""
+    prompts readings rehearse score_every service speak speakers swap table test_texts
+    text_loss_weight voices.held_out warmup weights workers"""
+POSITIVES = """epochs eval_every learning_rate longest_s max_duration_s max_speech_s save_every
+    shortest_s temperature"""
 RANGES = {
     "bits": "[0, 8]",
     **dict.fromkeys(COUNTS.split(), COUNT),
@@ -126,6 +127,7 @@ CHOICES = {
 WORDS = {  # beside paths, names on the hub, names of modules
     "base": ("small", "tiny"),
     "codec": ("auto", "world"),
+    "recogniser": ("base",),
     "targets": ("all", "attention", "audio"),
     "train_in_full": ("auto", "yes", "no"),
 }

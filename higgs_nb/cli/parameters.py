@@ -63,8 +63,8 @@ def as_type(value, kind: str):  # name of a type in the notebook
 
 # %% ../../nbs/cli/04_parameters.ipynb #5fdbf0ce
 PATHS = tuple(  # parameters that may name a file or directory
-    """adapter also base codec corpus data others out reference run seen source sweep texts voices
-    whisper""".split()
+    """adapter also base codec corpus data others out recogniser reference run seen source sweep
+    texts voices whisper""".split()
 )
 SEVERAL_PATHS = (
     "fit_codec.corpus",

@@ -174,7 +174,10 @@ def no_transcripts(
 ) -> NoTranscripts:
     "A `NoTranscripts`, to be raised."
     what = f"{path} holds {len(recordings):,} recordings and no words to any of them"
-    remedy = f"write the words of each into a .txt of the same name beside it, {OR_METADATA}"
+    remedy = (
+        f"write the words of each into a .txt of the same name beside it, {OR_METADATA}, or have "
+        f"them written down: higgs_run prepare -p data={path} -p transcribe=yes"
+    )
     error = NoTranscripts(Problem(what, remedy))
     error.recordings = recordings
     return error

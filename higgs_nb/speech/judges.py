@@ -45,7 +45,7 @@ class Judges:
     normalise: Callable[[str], str] | None = None
 
 # %% ../../nbs/speech/04_judges.ipynb #aa530fe7
-def normalise_english(text: str) -> str:
+def normalise_english(text: str) -> str:  # a sentence, or what was heard
     "`text` as it is compared: lower case, no punctuation, numbers as single digits."
     plain = EnglishTextNormalizer({})(re.sub(r"\bo'? ?clock\b|[:,$-]", " ", text, flags=re.I))
     plain = re.sub(r"(\d)(st|nd|rd|th)\b", r"\1", plain)

@@ -32,7 +32,7 @@ from ..view.plots import plot_codes, plot_waveform
 
 # %% auto #0
 __all__ = ['TABLE_FROM', 'NOTHING_HELD', 'learned_recording', 'digests_of', 'keep_apart', 'with_references', 'spoken',
-           'large_table', 'TableReport', 'read_table', 'RunCorpus', 'check_sides', 'chosen_columns', 'rows_of_run',
+           'large_table', 'TableReport', 'RunCorpus', 'read_table', 'check_sides', 'chosen_columns', 'rows_of_run',
            'read_corpus', 'open_store', 'plot_clip']
 
 # %% ../../nbs/tasks/03_corpus.ipynb #c9726201
@@ -122,13 +122,6 @@ class TableReport:
     def _repr_html_(self):
         return f"<pre>{self}</pre>"
 
-
-def read_table(table: CorpusTable, settings: Settings) -> RunCorpus:
-    "The corpus of a run from a table, divided as `prepare` has done it."
-    limit = settings.max_clips or None
-    train, held = (table.side(split)[:limit] for split in ("train", "held_out"))
-    return RunCorpus(train, held, TableReport(table), settings.max_duration_s)
-
 # %% ../../nbs/tasks/03_corpus.ipynb #a0335a55
 @dataclass
 class RunCorpus:
@@ -174,6 +167,13 @@ class RunCorpus:
     def _repr_html_(self):
         sides = f"{len(self.train)} conversations to train on, {len(self.held)} held out"
         return f"{self.report._repr_html_()}<p>{sides}</p>"
+
+# %% ../../nbs/tasks/03_corpus.ipynb #807e79d5
+def read_table(table: CorpusTable, settings: Settings) -> RunCorpus:
+    "The corpus of a run from a table, divided as `prepare` has done it."
+    limit = settings.max_clips or None
+    train, held = (table.side(split)[:limit] for split in ("train", "held_out"))
+    return RunCorpus(train, held, TableReport(table), settings.max_duration_s)
 
 # %% ../../nbs/tasks/03_corpus.ipynb #841cde61
 NOTHING_HELD = (

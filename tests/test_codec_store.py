@@ -296,7 +296,7 @@ def test_no_process_outlives_the_run(tmp_path, number):
     children = main.children(recursive=True)
     assert len(children) >= 2
     main.send_signal(number)
-    alive = psutil.wait_procs([main, *children], timeout=40)[1]
+    alive = psutil.wait_procs([main, *children], timeout=120)[1]
     left = [process for process in alive if not has_ended(process)]
     for process in left:
         process.kill()

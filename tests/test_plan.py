@@ -18,6 +18,7 @@ from transformers import HiggsAudioV2Config, WhisperConfig
 
 from higgs_nb.cli.notebooks import parameters_of
 from higgs_nb.cli.plan import MPS, main, plan_of, plan_values
+from higgs_nb.family import HIGGS_V2
 from higgs_nb.model.lora import HEADS, create_lora_config
 from higgs_nb.training.advice import advice, as_parameters, changes, check_plan
 from higgs_nb.training.cards import CardTable, budget_line, compare_cards, largest_budget
@@ -296,7 +297,7 @@ def test_the_released_model_is_known_without_a_network(monkeypatch):
         config, origin = plan_config(name)
         assert config.codebook_size == 1026 and "which the package knows" in origin
     with pytest.raises(OSError, match="hf download"):
-        plan_config(RELEASED[1], revision="abc")
+        plan_config(HIGGS_V2.architecture.released[0], revision="abc")
 
 
 def measured_in_tiny_sizes():

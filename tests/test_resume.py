@@ -288,11 +288,12 @@ def test_the_space_that_a_run_needs(whole, tmp_path):
 
 @pytest.mark.parametrize("policy, code, steps", [("stop", 1, [13]), ("warn", 0, [13, 39, 40])])
 def test_a_save_that_fails(cut, tmp_path, policy, code, steps):
-    """The disk is full when step 26 is saved, and has room again later. What was saved before
-    stays; what went wrong is in the log, all of it.
+    """The disk is full when step 26 is saved, and has room again later if the run goes on. What was
+    saved before stays; what went wrong is in the log, all of it.
     """
     folder = shutil.copytree(cut, tmp_path / "run")
-    assert run(folder, resume="auto", save_steps=13, full=(26, 38), on_save_error=policy) == [code]
+    full = (26, 38 if policy == "warn" else 41)  # a save in the background may be late
+    assert run(folder, resume="auto", save_steps=13, full=full, on_save_error=policy) == [code]
     assert [r.step for r in list_checkpoints(folder)] == steps and higgs_validate(
         [str(folder)]
     ) == 0

@@ -172,7 +172,8 @@ def check_base_directory(path: Path) -> Finding:
     try:
         from higgs_nb.model.load import check_source
 
-        check_source(path)
+        if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            check_source(path)
         missing = missing_files(path)
     except ImportError as error:
         return Finding("base", "problem", f"{error}", "repair the packages first, see above")

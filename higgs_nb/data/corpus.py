@@ -100,7 +100,7 @@ def corpus_rows(
 
 
 def load_corpus(
-    # a folder or a file of any form, see the formats, or an address such as hf://owner/name@revision
+    # a folder or a file of any form, or an address on the hub: hf://owner/name@revision
     path: str | Path,
     # True: also read files outside of the corpus' folder, absolute paths and links
     allow_outside: bool = False,

@@ -20,7 +20,8 @@ __all__ = ['HUB', 'ADDRESS', 'NOT_NEEDED', 'Address', 'is_address', 'parse_addre
 # %% ../../nbs/data/34_hub_corpus.ipynb #3431cbd1
 HUB = "hf://"
 ADDRESS = re.compile(
-    r"hf:/{1,2}(?:datasets/)?(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<folder>.+?))?/?"
+    r"hf:/{1,2}(?:datasets/)?(?P<id>[\w.-]+/[\w.-]+)"
+    r"(?:@(?P<revision>[\w.-]+))?(?:/(?P<folder>.+?))?/?"
 )
 
 

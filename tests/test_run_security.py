@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -297,10 +298,16 @@ def test_every_text_of_every_notebook_has_its_words():
     assert set(CHOICES) | set(WORDS) | set(FREE) | set(SEVERAL_PATHS) <= seen
 
 
+@cache
+def taker(key):
+    "A notebook with this parameter, `train` if it has it."
+    return next(name for name in ("train", *run_notebooks()) if key in parameters_of(name))
+
+
 @st.composite
 def misspelt(draw):
     "A parameter, one of its words, and that word with a letter left out, doubled or swapped."
-    takers = {**CHOICES, **{f"train.{key}": words for key, words in WORDS.items()}}
+    takers = {**CHOICES, **{f"{taker(key)}.{key}": words for key, words in WORDS.items()}}
     name, key = draw(st.sampled_from(sorted(takers))).split(".")
     word = draw(st.sampled_from([w for w in takers[f"{name}.{key}"] if len(w) > 3]))
     at = draw(st.integers(0, len(word) - 2))

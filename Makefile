@@ -12,13 +12,14 @@ quote = '$(subst ','\'',$(1))'
 TOOLS = $(call quote,$(BIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help train codec base test test-bits test-newest test-released test-llama test-gpu bench-gpu test-browser lint lab docs bench bench-transcribe scores prepare readme clean
+.PHONY: help train codec base test test-slow test-bits test-newest test-released test-llama test-gpu bench-gpu test-browser lint lab docs bench bench-transcribe scores prepare readme clean
 
 define HELP
 make train         train an adapter on the recordings in the package; runs/train holds it and the executed notebook
 make codec         install what the codec of the released model needs
 make base          pretrain the small base, in hours; needs the speech that nbs/runs/voices.ipynb makes in runs/voices
-make test          run every test and every notebook
+make test          run every notebook and the tests, but for the slow ones
+make test-slow     test what needs whole runs of several processes: killed, resumed, swept, divided
 make test-bits     test quantised bases and 8-bit optimizers, with bitsandbytes beside the virtual environment
 make test-newest   test with the newest transformers, peft and accelerate that settings.ini allows
 make test-released train the released configuration with random weights: 7 minutes, 24 GB of memory, 14 GB of disk
@@ -78,7 +79,10 @@ $(CODEC)/torchaudio: $(SETUP)
 # A file of tests is one worker's. Their models are tiny, so that a thread each is enough.
 WORKERS ?= logical
 test: $(SETUP) $(CODEC)/torchaudio
-	OMP_NUM_THREADS=1 PYTHONPATH="$$(mkdir -p $(CODEC) && cd $(CODEC) && pwd)" $(TOOLS)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH="$$(mkdir -p $(CODEC) && cd $(CODEC) && pwd)" $(TOOLS)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: $(SETUP) $(CODEC)/torchaudio
+	OMP_NUM_THREADS=1 PYTHONPATH="$$(mkdir -p $(CODEC) && cd $(CODEC) && pwd)" $(TOOLS)/pytest -m slow -n $(WORKERS) --maxprocesses 4 $(ARGS)
 
 # Where bitsandbytes is installed, peft loads it with every start; so it lies apart.
 test-bits: $(SETUP)
@@ -93,7 +97,7 @@ test-newest: settings.ini setup.py $(CONSTRAINTS)
 	grep -v -i -E '^($(FLOATING))==' $(or $(CONSTRAINTS),/dev/null) > "$(NEWEST)/constraints.txt" || true
 	"$(NEWEST)/bin/pip" install -qq --disable-pip-version-check --upgrade --upgrade-strategy only-if-needed -c "$(NEWEST)/constraints.txt" transformers peft accelerate -e ".[dev,docs]"
 	"$(NEWEST)/bin/pip" list --disable-pip-version-check | grep -i -E '^($(FLOATING)) '
-	OMP_NUM_THREADS=1 "$(NEWEST)/bin/pytest" -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 "$(NEWEST)/bin/pytest" -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-released: $(SETUP)
 	$(TOOLS)/pytest -s -m released tests/test_released.py $(ARGS)

@@ -4,15 +4,19 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from jupyter_client.provisioning import KernelProvisionerFactory
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+FORKED = "forked-provisioner"  # how Jupyter knows the class in `kernels`
 PRELOADED = [  # what the fork server imports, once for all processes that it forks
     *("resume_job", "transformers.generation", "scipy.signal", "scipy.stats", "soundfile"),
     *("matplotlib.pyplot", "IPython", "ipywidgets", "nbdev.test", "papermill", "pydantic"),
+    *("higgs_nb.tasks.training", "ipykernel.kernelapp", "kernels"),
 ]
 
 
@@ -25,6 +29,22 @@ def fork_server():
         paths = filter(None, (here, os.environ.get("PYTHONPATH")))
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     return context
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_kernels():
+    "The kernels of runs that tests start in their own process are forked: see `kernels`."
+    factory = KernelProvisionerFactory.instance()
+    group = KernelProvisionerFactory.GROUP_NAME
+    factory.provisioners[FORKED] = EntryPoint(FORKED, "kernels:ForkedProvisioner", group)
+    factory.default_provisioner_name = FORKED
+
+
+@pytest.fixture
+def new_kernels(forked_kernels, monkeypatch):
+    "The kernels of this test's runs are new interpreters, as a user's are."
+    factory = KernelProvisionerFactory.instance()
+    monkeypatch.setattr(factory, "default_provisioner_name", "local-provisioner")
 
 
 def run(*command, cwd, **env):

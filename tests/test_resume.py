@@ -507,6 +507,7 @@ def cut_off(command, folder, number):
     return code, newest(folder)
 
 
+@pytest.mark.slow
 def test_a_notebook_run_goes_on(tmp_path):
     """`higgs_run train`, killed, started again with the same parameters, asked to stop, and
     started again: each goes on from the last checkpoint, and in the end all is there.

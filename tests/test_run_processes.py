@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from higgs_nb.checkpoint.validate import list_checkpoints, validate_checkpoint
 from higgs_nb.cli.run import main as higgs_run
 from higgs_nb.core.files import load_json
-from higgs_nb.training.processes import launched
+from higgs_nb.core.launcher import launched
 
 TINY = (
     "base=tiny device=cpu steps=4 save_every=2 eval_every=2 token_budget=700 max_clips=8 speak=1 "
@@ -47,6 +47,7 @@ def runs(tmp_path_factory):
     return folder, launch(folder / "divided", "-p", "sharding=True")
 
 
+@pytest.mark.slow
 def test_a_divided_base_trains_the_same_adapter(runs):
     "To the bit, and what it says on held-out sentences is the same, too."
     folder, _ = runs
@@ -63,6 +64,7 @@ def test_a_divided_base_trains_the_same_adapter(runs):
     assert divided["parameters"]["sharding"] and not whole["parameters"]["sharding"]
 
 
+@pytest.mark.slow
 def test_the_first_process_writes_what_they_have_in_common(runs):
     folder, printed = runs
     out = folder / "divided"

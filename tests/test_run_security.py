@@ -573,7 +573,7 @@ def test_a_checkpoint_that_cannot_be_read_now_moves_nothing(tmp_path, monkeypatc
     os.close(HELD.pop())
 
 
-def test_a_working_directory_runs_no_code(tmp_path, notebook, monkeypatch):
+def test_a_working_directory_runs_no_code(tmp_path, notebook, monkeypatch, new_kernels):
     "Neither what its .git/config and hooks name, nor modules with the names of others."
     folder = tmp_path / "from the net"
     git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]

@@ -520,6 +520,7 @@ def test_a_sweep_of_training_runs(prepared, tmp_path):
     ) and any("image/png" in d for d in shown)
 
 
+@pytest.mark.slow
 def test_killed_three_times_at_random_moments(prepared, tmp_path):
     """Called again, it ends with exit code 0 and, to the bit, the adapter of a run that nobody
     disturbed.

@@ -79,6 +79,7 @@ def until(process, condition):
     assert process.poll() is None, "the sweep was over too soon"
 
 
+@pytest.mark.slow
 def test_six_runs_two_at_a_time_killed_in_the_middle(sweep, tmp_path):
     """The sweep alone is killed: the runs that it left behind are waited for, and do not begin
     again. Then it dies with its runs, as if the machine were lost: they are done again, the

@@ -21,6 +21,7 @@ from higgs_nb.cli.run import main as higgs_run
 from higgs_nb.cli.summary import SUMMARIES, summary_lines
 from higgs_nb.core.events import EVENTS
 
+pytestmark = pytest.mark.usefixtures("new_kernels")  # whose start is shown, too
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 PARAMETERS = 'n: int = 0  # a number\nout: str = ""  # directory'
 STEPS = """import logging, time, warnings
@@ -53,6 +54,12 @@ def notebook(tmp_path):
 
 def command(*words):
     return [sys.executable, "-m", "higgs_nb.cli.run", *map(str, words)]
+
+
+def test_a_command_starts_without_torch():
+    "Its import takes longer than all the others of a command."
+    code = "import sys, higgs_nb.cli.run, higgs_nb.cli.sweep; print('torch' in sys.modules)"
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "False"
 
 
 def on_a_terminal(*words):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core.launcher import launched
 from ..data.conversation import Conversation, tts_conversation
 from ..model.load import base_path
 from ..speech.clips import Speech
@@ -23,7 +24,6 @@ from .corpus import RunCorpus, learned_recording
 from .inputs import Inputs
 from .settings import Settings
 from ..training.loop import HiggsTrainer
-from ..training.processes import launched
 from ..training.speak import ScoreCallback, SpeechCallback
 
 # %% auto #0

@@ -17,6 +17,7 @@ from ..cli.directory import goes_on, occupy, output_directory, run_directory
 from ..cli.parameters import parameters
 from ..cli.plan import MPS, plan_of
 from ..core.html import table
+from ..core.launcher import launched
 from ..data.codec import CODECS, Codec, codec_class, load_codec
 from ..data.codec_pairs import check_codec_fits
 from ..data.prompt import AudioTokens, byte_tokenizer
@@ -32,7 +33,7 @@ from ..model.model import tiny_config
 from .settings import Settings, own_codec, resolve
 from ..training.advice import available_bytes, check_plan
 from ..training.plan import MemoryPlan
-from ..training.processes import join_processes, launched, on_first_process
+from ..training.processes import join_processes, on_first_process
 from ..training.recipe import far_from, recipe_of
 
 # %% auto #0

@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..core.files import load_json, write_json
+from ..core.launcher import launched
 from ..core.messages import shown
 from .inputs import Inputs
 from .settings import Settings
 from ..training.loop import HiggsTrainer, TrainOutput
 from ..training.probe import OffsetProbe
-from ..training.processes import launched
 
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'write_settings', 'before_after', 'median_speed', 'probe_losses', 'training_record',

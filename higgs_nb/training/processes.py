@@ -16,10 +16,11 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from ..checkpoint.errors import CheckpointError
+from ..core.launcher import launched
 
 # %% auto #0
-__all__ = ['device_module', 'processes_of', 'launched', 'join_processes', 'device_of', 'chosen_precision', 'host_group',
-           'several_processes', 'any_process', 'of_every_process', 'on_first_process', 'leave_processes']
+__all__ = ['device_module', 'processes_of', 'join_processes', 'device_of', 'chosen_precision', 'host_group', 'several_processes',
+           'any_process', 'of_every_process', 'on_first_process', 'leave_processes']
 
 # %% ../../nbs/training/02_processes.ipynb #f4322ecc
 def device_module():
@@ -37,12 +38,6 @@ def processes_of(
         backend=args.ddp_backend,
         timeout=timedelta(seconds=args.ddp_timeout),
     )
-
-# %% ../../nbs/training/02_processes.ipynb #6e4e74e1
-def launched() -> tuple[int, int]:
-    "Number of this process, from 0, and how many a launcher has started; 0 and 1 without one."
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    return (int(os.environ.get("RANK", 0)), count) if count > 1 else (0, 1)
 
 # %% ../../nbs/training/02_processes.ipynb #5af8266a
 def join_processes(on_cpu: bool, timeout_s: int = 1800) -> None:

@@ -281,6 +281,7 @@ FREE = {  # string parameters that take any text, and why
     "train.text_column": "a column of the corpus",
     "train.audio_column": "a column of the corpus",
     "train.speaker_column": "a column of the corpus",
+    "train.language_column": "a column of the corpus",
 }
 
 

@@ -72,11 +72,12 @@ class Division:
     text_column: str = ""  # of the run's corpus; empty: as the reader guesses
     audio_column: str = ""
     speaker_column: str = ""
+    config: str = ""
 
     @property
     def columns(self) -> dict[str, str]:
         "Columns of the run's corpus."
-        names = ("text_column", "audio_column", "speaker_column")
+        names = ("text_column", "audio_column", "speaker_column", "config")
         return {name: getattr(self, name) for name in names}
 
     def sides(self, corpus: str) -> tuple[list[Conversation], list[Conversation]]:

@@ -41,6 +41,7 @@ from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.references import ReferencePool, ReferenceShares, follow, follow_training
 from higgs_nb.data.samples import SampleDataset
 from higgs_nb.family import HIGGS_V2, HIGGS_V3
+from higgs_nb.tasks.evaluation import Division
 from higgs_nb.training.batches import Shard
 
 KILL = signal.SIGKILL
@@ -276,6 +277,15 @@ def test_a_drawn_run_resumes_to_the_bit(tmp_path):
     trainer.train_dataset.shares = ReferenceShares(0.4, 0.2)
     with pytest.raises(CheckpointError, match=r"drawn\.references\.with_words: 0\.5 then, 0\.4"):
         trainer.train("auto")
+
+
+def test_an_evaluation_speaks_as_the_run_was_trained():
+    "Held-out sentences get a clip from training; texts without a speaker stay as they are."
+    trained, held = many(40), [talk(100, "speaker 3", 5), tts_conversation("Hi.", id="text")]
+    asked = Division(reference_share=0.5, seed=2).as_trained(held, trained)
+    assert asked[0].audio[0] in {c.audio[0] for c in trained if c.speaker == "speaker 3"}
+    assert asked[0].audio[-1] == held[0].audio[-1] and asked[1] == held[1]
+    assert Division().as_trained(held, trained) == held
 
 
 def test_a_plan_knows_that_samples_have_references():

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+from fastcore.basics import patch
 
 from higgs_nb.data.balance import (
     EVEN,
@@ -109,21 +110,6 @@ class DrawnDataset(SampleDataset):
     def __getitem__(self, sample: int | Drawn) -> Sample:
         return self.sample_of(self.conversation(sample))
 
-    def conversation(self, sample: int | Drawn) -> Conversation:
-        "A conversation, with the reference that was drawn."
-        if not isinstance(sample, Drawn):
-            return self.conversations[sample]
-        conversation = self.conversations[sample.index]
-        if sample.prompt == AS_IT_IS:
-            return conversation
-        if sample.prompt == WITHOUT:
-            return follow(conversation, None)
-        if sample.reference < 0:
-            words, recording = own_reference(conversation)
-        else:
-            words, recording = spoken_pair(self.conversations[sample.reference])
-        return follow(conversation, (words if sample.prompt == WITH_WORDS else None, recording))
-
     @cached_property
     def draws(self) -> Draws:
         "The epochs of this data set."
@@ -132,6 +118,23 @@ class DrawnDataset(SampleDataset):
     def describe(self) -> dict:
         "What is drawn by, as plain data: a run that resumes has to have the same."
         return dict(balance=asdict(self.balance), references=asdict(self.shares))
+
+# %% ../../nbs/data/44_drawn.ipynb #556e955f
+@patch
+def conversation(self: DrawnDataset, sample: int | Drawn) -> Conversation:
+    "A conversation, with the reference that was drawn."
+    if not isinstance(sample, Drawn):
+        return self.conversations[sample]
+    conversation = self.conversations[sample.index]
+    if sample.prompt == AS_IT_IS:
+        return conversation
+    if sample.prompt == WITHOUT:
+        return follow(conversation, None)
+    if sample.reference < 0:
+        words, recording = own_reference(conversation)
+    else:
+        words, recording = spoken_pair(self.conversations[sample.reference])
+    return follow(conversation, (words if sample.prompt == WITH_WORDS else None, recording))
 
 # %% ../../nbs/data/44_drawn.ipynb #dc8049a2
 def draw_prompts(
@@ -172,7 +175,7 @@ def with_kind(reference: tuple, prompt: int) -> tuple:
     "A reference for a prompt of this kind."
     return reference if prompt == WITH_WORDS else (None, reference[1])
 
-
+# %% ../../nbs/data/44_drawn.ipynb #32efd586
 @dataclass
 class Lengths:
     "Tokens of samples, from which those of every epoch follow."

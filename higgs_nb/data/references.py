@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from fastcore.basics import patch
 
 from .balance import coded, id_keys, mixed, speaker_names
 from .conversation import Audio, Conversation, Message, Text
@@ -153,34 +154,42 @@ class ReferencePool:
         self.places[usable] = np.searchsorted(kept, first)[which.ravel()]
         self.places[usable] -= self.starts[self.speakers[usable]]
 
-    def choose(
-        self,
-        samples: np.ndarray,  # (n,) conversations
-        random: np.ndarray,  # (n,) uint64
-    ) -> np.ndarray:
-        "The conversation (n,) whose clip each follows; -1 if its speaker has no other clip."
-        return self.pick(self.speakers[samples], self.places[samples], random)
+# %% ../../nbs/data/43_references.ipynb #1ed3355b
+@patch
+def choose(
+    self: ReferencePool,
+    samples: np.ndarray,  # (n,) conversations
+    random: np.ndarray,  # (n,) uint64
+) -> np.ndarray:
+    "The conversation (n,) whose clip each follows; -1 if its speaker has no other clip."
+    return self.pick(self.speakers[samples], self.places[samples], random)
 
-    def pick(self, speakers: np.ndarray, places: np.ndarray, random: np.ndarray) -> np.ndarray:
-        "A clip (n,) of each speaker (-1: none) but for the one at a place (-1: any), or -1."
-        if not len(self.clips):
-            return np.full(len(speakers), -1)
-        others = np.where(speakers >= 0, self.counts[speakers], 0) - (places >= 0)
-        place = (random % np.maximum(others, 1).astype(np.uint64)).astype(np.int64)
-        place += (places >= 0) & (place >= places)
-        clip = np.minimum(self.starts[speakers] + place, len(self.clips) - 1)
-        return np.where(others > 0, self.clips[clip], -1)
 
-    def without(self) -> dict[str, int]:
-        "Why conversations get no reference, and how many."
-        varied, known = self.kinds != OTHER, self.speakers >= 0
-        counts = np.append(self.counts, 0)[self.speakers]
-        plain = self.kinds == PLAIN
-        return {
-            "are of a speaker with one clip": int((plain & known & (counts < 2)).sum()),
-            "name no speaker": int((plain & ~known).sum()),
-            "have several turns or references and stay as they are": int((~varied).sum()),
-        }
+@patch
+def pick(
+    self: ReferencePool, speakers: np.ndarray, places: np.ndarray, random: np.ndarray
+) -> np.ndarray:
+    "A clip (n,) of each speaker (-1: none) but for the one at a place (-1: any), or -1."
+    if not len(self.clips):
+        return np.full(len(speakers), -1)
+    others = np.where(speakers >= 0, self.counts[speakers], 0) - (places >= 0)
+    place = (random % np.maximum(others, 1).astype(np.uint64)).astype(np.int64)
+    place += (places >= 0) & (place >= places)
+    clip = np.minimum(self.starts[speakers] + place, len(self.clips) - 1)
+    return np.where(others > 0, self.clips[clip], -1)
+
+# %% ../../nbs/data/43_references.ipynb #6fc94326
+@patch
+def without(self: ReferencePool) -> dict[str, int]:
+    "Why conversations get no reference, and how many."
+    varied, known = self.kinds != OTHER, self.speakers >= 0
+    counts = np.append(self.counts, 0)[self.speakers]
+    plain = self.kinds == PLAIN
+    return {
+        "are of a speaker with one clip": int((plain & known & (counts < 2)).sum()),
+        "name no speaker": int((plain & ~known).sum()),
+        "have several turns or references and stay as they are": int((~varied).sum()),
+    }
 
 # %% ../../nbs/data/43_references.ipynb #078aa1ff
 def follow_training(

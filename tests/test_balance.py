@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from miniature import write_recordings
+from miniature import write_recordings, write_v3_base
 from resume_job import log, make_trainer, run, said, whole_state
 
 from higgs_nb.checkpoint.errors import CheckpointError
@@ -311,13 +311,19 @@ def two_speakers(tmp_path_factory):
     return folder
 
 
-def test_a_run_that_draws(two_speakers, tmp_path, capsys):
+@pytest.mark.parametrize("family", ["tiny V2", "small V3"])
+def test_a_run_that_draws(family, two_speakers, tmp_path, capsys):
     "From the parameters of the notebook to an adapter, with held-out sentences in both voices."
-    given = dict(data=str(two_speakers), base="tiny", steps=4, eval_every=2.0, save_every=4.0)
+    base = "tiny"
+    if family == "small V3":
+        base = str(tmp_path / "base")
+        write_v3_base(tmp_path / "base", dict(codec="world", learning_rate=5e-3, rehearse=0.5))
+    given = dict(data=str(two_speakers), base=base, steps=4, eval_every=2.0, save_every=4.0)
     given |= dict(held_out=0.3, per_speaker=True, token_budget=1280, rank=2, max_speech_s=0.4)
     given |= dict(speaker_temperature=2.0, language_temperature=3.0, speak=1, table=1)
-    given |= dict(reference_share=0.6, reference_alone_share=0.2, out=str(tmp_path))
+    given |= dict(reference_share=0.6, reference_alone_share=0.2, out=str(tmp_path / "run"))
     namespace = dict(__name__="__main__")
+    (tmp_path / "run").mkdir()
     matplotlib.use("agg")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("higgs_nb.tasks.compare.missing_judges", lambda: ["all"])
@@ -328,7 +334,7 @@ def test_a_run_that_draws(two_speakers, tmp_path, capsys):
                 namespace |= given
     matplotlib.pyplot.close("all")
     assert "references are drawn from" in capsys.readouterr().out
-    record = load_json(tmp_path / "run.json")
+    record = load_json(tmp_path / "run/run.json")
     assert record["finished"] and record["parameters"]["reference_share"] == 0.6
     trainer = namespace["trainer"]
     assert isinstance(trainer.train_dataset, DrawnDataset)

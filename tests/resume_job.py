@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,9 +16,12 @@ import transformers
 from conftest import fork_server
 from transformers import BitsAndBytesConfig
 
+from higgs_nb.data.balance import Balance
 from higgs_nb.data.codec import load_codec
 from higgs_nb.data.conversation import Conversation
+from higgs_nb.data.drawn import DrawnDataset
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.references import ReferenceShares
 from higgs_nb.data.samples import SampleDataset
 from higgs_nb.model.load import load_model
 from higgs_nb.model.lora import apply_lora, create_lora_config
@@ -78,13 +82,15 @@ def make_trainer(
     base=None,
     quantization=None,
     tokenizer=None,
+    drawn=False,
     **args,
 ):
     """A trainer of 40 steps of two micro-batches, 6 steps an epoch; `frames`: lengths of the
     training clips; `adapter`: more for its configuration, None: the model itself is trained,
     but for one embedding; `own_optimizer`: one made by hand, with two groups of parameters;
     `base`: directory of a model, to be loaded with `quantization`, instead of a made one;
-    `tokenizer`: another one than the byte tokenizer.
+    `tokenizer`: another one than the byte tokenizer; `drawn`: speakers by temperature, and a
+    reference for most samples.
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -124,6 +130,12 @@ def make_trainer(
         SampleDataset([sentence(n) for n in numbers], tokenizer, Melodies(), tokens)
         for numbers in (frames, held_out)
     )
+    if drawn:
+        talks = [
+            replace(c, speaker=f"speaker {n % 5 // 2}") for n, c in enumerate(data.conversations)
+        ]
+        how = dict(balance=Balance(3), shares=ReferenceShares(0.5, 0.2))
+        data = DrawnDataset(talks, tokenizer, Melodies(), tokens, **how)
     settings = dict(
         token_budget=220,
         gradient_accumulation_steps=2,

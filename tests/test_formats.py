@@ -33,6 +33,7 @@ from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_check import check_corpus
 from higgs_nb.data.corpus_split import split_corpus
 from higgs_nb.data.formats import NoTranscripts
+from higgs_nb.data.hub_configs import hub_configs
 from higgs_nb.data.mixture import weighted
 from higgs_nb.data.problems import CorpusError
 from higgs_nb.data.understood import preview_corpus
@@ -691,6 +692,123 @@ def test_a_data_set_of_the_hub(mirror, tmp_path):
     (wrong,) = read("hf://me")
     assert "write hf://OWNER/NAME@REVISION" in wrong
     assert not list(tmp_path.rglob("TRACE")) and not list(tmp_path.rglob("voice.py"))
+
+
+CONFIGS = """---
+license: cc0-1.0
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: "en/train-*"
+  - split: test
+    path: [en/late.parquet]
+- config_name: fr
+  data_files: fr/clips.csv
+---
+# Voice
+"""
+
+
+def voices(folder):
+    "A data set of two configurations: Parquet files of two splits, and a table beside recordings."
+    parquet(folder, "en/train-00000-of-00002.parquet")
+    parquet(folder, "en/train-00001-of-00002.parquet")
+    parquet(folder, "en/late.parquet")
+    parquet(folder, "de/train-00000-of-00001.parquet")  # that no configuration names
+    sounds(folder / "fr/clips")
+    rows = [f"{name}.wav,Mot {i}" for i, name in enumerate(NAMES)]
+    (folder / "fr/clips.csv").write_text("\n".join(["path,sentence", *rows]))
+    (folder / "README.md").write_text(CONFIGS)
+    return folder
+
+
+def test_a_readme_says_which_files_are_read(tmp_path):
+    """The splits of a configuration, whatever their files are called, and of the other the rows
+    with recordings beside them; without a choice both are listed.
+    """
+    folder = voices(tmp_path / "voices")
+    corpus = load_corpus(folder, config="en")
+    assert [c.extra["split"] for c in corpus] == ["train"] * 6 + ["held_out"] * 3
+    assert [c.transcript for c in corpus] == WORDS * 3
+    assert len({c.id for c in corpus}) == 9
+    assert {len(load_audio(c.audio[0])) for c in corpus} == {round(SECONDS * 24000)}
+    french = load_corpus(folder, config="fr")
+    assert [c.transcript for c in french] == ["Mot 0", "Mot 1", "Mot 2"]
+    assert [len(load_audio(c.audio[0])) for c in french] == [round(SECONDS * 24000)] * 3
+    assert "configuration fr of 2 in README.md" in repr(preview_corpus(folder, config="fr"))
+    for name, message in (
+        ("", "lists 2 configurations: en, fr; name one of them, such as config=en"),
+        ("fre", r"has no configuration 'fre' \(did you mean 'fr'\?\)"),
+    ):
+        with pytest.raises(CorpusError, match=message):
+            load_corpus(folder, config=name)
+    readme = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(readme.replace("name: fr", "name: fr\n  default: true"))
+    assert load_corpus(folder) == french
+    (folder / "README.md").write_text(readme.replace("en/late", "en/gone"))
+    with pytest.raises(CorpusError, match="no file of .* is 'en/gone.parquet'"):
+        load_corpus(folder, config="en")
+    (folder / "README.md").write_text(readme.replace("fr/clips.csv", "../*/fr/clips.csv"))
+    with pytest.raises(CorpusError, match="leads out of the data set"):
+        load_corpus(folder, config="fr")
+    with pytest.raises(CorpusError, match="its README lists none"):
+        load_corpus(nemo(tmp_path / "nemo")[0], config="fr")
+
+
+@given(
+    st.recursive(
+        st.none() | st.text(max_size=8) | st.integers(),
+        lambda part: (
+            st.lists(part, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["config_name", "data_files", "split", "path", "data_dir", "default"]
+                ),
+                part,
+                max_size=4,
+            )
+        ),
+        max_leaves=8,
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_any_list_of_configurations_is_read_or_named(tmp_path_factory, value):
+    "Plain data of any shape: configurations, or an error that names the README."
+    folder = tmp_path_factory.getbasetemp() / "configs"
+    folder.mkdir(exist_ok=True)
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(value)}\n---\n")
+    try:
+        found = hub_configs(folder)
+    except CorpusError as error:
+        assert "README.md cannot be read" in str(error)
+    else:
+        assert (value is None and not found) or len(found) == len(value)
+
+
+def test_a_readme_of_a_data_set_of_the_hub(mirror, tmp_path):
+    "The same from a hub; a YAML bomb and tags of Python are errors and nothing runs."
+    folder = voices(tmp_path / "voices")
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    Mirror.files = {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+    def read(config, readme=CONFIGS):
+        Mirror.files["README.md"] = readme.encode()
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        code = READ.replace("(sys.argv[1])", "(sys.argv[1], config=sys.argv[2])")
+        command = [sys.executable, "-c", code, "hf://me/voice@v1", config]
+        run = subprocess.run(command, env=mirror, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.splitlines()[-1]
+
+    assert read("en") == f"9 {WORDS[0]} train {round(SECONDS * 24000)}"
+    assert "lists 2 configurations: en, fr" in read("")
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    for old, new in zip("abcdefgh", "bcdefghi"):
+        bomb += f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    for head in (f"{bomb}configs: *i\n", "configs: !!python/object/apply:os.mkdir [TRACE]\n"):
+        assert "README.md cannot be read" in read("", f"---\n{head}---\n")
+    assert not list(tmp_path.rglob("TRACE"))
 
 
 def test_a_split_with_a_report_reads_no_table_again(tmp_path, monkeypatch):

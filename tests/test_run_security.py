@@ -281,6 +281,9 @@ FREE = {  # string parameters that take any text, and why
     "train.text_column": "a column of the corpus",
     "train.audio_column": "a column of the corpus",
     "train.speaker_column": "a column of the corpus",
+    "train.language_column": "a column of the corpus",
+    "train.config": "a configuration of the corpus",
+    "prepare.config": "a configuration of the corpus",
 }
 
 

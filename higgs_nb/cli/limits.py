@@ -33,8 +33,9 @@ SHARE = "[0, 1]"
 PART = "[0, 1)"
 
 # %% ../../nbs/cli/03_limits.ipynb #3cf000f5
-COUNTS = """accumulate batch_size hidden_size intermediate_size keep layers max_frames
-    rank rank_pattern speak_every steps token_budget top_k variants vocabulary width"""
+COUNTS = """accumulate batch_size hidden_size intermediate_size keep language_temperature layers
+    max_frames rank rank_pattern speak_every speaker_temperature steps token_budget top_k variants
+    vocabulary width"""
 NUMBERS = """alpha audio_loss_weight clips codebook_weights edge_s evaluate.max_duration_s examples
     generated guide held_out_clips history max_clips max_texts novels ordinary pause_s players
     prompts readings rehearse score_every service speak speakers swap table test_texts
@@ -46,7 +47,7 @@ RANGES = {
     **dict.fromkeys(COUNTS.split(), COUNT),
     **dict.fromkeys(NUMBERS.split(), NUMBER),
     **dict.fromkeys(POSITIVES.split(), POSITIVE),
-    **dict.fromkeys(("code_noise", "described"), SHARE),
+    **dict.fromkeys("code_noise described reference_alone_share reference_share".split(), SHARE),
     **dict.fromkeys(("dropout", "held_out", "label_smoothing"), PART),
     "codebook_size": "[2, inf)",
     "max_chars": "[20, inf)",

@@ -24,8 +24,7 @@ __all__ = ['PACKAGED', 'LEGAL', 'CARD', 'NOT_STOCK', 'NO_STOCK', 'TITLES', 'SETT
 # %% ../../nbs/cli/15_model_card.ipynb #60f192b2
 def learned_clips(data: SampleDataset) -> list[Audio]:  # of a run
     "The recordings that the assistant speaks in a data set."
-    messages = [m for c in data.conversations for m in c.messages if m.role == "assistant"]
-    return [part for m in messages for part in m.content if isinstance(part, Audio)]
+    return [recording for c in data.conversations for recording in c.targets]
 
 # %% ../../nbs/cli/15_model_card.ipynb #c7790b03
 def corpus_summary(

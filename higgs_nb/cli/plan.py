@@ -24,14 +24,15 @@ from ..training.planned_model import ALLOWED
 from ..training.recipe import recipe_of
 
 # %% auto #0
-__all__ = ['OF_TRAIN', 'PRECISIONS', 'MPS', 'read_given', 'plan_values', 'listed', 'lora_of', 'planned_as', 'plan_of', 'as_text',
-           'as_data', 'positive', 'count', 'argument_parser', 'main']
+__all__ = ['OF_TRAIN', 'PRECISIONS', 'MPS', 'read_given', 'plan_values', 'listed', 'lora_of', 'planned_as', 'longest_s',
+           'plan_of', 'as_text', 'as_data', 'positive', 'count', 'argument_parser', 'main']
 
 # %% ../../nbs/cli/21_plan.ipynb #c3ba8de5
 OF_TRAIN = tuple(
     """revision targets rank alpha dropout rslora dora rank_pattern train_in_full text_loss_weight
     token_budget optimizer accumulate gradient_checkpointing precision bits device sharding
-    use_audio_out_self_attention whisper max_duration_s keep""".split()
+    use_audio_out_self_attention whisper max_duration_s keep reference_share
+    reference_alone_share""".split()
 )
 
 # %% ../../nbs/cli/21_plan.ipynb #689154b6
@@ -101,6 +102,12 @@ def planned_as(device: str, precision: str) -> tuple[str, str]:  # parameters of
         )
     return device, PRECISIONS[precision]
 
+# %% ../../nbs/cli/21_plan.ipynb #1bb141c2
+def longest_s(values: dict) -> float:  # of `plan_values`
+    "Seconds of speech of the longest sample: a clip, and the reference that it may follow."
+    has_reference = values["reference_share"] or values["reference_alone_share"]
+    return values["max_duration_s"] * (2 if has_reference else 1)
+
 # %% ../../nbs/cli/21_plan.ipynb #055804e8
 def plan_of(
     base: str,
@@ -108,7 +115,7 @@ def plan_of(
     processes: int = 1,  # one for each device
 ) -> MemoryPlan:
     "The plan of a run of `train`, for each of its processes."
-    same = ("token_budget", "accumulate", "gradient_checkpointing", "max_duration_s", "bits")
+    same = ("token_budget", "accumulate", "gradient_checkpointing", "bits")
     device, precision = planned_as(values["device"], values["precision"])
     return plan_training(
         base,
@@ -122,6 +129,7 @@ def plan_of(
         text_loss=bool(values["text_loss_weight"]),
         processes=processes,
         sharding=values["sharding"],
+        max_duration_s=longest_s(values),
         **{name: values[name] for name in same},
     )
 

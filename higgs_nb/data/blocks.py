@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 
 from ..core.messages import did_you_mean
 from .conversation import Audio, Conversation, Message, Text
@@ -24,8 +22,7 @@ from ..family import BlockTemplate, Family, TurnTemplate
 
 # %% auto #0
 __all__ = ['SPEAKER_MARK', 'LEAVE_OUT', 'REFERENCES', 'LIKE_A_MARK', 'WRITERS', 'SpeechTask', 'no_place', 'check_turn',
-           'block_parts', 'speech_task', 'reference_of', 'check_controls', 'BlockWriter', 'write_prompt',
-           'without_reference', 'vary_references']
+           'block_parts', 'speech_task', 'reference_of', 'check_controls', 'BlockWriter', 'write_prompt']
 
 # %% ../../nbs/data/23_blocks.ipynb #bde9a763
 @dataclass(frozen=True)
@@ -171,38 +168,3 @@ def write_prompt(
     "The prompt of a conversation, in the form of the family that the tokenizer is of."
     family = family_of_tokenizer(tokenizer)
     return WRITERS[type(family.template)](tokenizer, family).write(conversation)
-
-# %% ../../nbs/data/23_blocks.ipynb #dbd88d8c
-def without_reference(conversation: Conversation, keep_voice: bool) -> Conversation:
-    "A conversation whose reference has no words, or that has no reference."
-    last = max(i for i, m in enumerate(conversation.messages) if m.role == "user")
-    system = tuple(m for m in conversation.messages if m.role == "system")
-    voices = [part for m in conversation.messages[:last] for part in m.content]
-    voices = [part for part in voices if isinstance(part, Audio)] if keep_voice else []
-    context = (*system, *(Message("user", (voice,)) for voice in voices))
-    messages = (*context, *conversation.messages[last:])
-    return replace(conversation, messages=messages, start_index=len(context) + 1)
-
-# %% ../../nbs/data/23_blocks.ipynb #7be3394b
-def vary_references(
-    conversations: Sequence[Conversation],
-    without_words: float = 0.0,  # share that keeps the recording of its reference alone
-    without: float = 0.0,  # share that has no reference
-    seed: int = 0,  # another draw
-) -> list[Conversation]:
-    """Some conversations without the words of their references, some without references, drawn by
-    id. `ValueError` if the shares are none.
-    """
-    if min(without_words, without) < 0 or without_words + without > 1:
-        raise ValueError(
-            f"shares without_words={without_words} and without={without}: they are from 0 to 1, "
-            "and at most 1 together"
-        )
-    varied = []
-    for c in conversations:
-        draw = int(sha256(f"{seed} {c.id}".encode()).hexdigest()[:12], 16) / 16**12
-        if draw >= without_words + without:
-            varied.append(c)
-        else:
-            varied.append(without_reference(c, keep_voice=draw < without_words))
-    return varied

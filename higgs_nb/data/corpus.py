@@ -109,12 +109,13 @@ def load_corpus(
     text_column: str = "",  # column of a table with the words; empty: guessed
     audio_column: str = "",  # column of a table with the recordings; empty: guessed
     speaker_column: str = "",  # column of a table with the speakers; empty: guessed
+    config: str = "",  # configuration of a data set with a README; empty: its default
 ) -> list[Conversation]:
     """Read a corpus, one conversation per row. Raises a `CorpusError` with everything that cannot
     be read. A table from a stranger could name any file of yours, so paths stay inside its folder
     unless `allow_outside` is given.
     """
-    choice = Choice(text_column, audio_column, speaker_column)
+    choice = Choice(text_column, audio_column, speaker_column, config)
     rows = corpus_rows(path, choice, allow_outside)
     return conversations_of(rows, rows.path, allow_outside, scene)
 

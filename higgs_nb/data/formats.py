@@ -6,25 +6,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from ..core.messages import shown
 from .arrow_tables import parquet_table, saved_splits, saved_table
-from .corpus_files import AUDIO_SUFFIXES, Row, file_meant
+from .corpus_files import AUDIO_SUFFIXES, Row, check_path, file_meant
 from .corpus_folder import Listing, folder_rows, list_folder, table_note
+from .hub_configs import HubConfig, chosen_config, config_files, hub_configs
 from .hub_corpus import HUB, hub_folder, is_address
+from .joined_tables import join_tables
 from .json_tables import is_other_table, is_swift, json_table, rows_of_json, swift_talk
 from .kaldi import is_kaldi, kaldi_table
 from .libri import libri_reader
 from .other_sound import OTHER_SUFFIXES
 from .problems import CorpusError, Problem, collect_problems, corpus_error
-from .row_table import GUESS, OR_METADATA, Choice, RowTable
+from .row_table import GUESS, OR_METADATA, Choice, RowTable, side_of
 from .text_tables import sovits_table, text_table
 
 # %% auto #0
 __all__ = ['Reader', 'FILES', 'PREFERRED', 'REMEDIES', 'OTHER_FILES', 'RowList', 'read_json', 'Found', 'look_into',
-           'NoTranscripts', 'no_transcripts', 'read_folder', 'readable', 'no_reader', 'local_path', 'open_rows']
+           'NoTranscripts', 'no_transcripts', 'joined_rows', 'read_config', 'read_folder', 'readable', 'no_reader',
+           'local_path', 'open_rows']
 
 # %% ../../nbs/data/35_formats.ipynb #43514e09
 @dataclass
@@ -190,6 +194,68 @@ def _is_wordless(found: Found) -> bool:
     tables = [path for path in found.listing.files if table_note(path)]
     return bool(recordings) and not texts and not tables and not found.listing.problems
 
+# %% ../../nbs/data/35_formats.ipynb #669cdb52
+def joined_rows(
+    tables: list[tuple[str, RowTable | RowList]],  # split, empty: not stated; and its rows
+    path: Path,  # of the data set
+) -> RowTable | RowList:
+    "The rows of all. `CorpusError` if they have different forms."
+    kinds = {type(table) for _, table in tables}
+    if kinds == {RowTable}:
+        return join_tables(tables, path)
+    if kinds != {RowList}:
+        names = ", ".join(f"{table.path.name} is {table.format}" for _, table in tables[:5])
+        raise corpus_error(f"{path} has tables of different forms: {names}", "name one of them")
+    items = []
+    for split, table in tables:
+        for item in table.items:
+            side = side_of(split)
+            if side and isinstance(item, Row) and isinstance(item.value, dict):
+                item = replace(item, value=dict(split=side) | item.value)
+            items.append(item)
+    return RowList(tables[0][1].format, path, items)
+
+# %% ../../nbs/data/35_formats.ipynb #8bc1b41d
+def _tables_of(
+    folder: Path, files: list[Path], choice: Choice, allow_outside: bool
+) -> list[RowTable | RowList]:
+    "The tables among some files of a data set, read; those of Parquet as one."
+    shards = [file for file in files if file.suffix.lower() == ".parquet"]
+    others = [file for file in files if file.suffix.lower() in set(FILES) - {".parquet", ".txt"}]
+    for file in others:
+        check_path(folder, file, allow_outside)
+    tables = [parquet_table(folder, shards, choice, allow_outside)] if shards else []
+    return tables + [FILES[f.suffix.lower()](f, choice, allow_outside) for f in others]
+
+
+def _no_tables(folder: Path, config: HubConfig, files: list[Path]) -> CorpusError:
+    "An error about a configuration of which no file is read."
+    names = ", ".join(shown(file.name) for file in files[:5])
+    what = (
+        f"the configuration {shown(config.name)!r} of {folder} has no table that is read: {names}"
+    )
+    return corpus_error(what, "unpack archives, and name the folder with the recordings")
+
+
+def read_config(
+    path: Path,  # of a data set
+    configs: list[HubConfig],  # of its README
+    choice: Choice,  # the configuration, and columns that the user names
+    allow_outside: bool = False,  # paths may lead out of the folder
+) -> RowTable | RowList:
+    "The rows of a configuration. `CorpusError` if it is not clear which, or it has no table."
+    config = chosen_config(path, configs, choice.config)
+    listing, tables = list_folder(path, allow_outside), []
+    found = config_files(path, listing.files, config)
+    for split, files in found.items():
+        tables += [(split, table) for table in _tables_of(path, files, choice, allow_outside)]
+    if not tables:
+        raise _no_tables(path, config, [file for files in found.values() for file in files])
+    out = joined_rows(tables, path)
+    out.problems.extend(listing.problems)
+    out.remarks.append(f"configuration {config.name} of {len(configs)} in README.md")
+    return out
+
 # %% ../../nbs/data/35_formats.ipynb #4d0ad89c
 def read_folder(
     path: Path,  # of a folder
@@ -197,6 +263,9 @@ def read_folder(
     allow_outside: bool = False,  # paths may lead out of the folder
 ) -> RowTable | RowList:
     "The rows of a folder in any form. `CorpusError` if it has none that is read."
+    configs = hub_configs(path)
+    if choice.config or (configs and not (path / "metadata.json").is_file()):
+        return read_config(path, configs, choice, allow_outside)
     if (path / "metadata.json").is_file():
         return read_json(path / "metadata.json", choice, allow_outside)
     if saved_splits(path):

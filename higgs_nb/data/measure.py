@@ -146,7 +146,8 @@ def _speakers_note(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > 5 else ""
     return (
         f"{len(names)} speakers share one prompt ({some}{more}): nothing tells the model them "
-        "apart; use ref_speakers, a reference recording or a tag in the text"
+        "apart; train with reference_share=0.5, or use ref_speakers, a reference recording or a "
+        "tag in the text"
     )
 
 # %% ../../nbs/data/06_measure.ipynb #e86dfcdf

@@ -53,10 +53,12 @@ class Choice:
     text: str = ""
     audio: str = ""
     speaker: str = ""
+    config: str = ""  # configuration of a data set with a README; empty: its default
 
     def named(self) -> dict[str, str]:
         "Role -> column, of those that are named."
-        return {role: name for role, name in vars(self).items() if name}
+        columns = dict(text=self.text, audio=self.audio, speaker=self.speaker)
+        return {role: name for role, name in columns.items() if name}
 
 
 GUESS = Choice()  # all of them

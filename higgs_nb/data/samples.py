@@ -299,7 +299,10 @@ class SampleDataset(torch.utils.data.Dataset):
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> Sample:
-        conversation = self.conversations[index]
+        return self.sample_of(self.conversations[index])
+
+    def sample_of(self, conversation: Conversation) -> Sample:
+        "A conversation with the codes of its recordings, written out."
         encoded = encode_with(conversation, self.tokenizer, self.store, self.extractor)
         options = (self.delay, self.audio_in_codes, self.extractor)
         return expand(encoded, self.tokens, conversation.id, *options)

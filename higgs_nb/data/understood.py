@@ -85,7 +85,8 @@ def preview_corpus(
     audio_column: str = "",  # column with the recordings; empty: guessed
     speaker_column: str = "",  # column with the speakers; empty: guessed
     allow_outside: bool = False,  # paths may lead out of the folder
+    config: str = "",  # configuration of a data set with a README; empty: its default
 ) -> Understood:
     "What a corpus is understood as, without a look at its recordings."
-    choice = Choice(text_column, audio_column, speaker_column)
+    choice = Choice(text_column, audio_column, speaker_column, config)
     return understood(path, open_rows(path, choice, allow_outside))

@@ -206,9 +206,10 @@ def check_sides(corpus: RunCorpus) -> RunCorpus:
 
 # %% ../../nbs/tasks/03_corpus.ipynb #73c1771b
 def chosen_columns(settings: Settings) -> Choice:  # of a run
-    "The columns that a run names."
+    "The columns and the configuration that a run names."
     roles = ("text", "audio", "speaker")
-    return Choice(*(settings.values.get(f"{role}_column", "") for role in roles))
+    columns = (settings.values.get(f"{role}_column", "") for role in roles)
+    return Choice(*columns, settings.values.get("config", ""))
 
 
 def rows_of_run(settings: Settings, source: Path) -> RowTable | RowList:

@@ -21,6 +21,7 @@ from ..data.conversation import Conversation, tts_conversation
 from ..data.corpus import embedded_corpus, load_corpus
 from ..data.corpus_check import check_corpus
 from ..data.corpus_split import split_corpus
+from ..data.references import ReferencePool, ReferenceShares, follow_training
 from ..speech.clips import Speech, speech_of
 from ..speech.forced import greedy
 from ..speech.generate import generate_speech
@@ -72,12 +73,24 @@ class Division:
     text_column: str = ""  # of the run's corpus; empty: as the reader guesses
     audio_column: str = ""
     speaker_column: str = ""
+    config: str = ""
+    reference_share: float = 0.0  # of samples that followed a clip of their speaker with words
+    reference_alone_share: float = 0.0  # of those that followed one without its words
 
     @property
     def columns(self) -> dict[str, str]:
         "Columns of the run's corpus."
-        names = ("text_column", "audio_column", "speaker_column")
+        names = ("text_column", "audio_column", "speaker_column", "config")
         return {name: getattr(self, name) for name in names}
+
+    def as_trained(
+        self, spoken: list[Conversation], trained: list[Conversation]
+    ) -> list[Conversation]:
+        "What is spoken, with references from training if the run was trained with them."
+        shares = ReferenceShares(self.reference_share, self.reference_alone_share)
+        if shares.is_off:
+            return spoken
+        return follow_training(spoken, trained, ReferencePool(trained), shares, self.seed)
 
     def sides(self, corpus: str) -> tuple[list[Conversation], list[Conversation]]:
         "Conversations of a corpus to train on, and held out, as the run divides it."
@@ -155,7 +168,7 @@ def read_material(
     spoken = [*held, *further][: settings.max_texts or None]
     if len({c.id for c in spoken}) < len(spoken):
         raise ValueError("two of the texts have the same id: give each conversation its own")
-    return Material(trained, held, spoken, before)
+    return Material(trained, held, division.as_trained(spoken, trained), before)
 
 # %% ../../nbs/tasks/12_evaluation.ipynb #6e87cbd7
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.collator import PackedBatchSampler, PackedCollator
 from ..data.conversation import Audio
 from ..data.delay import IGNORE
+from ..data.drawn import make_sampler
 from ..model.loss import target_counts
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def make_loader(
     "This process's packed batches; their order depends on the seed and the epoch alone."
     seed = args.seed if args.data_seed is None else args.data_seed
     ids = Ids(dataset.conversations)
-    sampler = PackedBatchSampler(dataset.lengths, args.token_budget, seed, shuffle, ids=ids)
+    sampler = make_sampler(dataset, args.token_budget, seed, shuffle, ids)
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=Shard(sampler, args.process_index, args.world_size),
@@ -108,6 +109,9 @@ def make_loader(
 # %% ../../nbs/training/06_batches.ipynb #74a0d39e
 def hears_something(dataset) -> bool:
     "Whether a prompt of the dataset has a recording."
+    shares = getattr(dataset, "shares", None)
+    if shares and shares.alone and len(dataset.pool.clips):
+        return True
     messages = (m for c in dataset.conversations for m in c.messages if m.role != "assistant")
     return any(isinstance(part, Audio) for message in messages for part in message.content)
 

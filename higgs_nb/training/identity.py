@@ -62,6 +62,8 @@ def listening_settings(dataset) -> dict:
         plain = (bool, int, float, str)
         extractor = dataset.extractor.to_dict().items()
         settings["extractor"] = {k: v for k, v in extractor if isinstance(v, plain)}
+    if hasattr(dataset, "describe"):  # a `DrawnDataset`
+        settings["drawn"] = dataset.describe()
     return settings
 
 # %% ../../nbs/training/04_identity.ipynb #38b347ce

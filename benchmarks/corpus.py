@@ -3,11 +3,15 @@
     python benchmarks/corpus.py                  # all three; benchmarks/results/corpus.json
     python benchmarks/corpus.py --rows 10000     # of this size only, and no file
 
-A corpus is made as `prepare` leaves one, without its sound: a table of conversations, packs of
-random codes, 75 frames each, which is three seconds, and the digests of recordings. A new process
-opens it, takes the side to train on, counts the tokens of all samples, packs the first epoch and
-collates its first batch. Then a second process does the same while the first still holds
-everything, and memory is counted in proportion: a page that both have mapped is half of each.
+A corpus is made as `prepare` leaves one, without its sound: `metadata.json`, a table of the same
+conversations, packs of random codes, 75 frames each, which is three seconds, and the digests of
+recordings. A new process does what `train` does with a corpus before its first step: it
+compares the table with `metadata.json`, divides it, reads all codes once and compares them with
+their checks, counts the tokens of all samples, packs the first epoch, collates its first batch,
+and describes the data for the checkpoints. Then a second process does the same but for the codes,
+which the first one of several reads for all, while the first still holds everything. Memory is
+counted in proportion: a page that both have mapped is half of each. It is counted before the
+description, which imports the libraries of a training, and again behind it.
 At 10,000 rows a third process reads the same rows from `metadata.json` and writes every
 sample for its length, as was done before there were tables.
 """
@@ -35,7 +39,7 @@ from higgs_nb.data.codec import Codec
 from higgs_nb.data.collator import PackedBatchSampler, PackedCollator
 from higgs_nb.data.conversation import tts_conversation
 from higgs_nb.data.corpus import load_corpus
-from higgs_nb.data.corpus_table import CorpusTable, write_table
+from higgs_nb.data.corpus_table import CorpusTable, in_columns, write_samples, write_table
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.recording_digests import DIGESTS_FILE, path_key
 from higgs_nb.data.samples import SampleDataset
@@ -94,10 +98,8 @@ def make_corpus(folder: Path, rows: int) -> None:
     states = np.full((rows, 3), 1)
     columns = dict(keys=keys[order], digests=digests[order], states=states)
     write_columns(store.root / DIGESTS_FILE, columns)
-    if rows <= IN_MEMORY:
-        samples = [c.to_dict() for c in conversations(rows)]
-        of = file_sha256(write_json(folder / "metadata.json", dict(samples=samples)))
-    write_table(folder, conversations(rows), of if rows <= IN_MEMORY else "")
+    metadata = write_samples(folder / "metadata.json", (c.to_dict() for c in conversations(rows)))
+    write_table(folder, conversations(rows), of=file_sha256(metadata))
 
 
 def memory() -> dict[str, float]:
@@ -111,6 +113,7 @@ def memory() -> dict[str, float]:
 def open_table(folder: Path):
     "The conversations to train on, from the table."
     table = CorpusTable(folder / "corpus.arrow")
+    assert table.metadata["of"] == file_sha256(folder / "metadata.json")
     return table, table.side("train")
 
 
@@ -127,23 +130,39 @@ class OnlyGet:
         self.get = store.get
 
 
-def first_batch(folder: Path, in_memory: bool, start: float) -> dict:
+def describe(data: SampleDataset) -> dict:
+    "What a checkpoint says of the data; seconds of the imports of a training, and of the rest."
+    began = time.time()
+    from higgs_nb.training.identity import describe_data  # here, so that memory is without it
+
+    imported = time.time()
+    description = describe_data(data)
+    seconds = dict(training_imports=imported - began, description=time.time() - imported)
+    return description | dict(seconds={part: round(s, 2) for part, s in seconds.items()})
+
+
+def first_batch(folder: Path, options: argparse.Namespace) -> dict:
     "Everything up to the first batch; seconds of each part."
-    seconds, last = {"imports": round(time.time() - start, 2)}, time.time()
+    start, last = options.start, time.time()
+    seconds = dict(imports=last - start)
 
     def done(part: str) -> None:
         nonlocal last
         now = time.time()
-        seconds[part] = round(now - last, 2)
+        seconds[part] = now - last
         last = now
 
-    corpus, train = (open_json if in_memory else open_table)(folder)
+    corpus, train = (open_json if options.in_memory else open_table)(folder)
     done("rows")
     tokenizer = byte_tokenizer()
     tokens = AudioTokens.from_tokenizer(tokenizer, 1024, CODEBOOKS)
     store = CodeStore(folder / "codes", NoCodec())
     done("store")
-    data = SampleDataset(train, tokenizer, OnlyGet(store) if in_memory else store, tokens)
+    if not options.second:
+        clips = (audio for columns in in_columns(corpus) for audio in columns.recordings)
+        assert store.encode_all(clips, progress=False)["misses"] == 0
+        done("codes")
+    data = SampleDataset(train, tokenizer, OnlyGet(store) if options.in_memory else store, tokens)
     lengths = data.lengths
     done("lengths")
     sampler = PackedBatchSampler(lengths, BUDGET, SEED)
@@ -151,26 +170,32 @@ def first_batch(folder: Path, in_memory: bool, start: float) -> dict:
     done("packing")
     batch = PackedCollator(tokens)([data[i] for i in batches[0]])
     done("batch")
-    order = [int(np.sum(np.array(row) * (np.arange(len(row)) + 1))) for row in batches[:1000]]
+    seconds["total"] = sum(seconds.values())
+    order = [int(np.sum(np.array(row) * (np.arange(len(row)) + 1))) for row in batches]
     return dict(
         rows=len(corpus),
         batches=len(batches),
         first_batch=int(batch["input_ids"].sum()),
         order=sum(order),
-        seconds=seconds | dict(total=round(time.time() - start, 2)),
+        seconds={part: round(value, 2) for part, value in seconds.items()},
         cpu_s=round(time.process_time(), 2),  # of all threads
         memory=memory(),
-        still_there=len(corpus) and data,  # until memory was measured
+        still_there=(data, corpus, batches),  # until memory was measured
     )
 
 
-def child(folder: Path, in_memory: bool, start: float) -> None:
-    "Measure, print, and wait until the other processes have measured; then measure again."
-    result = first_batch(folder, in_memory, start)
-    held = result.pop("still_there")
-    print(json.dumps(result), flush=True)
+def child(options: argparse.Namespace) -> None:
+    "Measure and print; at each line of input measure again, the second time with a description."
+    libraries = memory()
+    result = first_batch(options.child, options)
+    data, *held = result.pop("still_there")
+    print(json.dumps(result | dict(libraries=libraries)), flush=True)
     sys.stdin.readline()
     print(json.dumps(memory()), flush=True)
+    sys.stdin.readline()
+    described = describe(data)
+    numbers = dict(cpu_s=round(time.process_time(), 2), memory=memory())
+    print(json.dumps(described | numbers), flush=True)
     sys.stdin.readline()
     del held
 
@@ -185,7 +210,7 @@ def start_child(folder: Path, *options: str) -> tuple[subprocess.Popen, dict]:
 
 
 def ask(process: subprocess.Popen) -> dict:
-    "The memory of a process as it is now."
+    "What a process prints next: its memory, then its description of the data."
     process.stdin.write("\n")
     process.stdin.flush()
     return json.loads(process.stdout.readline())
@@ -205,22 +230,23 @@ def measure(rows: int) -> dict:
         make_corpus(folder, rows)
         made = round(time.time() - began, 1)
         stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        load = os.getloadavg()[0]
         first, one = start_child(folder)
         alone = one["memory"]["proportional"]
-        second, two = start_child(folder)
+        second, two = start_child(folder, "--second")
         together = ask(first)["proportional"] + ask(second)["proportional"]
+        assert (one["order"], one["first_batch"]) == (two["order"], two["first_batch"])
+        one["described"], two["described"] = ask(first), ask(second)
+        assert one["described"]["sha256"] == two["described"]["sha256"]
         end(first), end(second)
-        assert one["order"] == two["order"] and one["first_batch"] == two["first_batch"]
         result = dict(rows=rows, made_s=made, stored_mb=round(stored / 1e6, 1), table=one)
-        result["second_rank"] = dict(
-            added_mb=round(together - alone, 1),
-            seconds=two["seconds"],
-            cpu_s=two["cpu_s"],
-            memory=two["memory"],
-        )
+        result["load"] = round(load, 1)  # of the machine, before: 0 if nothing else runs on it
+        result["second_rank"] = two | dict(added_mb=round(together - alone, 1))
         if rows <= IN_MEMORY:
-            before, old = start_child(folder, "--in-memory")
-            ask(before), end(before)
+            before, old = start_child(folder, "--in-memory", "--second")
+            ask(before)
+            old["described"] = ask(before)
+            end(before)
             assert (old["order"], old["first_batch"]) == (one["order"], one["first_batch"])
             result["in_memory"] = old
     return result
@@ -228,12 +254,14 @@ def measure(rows: int) -> dict:
 
 def line(result: dict) -> str:
     table, second = result["table"], result["second_rank"]
+    described = table["described"]["seconds"]["description"]
     before = result.get("in_memory", {}).get("seconds", {}).get("total")
     return (
         f"{result['rows']:>9,} rows: first batch after {table['seconds']['total']:6.1f} s "
-        f"({table['cpu_s']:.1f} s of one core), "
+        f"({table['cpu_s']:.1f} s of one core), described in {described:.1f} s, "
         f"{table['memory']['resident']:7.0f} MB resident, {second['added_mb']:5.0f} MB more for a "
-        f"second rank" + (f"; from metadata.json {before:.1f} s" if before else "")
+        f"second rank, {second['libraries']['own']:.0f} MB of it libraries"
+        + (f"; from metadata.json {before:.1f} s" if before else "")
     )
 
 
@@ -243,9 +271,10 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--in-memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--second", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(args.child, args.in_memory, args.start)
+        return child(args)
     results = []
     for rows in (args.rows,) if args.rows else SIZES:
         results.append(measure(rows))

@@ -1,7 +1,9 @@
 """What a table and packs give is what lists and single files gave: the same samples, lengths,
-batches and first batch, at ten thousand rows.
+batches and first batch, at ten thousand rows; and no row of them becomes an object for it.
 """
 
+import gc
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,8 @@ from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import SampleDataset
 from higgs_nb.tasks import corpus as corpus_tasks
 from higgs_nb.tasks.settings import Settings
-from higgs_nb.training.batches import Ids, Shard
+from higgs_nb.training.batches import CollateOrBlank, Ids, Shard
+from higgs_nb.training.identity import describe_data
 
 ROWS = 10_000
 
@@ -70,6 +73,63 @@ def test_the_first_batch_is_the_same(both):
     a, b = (collate([data[i] for i in rows]) for data in both)
     for key, value in a.items():
         assert torch.equal(value, b[key]) if torch.is_tensor(value) else value == b[key], key
+
+
+def with_rows(data, conversations):
+    "The data set of some of its conversations, which knows nothing of them yet."
+    return SampleDataset(conversations, data.tokenizer, data.store, data.tokens)
+
+
+def test_a_table_is_described_as_its_rows_are(both):
+    "The same digest, wherever the rows are kept and however many are looked at together."
+    table, listed = both
+    described = describe_data(table)
+    assert described == describe_data(with_rows(table, listed.conversations))
+    joined = table.conversations[:3000] + listed.conversations[3000:]
+    assert described == describe_data(with_rows(table, joined))
+    swapped = [listed.conversations[1], listed.conversations[0], *listed.conversations[2:]]
+    other = describe_data(with_rows(table, swapped))
+    assert other["tokens"] == described["tokens"] and other["sha256"] != described["sha256"]
+
+
+def begun(data):
+    "What a run computes of its data before the first step."
+    spoken = corpus_tasks.spoken(data.conversations)
+    sampler = PackedBatchSampler(data.lengths, 2048, seed=3)
+    blank = CollateOrBlank(None, data)
+    return spoken, describe_data(data), sampler.batches(0), blank
+
+
+def test_no_row_becomes_a_conversation_but_those_that_are_looked_at(both, monkeypatch):
+    "One of each form, the samples whose tensors are described, and those of a first sample."
+    made, conversation = [], CorpusTable.conversation
+    monkeypatch.setattr(
+        CorpusTable,
+        "conversation",
+        lambda self, *row: made.append(row[0]) or conversation(self, *row),
+    )
+    begun(with_rows(both[0], both[0].conversations))
+    assert 0 < len(made) < 200, "of 9900 rows"
+
+
+def test_memory_grows_by_a_few_bytes_for_each_row(both):
+    "Of a row its place and its length are kept, and numbers of its batch. As objects it is 1,300."
+    table = both[0].conversations
+
+    def grown(first, rows):
+        "Bytes of Python and numpy that are kept of what was begun, and the most at one time."
+        gc.collect()
+        tracemalloc.start()
+        data = with_rows(both[0], table[:rows])
+        held = begun(data)[:first]
+        kept, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return np.array([kept, most]) if held else 0
+
+    grown(4, 100)  # fills what is filled once
+    without_batches, with_batches = ((grown(n, 9500) - grown(n, 4500)) / 5000 for n in (2, 4))
+    assert without_batches[0] < 24 and with_batches[0] < 80
+    assert max(without_batches[1], with_batches[1]) < 200
 
 
 def test_a_table_is_shared_by_processes_and_not_copied(both):

@@ -140,6 +140,19 @@ class CodePack:
             raise ValueError(f"{what}; {PACK_REMEDY}")
         return codes.T
 
+    def verify(self) -> None:
+        "Compare all codes with their checks, as `codes` does with those of one recording."
+        content = memoryview(self.all_codes).cast("B")
+        ends = self.ends * self.all_codes[:1].nbytes
+        known = zip(self.digests.tolist(), self.checks.tolist(), ends.tolist(), strict=True)
+        first = 0
+        for row, (digest, check, end) in enumerate(known):
+            found = hashlib.sha256(bytes(digest))
+            found.update(content[first:end])
+            if found.digest()[:16] != bytes(check):
+                self.codes(row)  # raises the error
+            first = end
+
 # %% ../../nbs/data/38_code_packs.ipynb #a1dfae3b
 INDEX_REMEDY = "delete it, and it is made again from the packs"
 INDEX_FROM = 8  # packs: fewer are read faster than their index
@@ -233,6 +246,15 @@ class PackFolder:
     def codes(self, position: int) -> np.ndarray:
         "Codes (codebooks, frames) at a position of the index."
         return self.pack(self.index["packs"][position]).codes(self.index["rows"][position])
+
+    def checks(self, positions: np.ndarray) -> np.ndarray:  # (recordings,) in the index
+        "What `write_pack` noted of their codes, (recordings, 16) uint8; no codes are read."
+        packs, rows = (self.index[name][positions] for name in ("packs", "rows"))
+        checks = np.zeros((len(positions), 16), np.uint8)
+        for number in np.unique(packs).tolist():
+            here = packs == number
+            checks[here] = self.pack(number).checks[rows[here]]
+        return checks
 
     def save_index(self) -> None:
         "Store the index for those who open the folder next, if there are many packs."

@@ -24,7 +24,7 @@ from ..core.events import tqdm
 from ..core.files import load_json, write_whole
 from ..core.messages import shown
 from .audio import load_audio, trim_end
-from .code_packs import CodePack, PackFolder, write_pack
+from .code_packs import CodePack, PackFolder, code_check, write_pack
 from .codec import Codec, checked_codes
 from .conversation import Audio
 from .encoders import encoders, in_order, number_of_workers
@@ -33,7 +33,7 @@ from .recording_digests import RecordingDigests
 # %% auto #0
 __all__ = ['LOOSE', 'DELETE_IT', 'STORED', 'BAR', 'file_digest', 'write_codes', 'check_made_by', 'read_codes', 'writable_folder',
            'make_folder', 'CodeStore', 'holds_codes', 'stored_fingerprints', 'noted_codec', 'check_prepared',
-           'seconds_of', 'as_digest', 'frames_of', 'Codes']
+           'as_digest', 'as_checks', 'seconds_of', 'frames_of', 'checks_of', 'Codes']
 
 # %% ../../nbs/data/15_code_store.ipynb #cf648803
 LOOSE = re.compile(r"[0-9a-f]{64}\.npy")
@@ -281,6 +281,33 @@ def frames(self: CodeStore, recordings: Sequence[Audio]) -> np.ndarray:
         lengths[i] = self.get(recordings[i]).shape[1]
     return lengths
 
+# %% ../../nbs/data/15_code_store.ipynb #82bafa20
+def as_digest(digest: bytes) -> np.ndarray:
+    "A digest (bytes,) uint8 of its bytes."
+    return np.frombuffer(digest, np.uint8)
+
+
+def as_checks(checks: Iterable[bytes]) -> np.ndarray:
+    "Checks (recordings, 16) uint8 of their bytes."
+    return as_digest(b"".join(checks)).reshape(-1, 16)
+
+# %% ../../nbs/data/15_code_store.ipynb #bbdda5aa
+@patch
+def checks(self: CodeStore, recordings: Sequence[Audio]) -> np.ndarray:
+    """Checks (recordings, 16) uint8, see `code_check`, of their codes; none is read from a pack.
+    Recordings whose digests are known are taken to be as they were.
+    """
+    digests = self.digests.of(recordings, look=False)
+    _, folders = self.find_packed(digests)
+    checks = np.zeros((len(recordings), 16), np.uint8)
+    for number, packs in enumerate(self.packs):
+        here = folders == number
+        checks[here] = packs.checks(packs.find(digests[here]))
+    for i in np.flatnonzero(folders < 0).tolist():
+        codes = self.get(recordings[i]).numpy().astype(self.dtype)
+        checks[i] = as_digest(code_check(digests[i].tobytes(), np.ascontiguousarray(codes.T)))
+    return checks
+
 # %% ../../nbs/data/15_code_store.ipynb #2e19bbd7
 @patch
 def pack(self: CodeStore, digests: Sequence[bytes]) -> None:
@@ -359,20 +386,13 @@ def encode_new(
                 yield path
 
 # %% ../../nbs/data/15_code_store.ipynb #73858704
-def as_digest(digest: bytes) -> np.ndarray:
-    "A digest (32,) uint8 of its bytes."
-    return np.frombuffer(digest, np.uint8)
-
-
 @patch
 def verify(self: CodeStore, packs: PackFolder, numbers: list[int], progress: bool) -> None:
     "Read all codes of some packs of a folder; `ValueError` names one that is damaged."
     shown_as = dict(desc="stored codes", unit="pack", disable=not (progress and numbers))
     for number in tqdm(numbers, **shown_as):
         # opened for this alone: pages that were read count as memory while they are mapped
-        pack = CodePack(packs.folder / packs.names[number], self.codec.fingerprint)
-        for row in range(len(pack)):
-            pack.codes(row)
+        CodePack(packs.folder / packs.names[number], self.codec.fingerprint).verify()
 
 # %% ../../nbs/data/15_code_store.ipynb #6b780a19
 @patch
@@ -441,6 +461,13 @@ def frames_of(recordings: Sequence[Audio], store) -> np.ndarray:
         return store.frames(recordings)
     return np.array([store.get(audio).shape[1] for audio in recordings], np.int64)
 
+
+def checks_of(recordings: Sequence[Audio], store) -> np.ndarray:
+    "Checks (recordings, 16) uint8 of their codes, from an object with `checks`, or `get` alone."
+    if hasattr(store, "checks"):
+        return store.checks(recordings)
+    return as_checks(code_check(b"", store.get(audio).T.numpy()) for audio in recordings)
+
 # %% ../../nbs/data/15_code_store.ipynb #ae998e4a
 class Codes:
     "Codes by path, and those of every other recording from a store."
@@ -466,3 +493,13 @@ class Codes:
         for i in set(range(len(recordings))) - set(others):
             lengths[i] = self.codes[recordings[i].path].shape[1]
         return lengths
+
+    def checks(self, recordings: Sequence[Audio]) -> np.ndarray:
+        "Checks (recordings, 16) uint8 of their codes."
+        checks = np.zeros((len(recordings), 16), np.uint8)
+        others = [i for i, audio in enumerate(recordings) if audio.path not in self.codes]
+        if others:
+            checks[others] = checks_of([recordings[i] for i in others], self.store)
+        for i in set(range(len(recordings))) - set(others):
+            checks[i] = as_digest(code_check(b"", self.codes[recordings[i].path].T.numpy()))
+        return checks

@@ -5,7 +5,7 @@
 # %% ../../nbs/data/20_collator.ipynb #382f7c65
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -22,7 +22,7 @@ from .whisper_inputs import whisper_inputs
 
 # %% auto #0
 __all__ = ['target_index', 'is_frame', 'pad_rows', 'PaddedCollator', 'PackedCollator', 'cumulative', 'first_fit_decreasing',
-           'check_fits', 'pack_windows', 'PackedBatchSampler', 'divide_largest']
+           'check_fits', 'first_fit', 'pack_windows', 'PackedBatchSampler', 'divide_largest']
 
 # %% ../../nbs/data/20_collator.ipynb #54e4bbe3
 def target_index(
@@ -176,11 +176,11 @@ def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
     return rows
 
 # %% ../../nbs/data/20_collator.ipynb #af814c51
-def check_fits(lengths: list[int], token_budget: int, ids: list[str] | None) -> None:
+def check_fits(lengths: Sequence[int], token_budget: int, ids: list[str] | None) -> None:
     "`ValueError` names the longest sample if it is longer than the budget."
-    if not lengths:
+    if not len(lengths):
         raise ValueError("there are no samples to pack")
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    longest = int(np.argmax(lengths))
     if lengths[longest] > token_budget:
         raise ValueError(
             f"sample {ids[longest] if ids else longest} has {lengths[longest]} tokens and does "
@@ -188,20 +188,42 @@ def check_fits(lengths: list[int], token_budget: int, ids: list[str] | None) -> 
             "cut the recording"
         )
 
+# %% ../../nbs/data/20_collator.ipynb #60770600
+def first_fit(
+    tokens: np.ndarray,  # (windows, samples) of each sample, the longest first
+    budget: int,  # tokens of a row, at most
+) -> np.ndarray:
+    "The row (windows, samples) of its window that each sample goes to: the first with room."
+    rows = np.zeros(tokens.shape, np.int64)
+    most = 2 * int(tokens.sum(axis=1).max()) // budget + 2  # of two rows one is over half full
+    rooms = np.full((len(tokens), most), budget)
+    every = np.arange(len(tokens))
+    for i, lengths in enumerate(tokens.T):
+        rows[:, i] = (rooms >= lengths[:, None]).argmax(axis=1)
+        rooms[every, rows[:, i]] -= lengths
+    return rows
+
 # %% ../../nbs/data/20_collator.ipynb #523e3daf
 def pack_windows(
     order: np.ndarray,  # (samples,) indices, shuffled
-    lengths: list[int],  # tokens of each sample
+    lengths: Sequence[int],  # tokens of each sample
     window: int,  # samples packed together
     budget: int,  # tokens of a row, at most
 ) -> list[list[int]]:
-    "Rows of the samples in `order`, window by window."
-    rows = []
-    for start in range(0, len(order), window):
-        samples = order[start : start + window].tolist()
-        packed = first_fit_decreasing([lengths[i] for i in samples], budget)
-        rows += [[samples[i] for i in row] for row in packed]
-    return rows
+    "Rows of the samples in `order`, window by window, each as `first_fit_decreasing` packs it."
+    if not len(order):
+        return []
+    window = min(window, len(order))
+    windows = np.pad(order, (0, -len(order) % window), constant_values=-1).reshape(-1, window)
+    tokens = np.where(windows < 0, 0, np.asarray(lengths)[windows])
+    by_length = np.argsort(-tokens, axis=1, kind="stable")
+    windows, tokens = (np.take_along_axis(x, by_length, axis=1) for x in (windows, tokens))
+    rows = first_fit(tokens, budget)
+    rows += np.arange(len(windows))[:, None] * window  # no window has more rows than samples
+    samples, rows = windows[windows >= 0], rows[windows >= 0]
+    by_row = np.argsort(rows, kind="stable")
+    borders = np.flatnonzero(np.diff(rows[by_row])) + 1
+    return [row.tolist() for row in np.split(samples[by_row], borders)]
 
 # %% ../../nbs/data/20_collator.ipynb #3e4ea2ad
 class PackedBatchSampler(torch.utils.data.Sampler):
@@ -211,7 +233,7 @@ class PackedBatchSampler(torch.utils.data.Sampler):
 
     def __init__(
         self,
-        lengths: list[int],  # tokens of each sample
+        lengths: Sequence[int],  # tokens of each sample
         token_budget: int,  # tokens of a batch, at most
         seed: int = 0,  # of the order, together with the epoch
         shuffle: bool = True,  # False: the same batches in every epoch, for evaluation

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 
 from ..core.messages import did_you_mean
 from .conversation import ROLES, Conversation, Message, Text, parts_of
@@ -98,15 +99,53 @@ def conversation_problems(c: Conversation) -> Iterator[Problem]:
     if split not in SPLITS:
         yield Problem(f"split is {brief(split)}", f"write one of {', '.join(SPLITS)}")
 
-# %% ../../nbs/data/07_conversation_check.ipynb #04b1f05d
+# %% ../../nbs/data/07_conversation_check.ipynb #179c295c
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
+
+
+def _without_problems(strings: list[str]) -> list[bool]:
+    "Whether `string_problems` certainly finds nothing in each of some strings."
+    together = "\n".join(strings)
+    if "<|" not in together and not _UNFIT.search(together):
+        return [True] * len(strings)
+    return ["<|" not in text and not _UNFIT.search(text) for text in strings]
+
+# %% ../../nbs/data/07_conversation_check.ipynb #73e1980a
+def _form(c: Conversation) -> tuple:
+    "What `conversation_problems` looks at, apart from names, words and split."
+    return c.start_index, *((m.role, m.recipient, len(m.content)) for m in c.messages)
+
+# %% ../../nbs/data/07_conversation_check.ipynb #8ff29526
+def _begins(text: str) -> bool:
+    "Whether the first character that is not a space can be seen, as in nearly every text."
+    return (text.strip()[:1] or "\0").isprintable()
+
+# %% ../../nbs/data/07_conversation_check.ipynb #16b19f73
+def _are_plain(conversations: list[Conversation]) -> list[bool]:
+    "Whether names, words and split of each conversation are certainly right."
+    texts = [[part.text for part in parts_of(c.messages, Text)] for c in conversations]
+    names = [f"{c.id}{c.speaker or ''}" for c in conversations]
+    named = _without_problems(names)
+    fit = iter(_without_problems([text for of_one in texts for text in of_one]))
+    plain = []
+    for c, name, is_fit, of_one in zip(conversations, names, named, texts):
+        words = all([next(fit) and _begins(text) for text in of_one])
+        named_well = is_fit and bool(c.id.strip()) and not any(x in name for x in "\n\r\t")
+        plain.append(words and named_well and c.extra.get("split", "train") in SPLITS)
+    return plain
+
+# %% ../../nbs/data/07_conversation_check.ipynb #70a001c1
 def structure_problems(conversations: Iterable[Conversation]) -> list[Problem]:
     "The problems of all conversations, with their addresses, and the ids that are used twice."
-    first = {}
-    problems = []
-    for c in conversations:
-        for problem in conversation_problems(c):
-            problems.append(replace(problem, source=c.source, id=c.id))
-        if first.setdefault(c.id, c) is not c:
-            what = f"the id is already used at {first[c.id].source}"
-            problems.append(Problem(what, "give each its own", c.source, c.id))
+    conversations, first = iter(conversations), {}
+    problems, right_forms = [], set()
+    while some := list(islice(conversations, 2**11)):
+        for c, is_plain in zip(some, _are_plain(some)):
+            if not is_plain or _form(c) not in right_forms:
+                new = list(conversation_problems(c))
+                problems += [replace(problem, source=c.source, id=c.id) for problem in new]
+                right_forms |= set() if new else {_form(c)}
+            if first.setdefault(c.id, c) is not c:
+                what = f"the id is already used at {first[c.id].source}"
+                problems.append(Problem(what, "give each its own", c.source, c.id))
     return problems

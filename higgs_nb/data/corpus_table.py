@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,8 +21,9 @@ from .conversation import Audio, Conversation, Message, Text
 from .problems import corpus_error
 
 # %% auto #0
-__all__ = ['TABLE_FILE', 'TABLE_FORMAT', 'ROWS', 'SCHEMA', 'TABLE_REMEDY', 'form_of', 'filled_in', 'table_row', 'write_table',
-           'table_batches', 'CorpusTable', 'Joined', 'Columns', 'columns_of', 'columns_of_table', 'in_columns']
+__all__ = ['TABLE_FILE', 'TABLE_FORMAT', 'ROWS', 'SCHEMA', 'TABLE_REMEDY', 'form_of', 'filled_in', 'table_row', 'in_place_of',
+           'write_table', 'write_samples', 'table_batches', 'as_arrow', 'CorpusTable', 'Joined', 'Columns',
+           'columns_of', 'columns_of_table', 'in_columns']
 
 # %% ../../nbs/data/40_corpus_table.ipynb #2c15a96b
 def form_of(c: Conversation) -> str:
@@ -77,6 +79,20 @@ def table_row(c: Conversation) -> dict:
         extra=json.dumps(notes, ensure_ascii=False) if notes else None,
     )
 
+# %% ../../nbs/data/40_corpus_table.ipynb #9df2b091
+@contextmanager
+def in_place_of(path: Path) -> Iterator[Path]:
+    "A file to write, which then takes the place of `path`; if that fails, `path` is as before."
+    new = path.parent / f".{path.name}.{os.getpid()}.new"
+    try:
+        yield new
+        fsync(new)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
 # %% ../../nbs/data/40_corpus_table.ipynb #b2ed983f
 def write_table(
     folder: Path,  # that the paths of recordings are relative to
@@ -84,19 +100,27 @@ def write_table(
     of: str = "",  # sha256 of the file that has the same rows
 ) -> Path:
     "Write the table of a corpus, whole or not at all."
-    path, new = folder / TABLE_FILE, folder / f".{TABLE_FILE}.{os.getpid()}.new"
     schema = SCHEMA.with_metadata({"format": TABLE_FORMAT, "of": of})
     conversations = iter(conversations)
-    try:
+    with in_place_of(folder / TABLE_FILE) as new:
         with pa.OSFile(str(new), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             while rows := [table_row(c) for c in islice(conversations, ROWS)]:
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-        fsync(new)
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    fsync(folder)
+    return folder / TABLE_FILE
+
+
+def write_samples(
+    path: Path,  # of the metadata.json
+    samples: Iterable[dict],  # each as `Conversation.to_dict` gives it
+) -> Path:
+    "Write `{'samples': [...]}` sample by sample, with the bytes that `write_json` gives."
+    with in_place_of(path) as new, new.open("w", encoding="utf-8", newline="") as file:
+        count = 0
+        file.write('{\n "samples": [')
+        for count, sample in enumerate(samples, 1):
+            text = json.dumps(sample, indent=1, ensure_ascii=False).replace("\n", "\n  ")
+            file.write(f",\n  {text}" if count > 1 else f"\n  {text}")
+        file.write("\n ]\n}\n" if count else "]\n}\n")
     return path
 
 # %% ../../nbs/data/40_corpus_table.ipynb #3604c7f8
@@ -120,6 +144,11 @@ def table_batches(path: Path) -> tuple[list[pa.RecordBatch], dict[str, str]]:
     if any(len(batch) != ROWS for batch in batches[:-1]):
         raise corpus_error(f"{path} has batches of another size than {ROWS}", TABLE_REMEDY)
     return batches, metadata
+
+# %% ../../nbs/data/40_corpus_table.ipynb #1efe6b93
+def as_arrow(numbers: np.ndarray) -> pa.Array:  # (n,) int64
+    "The same numbers, not copied."
+    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
 
 # %% ../../nbs/data/40_corpus_table.ipynb #ab55357f
 class CorpusTable(Sequence):
@@ -176,18 +205,17 @@ class CorpusTable(Sequence):
 
     def side(self, split: str | None) -> CorpusTable:  # "train", "held_out"; None: not stated
         "The conversations that state this split."
-        parts = [np.array(part.to_pylist(), object) == split for part in self.column("split")]
-        return self.part(np.flatnonzero(np.concatenate([np.zeros(0, bool), *parts])))
+        stated = [value == split for part in self.column("split") for value in part.to_pylist()]
+        return self.part(np.flatnonzero(np.array(stated, bool)))
 
     def column(self, name: str) -> Iterator[pa.Array]:
-        "A column of `SCHEMA`, for each run of rows that follow one another in the file."
+        "A column of `SCHEMA`, for each run of rows that lie in one batch of the file."
         at = SCHEMA.names.index(name)
-        new_run = (np.diff(self.rows) != 1) | (self.rows[1:] % ROWS == 0)
-        borders = [0, *(np.flatnonzero(new_run) + 1).tolist(), len(self.rows)]
+        borders = [0, *(np.flatnonzero(np.diff(self.rows // ROWS)) + 1).tolist(), len(self.rows)]
         for first, end in zip(borders, borders[1:]):
             if first < end:
-                row = int(self.rows[first])
-                yield self.columns[row // ROWS][at].slice(row % ROWS, end - first)
+                rows = self.rows[first:end]
+                yield self.columns[int(rows[0]) // ROWS][at].take(as_arrow(rows % ROWS))
 
 # %% ../../nbs/data/40_corpus_table.ipynb #7247a4cf
 class Joined(Sequence):
@@ -241,7 +269,7 @@ def columns_of_table(table: CorpusTable) -> Columns:
     lists = {}
     for name in ("texts", "recordings"):
         parts = list(table.column(name))
-        counts = [part.value_lengths().to_numpy() for part in parts]
+        counts = [np.from_dlpack(part.value_lengths()) for part in parts]
         flat = [value for part in parts for value in part.flatten().to_pylist()]
         lists[name] = flat, np.concatenate([np.zeros(0, int), *counts])
     folder = f"{table.path.parent}{os.sep}"

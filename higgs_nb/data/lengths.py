@@ -65,8 +65,11 @@ def word_counts(columns: Columns, tokenizer, beginnings: tuple[str, ...]):
     "Tokens (texts,) of each text, and whether it may hold a mark of the model."
     numbers = {}
     at = [numbers.setdefault(text, len(numbers)) for text in columns.texts]
-    marked = [any(mark in text for mark in beginnings) for text in numbers]
-    return text_tokens(list(numbers), tokenizer)[at], np.array(marked, bool)[at]
+    joined = "\0".join(numbers)
+    beginnings = [mark for mark in beginnings if mark in joined]
+    marked = [any(mark in text for mark in beginnings) for text in numbers] if beginnings else []
+    is_marked = np.array(marked, bool) if marked else np.zeros(len(numbers), bool)
+    return text_tokens(list(numbers), tokenizer)[at], is_marked[at]
 
 # %% ../../nbs/data/41_lengths.ipynb #6c73d41f
 def prompt_tokens(

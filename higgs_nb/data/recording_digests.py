@@ -22,7 +22,7 @@ from .conversation import Audio
 # %% auto #0
 __all__ = ['NO_FILE', 'NOT_KNOWN', 'SETTLED_NS', 'DIGESTS_FILE', 'DIGESTS_REMEDY', 'THREADS', 'file_state', 'file_states',
            'is_settled', 'empty_table', 'path_key', 'look_up', 'merged', 'in_threads', 'sha256_and_state',
-           'RecordingDigests']
+           'has_changed', 'RecordingDigests']
 
 # %% ../../nbs/data/39_recording_digests.ipynb #9f906a9d
 NO_FILE = (-1, -1, -1)
@@ -101,6 +101,14 @@ def sha256_and_state(path: str) -> tuple[bytes, tuple[int, int, int]]:
     state = file_state(path)
     return bytes.fromhex(stored_sha256(Audio(path))), state
 
+# %% ../../nbs/data/39_recording_digests.ipynb #cc51b4a7
+def has_changed(paths: Sequence[str], states: np.ndarray) -> np.ndarray:  # (files, 3), then
+    "Whether each file (files,) has changed; one that is gone has not if it was known."
+    parts = [paths[first : first + 1000] for first in range(0, len(paths), 1000)]
+    now = np.concatenate(list(in_threads(file_states, parts)))
+    gone_and_known = (now[:, 0] == NO_FILE[0]) & (states[:, 0] != NOT_KNOWN)
+    return (now != states).any(1) & ~gone_and_known
+
 # %% ../../nbs/data/39_recording_digests.ipynb #4969ae71
 class RecordingDigests:
     "sha256 of the bytes of recordings; a file that has not changed is not read twice."
@@ -142,7 +150,12 @@ class RecordingDigests:
                 digests[i], states[i] = np.frombuffer(entry[1], np.uint8), entry[0]
         return digests, states
 
-    def of(self, recordings: Sequence[Audio], progress: bool = False) -> np.ndarray:
+    def of(
+        self,
+        recordings: Sequence[Audio],
+        progress: bool = False,  # show a bar
+        look: bool = True,  # whether a file has changed; False: those that are known have not
+    ) -> np.ndarray:
         """Digests (recordings, 32) uint8. `OSError` if a file whose digest is not known cannot be
         read.
         """
@@ -151,19 +164,17 @@ class RecordingDigests:
         for i in sorted(set(range(len(recordings))) - set(files)):
             digests[i] = np.frombuffer(hashlib.sha256(recordings[i].raw).digest(), np.uint8)
         if files:
-            digests[files] = self.of_files([recordings[i].path for i in files], progress)
+            digests[files] = self.of_files([recordings[i].path for i in files], progress, look)
         return digests
 
-    def of_files(self, paths: list[str], progress: bool) -> np.ndarray:
+    def of_files(self, paths: list[str], progress: bool, look: bool = True) -> np.ndarray:
         "Digests (files, 32) of files by path."
         full = [path if os.path.isabs(path) else os.path.abspath(path) for path in paths]
         joined = b"".join(path_key(path, self.home) for path in full)
         keys = np.frombuffer(joined, np.uint8).reshape(-1, 16)
         digests, states = self.known(keys)
-        parts = [full[first : first + 1000] for first in range(0, len(full), 1000)]
-        now = np.concatenate(list(in_threads(file_states, parts)))
-        gone_and_known = (now[:, 0] == NO_FILE[0]) & (states[:, 0] != NOT_KNOWN)
-        changed = np.flatnonzero((now != states).any(1) & ~gone_and_known).tolist()
+        is_new = states[:, 0] == NOT_KNOWN
+        changed = np.flatnonzero(has_changed(full, states) if look else is_new).tolist()
         bar = dict(desc="reading recordings", unit=" files", disable=not (progress and changed))
         read = in_threads(sha256_and_state, [full[i] for i in changed])
         for i, (digest, state) in zip(changed, tqdm(read, total=len(changed), **bar)):

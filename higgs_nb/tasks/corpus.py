@@ -76,10 +76,13 @@ def spoken(conversations: Sequence[Conversation]) -> Sequence[Conversation]:
     "Those of some conversations that have a recording to learn."
     if not isinstance(conversations, CorpusTable):
         return [c for c in conversations if learned_recording(c)]
-    forms = [form for part in conversations.column("form") for form in part.to_pylist()]
-    first = {form: i for i, form in reversed(list(enumerate(forms)))}
-    has = {form: bool(learned_recording(conversations[i])) for form, i in first.items()}
-    return conversations.part(np.array([i for i, form in enumerate(forms) if has[form]], int))
+    has, spoken_rows = {}, bytearray()
+    for part in conversations.column("form"):
+        for i, form in enumerate(part.to_pylist(), len(spoken_rows)):
+            if form not in has:
+                has[form] = bool(learned_recording(conversations[i]))
+            spoken_rows.append(has[form])
+    return conversations.part(np.flatnonzero(np.frombuffer(spoken_rows, np.uint8)))
 
 # %% ../../nbs/tasks/03_corpus.ipynb #1755ad08
 TABLE_FROM = 20_000  # conversations

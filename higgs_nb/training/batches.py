@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class CollateOrBlank:
 
     def __init__(self, collate, dataset):
         self.collate, self.dataset = collate, dataset
-        self.shortest = min(range(len(dataset)), key=dataset.lengths.__getitem__)
+        self.shortest = int(np.argmin(dataset.lengths))
 
     def __call__(self, samples):
         return self.collate(samples or [self.blank()])

@@ -7,44 +7,58 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from peft import PeftModel
 from torch import nn
 
 from ..checkpoint.base import base_of
 from ..checkpoint.peft_config import adapter_config
-from ..data.conversation import Audio, Conversation, Text
+from ..data.code_store import checks_of
+from ..data.conversation import Audio, Conversation
+from ..data.corpus_table import CorpusTable, in_columns
 
 # %% auto #0
-__all__ = ['NOT_COMPARED', 'SETTINGS', 'spoken_turns', 'recordings', 'tensor_bytes', 'listening_settings', 'describe_data',
-           'describe_trained', 'describe_run', 'differences']
+__all__ = ['NOT_COMPARED', 'SETTINGS', 'column_values', 'digest_columns', 'audible_files', 'tensor_bytes', 'listening_settings',
+           'describe_data', 'describe_trained', 'describe_run', 'differences']
 
 # %% ../../nbs/training/04_identity.ipynb #fdd12b77
-def spoken_turns(conversation: Conversation) -> list:
-    """A conversation without its recordings: its texts, their roles, and the first message that is
-    trained.
-    """
-    turns = []
-    for message in conversation.messages:
-        parts = [part.text if isinstance(part, Text) else None for part in message.content]
-        turns.append([message.role, message.recipient, parts])
-    return [conversation.start_index, conversation.speaker, turns]
+def column_values(conversations: Sequence[Conversation], name: str) -> list:
+    "The `id` or `speaker` of each conversation."
+    if isinstance(conversations, CorpusTable):
+        return [value for part in conversations.column(name) for value in part.to_pylist()]
+    return [getattr(c, name) for c in conversations]
+
+
+def digest_columns(dataset) -> str:  # a `SampleDataset`
+    "sha256 over ids, speakers, forms, texts, codes and lengths of all samples."
+    digests, first = defaultdict(hashlib.sha256), 0
+    for columns in in_columns(dataset.conversations):
+        some = columns.conversations
+        said = dict(form=columns.forms, text=columns.texts)
+        said |= {name: column_values(some, name) for name in ("id", "speaker")}
+        for name, values in said.items():
+            text = json.dumps(values, separators=(",", ":"))
+            digests[name].update(text[1:-1].encode() + b"," * bool(values))
+        lengths = np.asarray(dataset.lengths[first : first + len(some)], "<i8")
+        digests["length"].update(lengths.tobytes())
+        digests["codes"].update(checks_of(columns.recordings, dataset.store).tobytes())
+        first += len(some)
+    parts = {name: digest.hexdigest() for name, digest in digests.items()}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/training/04_identity.ipynb #b747200d
-def recordings(dataset, conversation: Conversation) -> Iterator[bytes]:
-    """The codes of each recording of a conversation and, with a Whisper tower, the file of each
-    recording that the tower reads.
-    """
-    for audio in conversation.audio:
-        yield dataset.store.get(audio).numpy().tobytes()
+def audible_files(dataset) -> Iterator[bytes]:  # of a `SampleDataset`
+    "The file of each recording that a Whisper tower reads; of none without one."
     if dataset.extractor is None:
         return
-    prompts = (m for m in conversation.messages if m.role != "assistant")
-    for part in (part for message in prompts for part in message.content):
-        if isinstance(part, Audio):
-            yield Path(part.path).read_bytes() if part.raw is None else part.raw
+    prompts = (m for c in dataset.conversations for m in c.messages if m.role != "assistant")
+    for audio in (part for message in prompts for part in message.content):
+        if isinstance(audio, Audio):
+            yield Path(audio.path).read_bytes() if audio.raw is None else audio.raw
 
 # %% ../../nbs/training/04_identity.ipynb #bd0e7ede
 def tensor_bytes(sample) -> Iterator[bytes]:
@@ -74,12 +88,9 @@ def describe_data(
     """Number of samples and tokens of a dataset, and a sha256 over text and codes of every sample
     and the tensors of some. Where files are kept does not count.
     """
-    digest = hashlib.sha256()
-    for conversation, tokens in zip(dataset.conversations, dataset.lengths):
-        said = [conversation.id, tokens, spoken_turns(conversation)]
-        digest.update(json.dumps(said).encode())
-        for recording in recordings(dataset, conversation):
-            digest.update(len(recording).to_bytes(8, "little") + recording)
+    digest = hashlib.sha256(digest_columns(dataset).encode())
+    for recording in audible_files(dataset):
+        digest.update(len(recording).to_bytes(8, "little") + recording)
     for i in range(0, len(dataset), max(1, len(dataset) // inspected)):
         for data in tensor_bytes(dataset[i]):
             digest.update(data)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .arrow_tables import parquet_table, saved_splits, saved_table
-from .corpus_files import AUDIO_SUFFIXES, Row, file_meant
+from .corpus_files import AUDIO_SUFFIXES, Row, path_meant
 from .corpus_folder import Listing, folder_rows, list_folder, table_note
 from .hub_corpus import HUB, hub_folder, is_address
 from .json_tables import is_other_table, is_swift, json_table, rows_of_json, swift_talk
@@ -252,7 +252,7 @@ def no_reader(
 ) -> CorpusError:
     "An error about a path that is not read, with what would read it."
     if not path.exists():
-        what = f"{path} does not exist and is not a {readable()}{file_meant(path)}"
+        what = f"{path} does not exist and is not a {readable()}{path_meant(path)}"
         return corpus_error(what, "correct the path")
     suffix = path.suffix.lower()
     if suffix in (*AUDIO_SUFFIXES, *OTHER_SUFFIXES):

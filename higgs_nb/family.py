@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 # %% auto #0
-__all__ = ['HIGGS_V2', 'V3_CONTROLS', 'V3_MARKS', 'HIGGS_V3', 'FAMILIES', 'SpecialTokens', 'TurnTemplate', 'BlockTemplate',
-           'DelayForm', 'LoraTargets', 'Architecture', 'Recipe', 'Family', 'v3_tokens', 'v3_delivery', 'family_of']
+__all__ = ['HIGGS_V2', 'V3_CONTROLS', 'V3_MARKS', 'HIGGS_V3', 'FAMILIES', 'RANDOM_BASES', 'SpecialTokens', 'TurnTemplate',
+           'BlockTemplate', 'DelayForm', 'LoraTargets', 'Architecture', 'Recipe', 'Family', 'v3_tokens', 'v3_delivery',
+           'family_of']
 
 # %% ../nbs/family.ipynb #04faf3a7
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +193,7 @@ class Family:
     released_ids: dict[str, int]  # of the released tokenizer and model, see `AudioTokens`
     frame_rate: float  # of the released codec, frames per second
     architecture: Architecture
+    random_base: str  # name of a small base that a run makes for itself, with random weights
     tied_groups: tuple[tuple[str, ...], ...] = ()  # names of one module; the first is its own
     recipe: Recipe | None = None  # of the released model
     licence: str = ""  # of the released weights
@@ -279,6 +281,7 @@ HIGGS_V2 = Family(
         projector="audio_encoder_proj",
         text_network="mlp",
     ),
+    random_base="tiny",
     recipe=Recipe(
         codec="bosonai/higgs-audio-v2-tokenizer",
         learning_rate=1e-4,
@@ -386,6 +389,7 @@ HIGGS_V3 = Family(
         audio_head="model.embed_audio_tokens",
         embeddings=("model.embed_audio_tokens", "model.embed_tokens"),
     ),
+    random_base="tiny_v3",
     tied_groups=(("model.embed_audio_tokens", "audio_lm_head"),),
     recipe=Recipe(
         codec="bosonai/higgs-audio-v2-tokenizer",
@@ -404,6 +408,7 @@ HIGGS_V3 = Family(
 
 # %% ../nbs/family.ipynb #96118dbb
 FAMILIES = {family.architecture.model_type: family for family in (HIGGS_V2, HIGGS_V3)}
+RANDOM_BASES = {family.random_base: family for family in FAMILIES.values()}
 
 
 def family_of(config) -> Family:  # of a model

@@ -63,6 +63,16 @@ def run(*command, cwd, **env):
     return done.stdout
 
 
+def launch_run(out: Path, *words: str) -> str:
+    "Start two processes of `higgs_run train`, which have to succeed; returns what they print."
+    start = ("--standalone", "--nproc-per-node", "2", "-m", "higgs_nb.cli.run", "train")
+    command = (sys.executable, "-m", "higgs_nb.cli.launch", *start, "--out", str(out), *words)
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
 def committed():
     """Paths of the repository's files, relative to its root: tracked ones, and new ones that git
     does not ignore.

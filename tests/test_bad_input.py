@@ -275,10 +275,12 @@ def test_folder_of_pairs(tmp_path):
     [
         ("", "holds no conversation; give a metadata.json"),
         ("gone", "is not a folder, .json or .jsonl"),
+        ("recording", r"address either \(did you mean 'recordings'\?\)"),
         ("gone.json", "cannot be opened"),
     ],
 )
 def test_nothing_to_read(tmp_path, name, what):
+    (tmp_path / "recordings").touch()
     with pytest.raises(CorpusError, match=what):
         load_corpus(tmp_path / name)
 

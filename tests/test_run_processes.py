@@ -1,11 +1,7 @@
 "A training run in two processes, with the base whole in each and divided between them."
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from conftest import launch_run
 from safetensors.torch import load_file
 
 from higgs_nb.checkpoint.validate import list_checkpoints, validate_checkpoint
@@ -20,31 +16,12 @@ TINY = (
 WORDS = [word for pair in TINY for word in ("-p", pair)]
 
 
-def launch(out: Path, *more: str) -> str:
-    "Start two processes of `higgs_run train`, which have to succeed; returns what they print."
-    words = ["--standalone", "--nproc-per-node", "2", "-m", "higgs_nb.cli.run", "train"]
-    command = [
-        sys.executable,
-        "-m",
-        "higgs_nb.cli.launch",
-        *words,
-        "--out",
-        str(out),
-        *WORDS,
-        *more,
-    ]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "Directories of the two runs, and what the second has printed."
     folder = tmp_path_factory.mktemp("runs")
-    launch(folder / "whole")
-    return folder, launch(folder / "divided", "-p", "sharding=True")
+    launch_run(folder / "whole", *WORDS)
+    return folder, launch_run(folder / "divided", *WORDS, "-p", "sharding=True")
 
 
 @pytest.mark.slow

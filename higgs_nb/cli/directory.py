@@ -128,7 +128,7 @@ def reading(source: str | Path) -> None:  # directory that is read, or a file in
 
 # %% ../../nbs/cli/06_directory.ipynb #bc850374
 RESULTS = (
-    *("checkpoint-*", "adapter", "base", "samples", "log.*"),
+    *("checkpoint-*", "adapter", "base", "samples", "rehearsal.safetensors", "log.*"),
     *("parameters.json", "settings.json", "run.json"),
 )
 

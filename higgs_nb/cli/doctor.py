@@ -31,6 +31,7 @@ from higgs_nb.cli.machine import (
 from ..core.files import load_json
 from ..core.messages import shown
 from ..core.system import torchaudio_remedy
+from ..family import RANDOM_BASES
 
 # %% auto #0
 __all__ = ['FORMATS', 'BASE_FORMS', 'WEIGHTS', 'INDEX', 'can_read', 'check_audio', 'try_data', 'check_data', 'check_torchaudio',
@@ -219,7 +220,7 @@ def check_cached(base: str, config: str) -> Finding:  # its `config.json` in the
 # %% ../../nbs/cli/20_doctor.ipynb #ff1732a1
 def check_hub(base: str) -> Finding:  # as for `higgs_run train -p base=...`
     "A base is in the package, in a directory, in the cache, or on the hub."
-    if base in ("small", "tiny"):
+    if base in ("small", *RANDOM_BASES):
         return Finding("base", "ok", base)
     if Path(base).exists():
         return check_base_directory(Path(base))

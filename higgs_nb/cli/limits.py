@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from .notebooks import run_notebooks
 from ..core.messages import did_you_mean, shown
+from ..family import RANDOM_BASES
 
 # %% auto #0
 __all__ = ['COUNT', 'NUMBER', 'POSITIVE', 'SHARE', 'PART', 'COUNTS', 'NUMBERS', 'POSITIVES', 'RANGES', 'TAKE_DEVICE',
@@ -126,7 +127,7 @@ CHOICES = {
     "export.what": ("both", "adapter", "merged", "original", "all"),
 }
 WORDS = {  # beside paths, names on the hub, names of modules
-    "base": ("small", "tiny"),
+    "base": ("small", *RANDOM_BASES),
     "codec": ("auto", "world"),
     "recogniser": ("base",),
     "targets": ("all", "attention", "audio"),

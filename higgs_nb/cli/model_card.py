@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..core.messages import in_markdown
 from ..data.conversation import Audio
 from ..data.samples import SampleDataset
-from ..family import FAMILIES, HIGGS_V2, Family
+from ..family import FAMILIES, HIGGS_V2, RANDOM_BASES, Family
 
 # %% auto #0
 __all__ = ['PACKAGED', 'LEGAL', 'CARD', 'NOT_STOCK', 'NO_STOCK', 'TITLES', 'SETTINGS', 'LIBRARIES', 'learned_clips',
@@ -71,7 +71,8 @@ def data_summary(corpus: dict) -> str:  # of `corpus_summary`
     return f"{train} to train on{rehearsed} and {part_summary(corpus, 'held_out')} held out"
 
 # %% ../../nbs/cli/15_model_card.ipynb #ebd88883
-PACKAGED = {"small": "the small base of higgs_nb", "tiny": "a small model with random weights"}
+PACKAGED = {"small": "the small base of higgs_nb"}
+PACKAGED |= dict.fromkeys(RANDOM_BASES, "a small model with random weights")
 
 
 def hub_name(base: str) -> str | None:  # parameter of a run

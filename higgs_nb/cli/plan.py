@@ -14,7 +14,7 @@ from .notebooks import defaults_of, parameters_of
 from .parameters import AUTO, check_parameters, read_pair, split_assignments
 from .run import print_error
 from ..core.messages import did_you_mean, shown
-from ..family import HIGGS_V2, Architecture
+from ..family import HIGGS_V2, RANDOM_BASES, Architecture
 from ..model.load import base_family
 from ..model.lora import PRESETS, create_lora_config
 from ..training.advice import advice
@@ -202,7 +202,8 @@ def argument_parser() -> argparse.ArgumentParser:
         epilog=f"parameters of -p: {', '.join(OF_TRAIN)}. Exit code: 0, 1 if the "
         "run does not fit --card, 2 if it cannot be planned",
     )
-    parser.add_argument("base", help="released, small, tiny, a directory, or a name on the hub")
+    own = ", ".join(("released", "small", *RANDOM_BASES))
+    parser.add_argument("base", help=f"{own}, a directory, or a name on the hub")
     parser.add_argument(
         "-p", "--parameter", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"),
         help="a parameter of the run, as in `higgs_run train`: -p KEY=VALUE",

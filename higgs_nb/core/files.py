@@ -13,11 +13,11 @@ import unicodedata
 import uuid
 from pathlib import Path
 
-from .messages import shown
+from .messages import did_you_mean, shown
 
 # %% auto #0
-__all__ = ['MAX_JSON', 'PLAIN_LEAVES', 'safe_name', 'within', 'fsync', 'write_whole', 'write_json', 'load_json', 'file_sha256',
-           'check_plain']
+__all__ = ['MAX_JSON', 'PLAIN_LEAVES', 'safe_name', 'name_meant', 'within', 'fsync', 'write_whole', 'write_json', 'load_json',
+           'file_sha256', 'check_plain']
 
 # %% ../../nbs/core/02_files.ipynb #47db8da8
 def safe_name(
@@ -31,6 +31,14 @@ def safe_name(
     words = re.sub(r"[^\w.-]+", "-", words).encode()[:max_bytes].decode("utf-8", "ignore")
     words = re.sub(r"\.{2,}", ".", words).strip(".-")
     return f"{number:05d}-{words}{suffix}" if words else f"{number:05d}{suffix}"
+
+# %% ../../nbs/core/02_files.ipynb #dd0cdb75
+def name_meant(path: str | Path) -> str:
+    "A question that names what is beside a `path` that does not exist, or an empty string."
+    path = Path(path)
+    if not path.parent.is_dir():
+        return ""
+    return did_you_mean(path.name, os.listdir(path.parent))
 
 # %% ../../nbs/core/02_files.ipynb #88ceeb37
 def within(

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.files import name_meant
 from .keys import ROW_KEYS, check_keys, meant_key, names_section
 from .problems import Problem, collect_problems, corpus_error
 
 # %% auto #0
-__all__ = ['AUDIO_SUFFIXES', 'MAX_TRANSCRIPT', 'BRING_BACK', 'Row', 'folded', 'file_meant', 'check_file', 'read_text', 'confines',
-           'check_path', 'json_rows', 'jsonl_rows']
+__all__ = ['AUDIO_SUFFIXES', 'MAX_TRANSCRIPT', 'BRING_BACK', 'Row', 'folded', 'file_meant', 'path_meant', 'check_file',
+           'read_text', 'confines', 'check_path', 'json_rows', 'jsonl_rows']
 
 # %% ../../nbs/data/08_corpus_files.ipynb #e760ad4a
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ def file_meant(path: str | Path) -> str:
         if meant:
             return f" (did you mean {str(meant.relative_to(folder))!r} in {folder}?)"
     return ""
+
+# %% ../../nbs/data/08_corpus_files.ipynb #b413da57
+def path_meant(path: str | Path) -> str:
+    "As `file_meant`, or else a question that names what is beside `path` and looks like it."
+    return file_meant(path) or name_meant(path)
 
 # %% ../../nbs/data/08_corpus_files.ipynb #fa03f3b1
 MAX_TRANSCRIPT = 10**6  # bytes of a file with the words of one recording

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..core.messages import shown
 from .arrow_tables import parquet_table, saved_splits, saved_table
-from .corpus_files import AUDIO_SUFFIXES, Row, check_path, file_meant
+from .corpus_files import AUDIO_SUFFIXES, Row, check_path, path_meant
 from .corpus_folder import Listing, folder_rows, list_folder, table_note
 from .hub_configs import HubConfig, chosen_config, config_files, hub_configs
 from .hub_corpus import HUB, hub_folder, is_address
@@ -321,7 +321,7 @@ def no_reader(
 ) -> CorpusError:
     "An error about a path that is not read, with what would read it."
     if not path.exists():
-        what = f"{path} does not exist and is not a {readable()}{file_meant(path)}"
+        what = f"{path} does not exist and is not a {readable()}{path_meant(path)}"
         return corpus_error(what, "correct the path")
     suffix = path.suffix.lower()
     if suffix in (*AUDIO_SUFFIXES, *OTHER_SUFFIXES):

@@ -10,13 +10,18 @@ from typing import NamedTuple
 
 from transformers import HiggsAudioV2Config
 
-from ..data.prompt import family_of_tokenizer
-from ..family import FAMILIES, HIGGS_V2, HIGGS_V3
-from .model import HiggsAudioForTraining, tiny_model
-from .v3 import HiggsAudioV3Config, HiggsAudioV3ForTraining, tiny_v3_model
+from ..data.prompt import byte_tokenizer, family_of_tokenizer
+from ..family import FAMILIES, HIGGS_V2, HIGGS_V3, RANDOM_BASES
+from .model import HiggsAudioForTraining, tiny_config, tiny_model
+from higgs_nb.model.v3 import (
+    HiggsAudioV3Config,
+    HiggsAudioV3ForTraining,
+    tiny_v3_config,
+    tiny_v3_model,
+)
 
 # %% auto #0
-__all__ = ['CLASSES', 'Classes', 'random_model']
+__all__ = ['CLASSES', 'Classes', 'random_model', 'random_base_config']
 
 # %% ../../nbs/model/19_classes.ipynb #4e84d034
 class Classes(NamedTuple):
@@ -25,14 +30,23 @@ class Classes(NamedTuple):
     config: type
     model: type
     tiny: Callable  # (tokenizer, seed, **sizes) -> a small model with random weights
+    tiny_config: Callable  # (tokenizer, **sizes) -> its configuration
 
 
 CLASSES = {
-    HIGGS_V2.name: Classes(HiggsAudioV2Config, HiggsAudioForTraining, tiny_model),
-    HIGGS_V3.name: Classes(HiggsAudioV3Config, HiggsAudioV3ForTraining, tiny_v3_model),
+    HIGGS_V2.name: Classes(HiggsAudioV2Config, HiggsAudioForTraining, tiny_model, tiny_config),
+    HIGGS_V3.name: Classes(
+        HiggsAudioV3Config, HiggsAudioV3ForTraining, tiny_v3_model, tiny_v3_config
+    ),
 }
 
 # %% ../../nbs/model/19_classes.ipynb #45fc6cca
 def random_model(tokenizer, seed: int = 0, **sizes):  # a fast tokenizer
     "A small model with random weights, of the family of a tokenizer; see `tiny_model`."
     return CLASSES[family_of_tokenizer(tokenizer).name].tiny(tokenizer, seed, **sizes)
+
+# %% ../../nbs/model/19_classes.ipynb #7dce67be
+def random_base_config(name: str):  # key of `RANDOM_BASES`
+    "Configuration and tokenizer of a base with random weights."
+    tokenizer = byte_tokenizer(RANDOM_BASES[name])
+    return CLASSES[RANDOM_BASES[name].name].tiny_config(tokenizer), tokenizer

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.files import load_json
 from ..core.messages import weight_problems
-from ..family import FAMILIES, HIGGS_V2, Family, family_of
+from ..family import FAMILIES, HIGGS_V2, RANDOM_BASES, Family, family_of
 from .additions import extend_config, start_additions
 from .classes import CLASSES
 from .native import from_native_config, is_native, read_native
@@ -32,18 +32,18 @@ __all__ = ['PANGRAMS', 'base_path', 'known_config', 'base_family', 'check_kind',
 
 # %% ../../nbs/model/11_load.ipynb #b2b0a566
 def base_path(
-    # "small": the base in the package; "tiny": that of a training run; else what `load_model`
-    # takes
+    # "small": the base in the package; a key of `RANDOM_BASES`: that of a training run; else what
+    # `load_model` takes
     base: str,
     run: str | Path = "",  # directory of the training run
 ) -> str:
     "The directory of a base that a run calls by its name, or its id on the hub."
     if base == "small":
         return str(files("higgs_nb") / "assets" / "base")
-    return str(Path(run) / "base") if base == "tiny" else base
+    return str(Path(run) / "base") if base in RANDOM_BASES else base
 
 # %% ../../nbs/model/11_load.ipynb #de2360ca
-def known_config(base: str) -> dict:  # "small", "tiny", a directory or a hub id
+def known_config(base: str) -> dict:  # see `base_path`
     "The config.json of a base, in its directory or the cache of the hub; empty if it is in none."
     file = Path(base_path(base)) / "config.json"
     if not file.is_file() and is_hub_id(base):
@@ -54,8 +54,10 @@ def known_config(base: str) -> dict:  # "small", "tiny", a directory or a hub id
     return config if isinstance(config, dict) else {}
 
 
-def base_family(base: str) -> Family:  # "small", "tiny", a directory or a hub id
+def base_family(base: str) -> Family:  # see `base_path`
     "The family of a base, as far as it is known without loading it."
+    if base in RANDOM_BASES:
+        return RANDOM_BASES[base]
     kind = known_config(base).get("model_type")
     for family in FAMILIES.values():
         if kind == family.architecture.model_type or base in family.architecture.released:

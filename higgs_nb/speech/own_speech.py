@@ -51,12 +51,12 @@ def own_speech(
     requests: Sequence[Conversation],  # of `controlled_requests`
     store,  # gives the codes of their references
     max_frames: int = 750,  # longest clip; 25 frames are a second
-    seed: int = 0,  # of the first clip; the next one has the next number
+    seeds: Sequence[int] = (),  # one for each clip; empty: numbered from 0
     progress: bool = False,  # a bar over batches
 ) -> tuple[list[Conversation], dict[str, Tensor]]:
     "Conversations that end with what the model spoke, and the codes of these clips by path."
     drawing = dict(do_sample=True, temperature=0.8, top_k=50)
-    seeds = [seed + i for i in range(len(requests))]
+    seeds = list(seeds or range(len(requests)))
     options = dict(store=store, max_frames=max_frames, seeds=seeds, progress=progress)
     clips = generate_speech(model, tokenizer, list(requests), **options, **drawing)
     spoken, codes = [], {}

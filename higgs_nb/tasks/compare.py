@@ -13,6 +13,7 @@ import torch
 
 from ..core.launcher import launched
 from ..data.conversation import Conversation, tts_conversation
+from ..family import RANDOM_BASES
 from ..model.load import base_path
 from ..speech.clips import Speech
 from ..speech.evaluate import Evaluation, evaluate
@@ -101,7 +102,7 @@ def sentence_groups(
     "Name -> held-out sentences of the corpus, and of the base if it brings any."
     spoken, table = corpus.spoken_held, settings.table
     file = Path(base_path(settings.base)) / OWN_SENTENCES
-    if settings.base == "tiny" or not file.is_file():
+    if settings.base in RANDOM_BASES or not file.is_file():
         return {"": spoken[:table]}
     lines = file.read_text(encoding="utf-8").splitlines()[:table]
     return {

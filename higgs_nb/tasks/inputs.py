@@ -20,7 +20,9 @@ from ..core.html import table
 from ..core.launcher import launched
 from ..data.codec import CODECS, Codec, codec_class, load_codec
 from ..data.codec_pairs import check_codec_fits
-from ..data.prompt import AudioTokens, byte_tokenizer
+from ..data.prompt import AudioTokens
+from ..family import RANDOM_BASES
+from ..model.classes import random_base_config
 from higgs_nb.model.load import (
     base_path,
     check_source,
@@ -29,7 +31,6 @@ from higgs_nb.model.load import (
     load_tokenizer,
     read_config,
 )
-from ..model.model import tiny_config
 from .settings import Settings, own_codec, resolve
 from ..training.advice import available_bytes, check_plan
 from ..training.plan import MemoryPlan
@@ -61,7 +62,7 @@ def check_sharding(values: dict, processes: int) -> None:  # parameters of a run
 # %% ../../nbs/tasks/02_inputs.ipynb #0f5324d3
 def look_up(base: str, revision: str = "") -> None:  # parameters of a run
     "Fetch the configuration of a base on the hub, so that its family is known."
-    if base != "tiny" and not known_config(base):
+    if base not in RANDOM_BASES and not known_config(base):
         read_config(base_path(base), revision or None)
 
 # %% ../../nbs/tasks/02_inputs.ipynb #a9242b85
@@ -129,9 +130,8 @@ def open_base(settings: Settings):
     """Configuration and tokenizer of a run's base, without its weights; `ValueError` if it is
     not a base, or its tokenizer does not fit.
     """
-    if settings.base == "tiny":
-        tokenizer = byte_tokenizer()
-        return tiny_config(tokenizer), tokenizer
+    if settings.base in RANDOM_BASES:
+        return random_base_config(settings.base)
     path, revision = base_path(settings.base), settings.revision or None
     check_source(path)
     config = load_config(path, revision)
@@ -163,7 +163,7 @@ def open_codec(settings: Settings, config) -> tuple[str, Codec]:  # config: of t
     codec of the base, or has other codebooks or frames than the base has learned.
     """
     name = settings.codec
-    if not settings.other_codec and settings.base != "tiny":
+    if not settings.other_codec and settings.base not in RANDOM_BASES:
         check_own_codec(settings.base, name, own_codec(settings.base, settings.revision))
     codec = load_codec(name, settings.device)
     check_codec_fits(codec, config, name, settings.base)
@@ -235,7 +235,7 @@ def open_inputs(
     """
     device = resolve_device(settings.device)
     config, tokenizer = open_base(settings)
-    if settings.base != "tiny":
+    if settings.base not in RANDOM_BASES:
         if settings.run != "prepare":  # which reads no weights
             check_weights(base_path(settings.base))
         check_memory(base_path(settings.base))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-from ..core.files import load_json, write_json
+from ..core.files import load_json, name_meant, write_json
 from ..core.launcher import launched
 from ..core.messages import shown
 from .inputs import Inputs
@@ -117,10 +117,10 @@ def read_record(run: str | Path) -> dict:  # directory of a training run
     "The record of a run; `ValueError` if the directory has none."
     file = Path(run) / "run.json"
     if not file.is_file():
-        raise ValueError(
-            f"{shown(str(run))} has no run.json: it is not the directory of a training run, or "
-            "its training has not ended"
-        )
+        reason = "it is not the directory of a training run, or its training has not ended"
+        if not Path(run).exists():
+            reason = f"there is no such directory{name_meant(run)}"
+        raise ValueError(f"{shown(str(run))} has no run.json: {reason}")
     record = load_json(file)
     if not isinstance(record, dict) or not isinstance(record.get("parameters"), dict):
         raise ValueError(f"{shown(str(file))} is not the record of a training run")

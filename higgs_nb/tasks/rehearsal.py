@@ -23,9 +23,10 @@ from ..speech.own_speech import controlled_requests, own_speech
 from .compare import max_frames
 from .inputs import Inputs
 from .settings import Settings
+from ..training.processes import launched, of_every_process, on_first_process
 
 # %% auto #0
-__all__ = ['SPOKEN', 'BROUGHT', 'save_spoken', 'load_spoken', 'spoken_by_base', 'rehearsed_speech']
+__all__ = ['SPOKEN', 'BROUGHT', 'save_spoken', 'load_spoken', 'spoken_together', 'spoken_by_base', 'rehearsed_speech']
 
 # %% ../../nbs/tasks/11_rehearsal.ipynb #8610a02a
 SPOKEN = "rehearsal.safetensors"
@@ -44,6 +45,26 @@ def load_spoken(file: Path) -> tuple[list[Conversation], dict[str, Tensor]]:
         codes = {name: opened.get_tensor(name) for name in opened.keys()}
     return [Conversation.from_dict(row, source=str(file)) for row in rows], codes
 
+# %% ../../nbs/tasks/11_rehearsal.ipynb #a57014f0
+def spoken_together(
+    model,  # of `add_adapter`, on its device
+    tokenizer,  # that of the model
+    requests: Sequence[Conversation],  # of `controlled_requests`
+    store,  # gives the codes of their references
+    seed: int,  # of the first clip; the next one has the next number
+    **options,  # of `own_speech`
+) -> tuple[list[Conversation], dict[str, Tensor]]:
+    "What all processes speak, each its share, in the order of the requests, and the codes."
+    rank, processes = launched()
+    numbers = range(len(requests))[rank::processes]
+    options |= dict(seeds=[seed + i for i in numbers])
+    own = own_speech(model, tokenizer, [requests[i] for i in numbers], store, **options)
+    clips, codes = {}, {}
+    for spoken, codes_of_clips in of_every_process(own):
+        clips |= {c.id: c for c in spoken}
+        codes |= codes_of_clips
+    return [clips[r.id] for r in requests if r.id in clips], codes
+
 # %% ../../nbs/tasks/11_rehearsal.ipynb #bf3dd6c6
 def spoken_by_base(
     settings: Settings,  # of the run
@@ -55,14 +76,15 @@ def spoken_by_base(
     resume: bool,  # an interrupted run
 ) -> tuple[list[Conversation], Codes]:
     "What a base speaks under controls, `rehearse` clips per conversation, and their codes."
-    if not (resume and file.is_file()):
+    if not on_first_process(lambda: resume and file.is_file()):
         count = round(settings.rehearse * len(conversations))
         requests = controlled_requests(conversations, inputs.tokens.family, count, settings.seed)
         if not settings.bits:
             model = model.to(inputs.device)
         options = dict(max_frames=max_frames(settings, inputs), progress=True)
-        options |= dict(seed=settings.seed)
-        save_spoken(file, *own_speech(model, inputs.tokenizer, requests, store, **options))
+        asked = (requests, store, settings.seed)
+        spoken = spoken_together(model, inputs.tokenizer, *asked, **options)
+        on_first_process(lambda: save_spoken(file, *spoken))
     spoken, codes = load_spoken(file)
     return spoken, Codes(codes, store)
 

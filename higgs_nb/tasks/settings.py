@@ -13,7 +13,7 @@ from ..cli.plan import listed
 from ..core.html import table
 from ..core.messages import shown
 from ..data.codec_pairs import codec_of_base
-from ..family import HIGGS_V2, Architecture, Recipe
+from ..family import HIGGS_V2, RANDOM_BASES, Architecture, Recipe
 from ..model.load import base_family, base_path
 from ..training.recipe import recipe_of
 
@@ -87,12 +87,12 @@ def resolve_modules(
 
 # %% ../../nbs/tasks/01_settings.ipynb #57e3eb9c
 def own_codec(
-    base: str,  # "small", "tiny", a directory or a hub id
+    base: str,  # see `base_path`
     revision: str = "",  # commit of a hub repository
 ) -> str:
     "The codec that a base was trained with, as `load_codec` takes it."
     recipe = recipe_of(base)
-    if base == "tiny":
+    if base in RANDOM_BASES:
         return recipe.codec
     return codec_of_base(base_path(base), revision or None) or recipe.codec
 

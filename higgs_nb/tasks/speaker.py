@@ -17,6 +17,7 @@ from ..core.files import load_json
 from ..data.audio import load_audio
 from ..data.codec import Codec, load_codec
 from ..data.conversation import Audio
+from ..family import RANDOM_BASES
 from ..model.load import base_path, check_source, load_model, load_tokenizer
 from ..speech.long import Voice
 from ..speech.texts import SpokenText, check_text, read_texts
@@ -68,7 +69,7 @@ def codec_of_base(base: str) -> str:  # "small", a directory or a hub id
 
 def speaker_of_base(base: str, revision: str = "", adapter: str = "", codec: str = "") -> Speaker:
     "A base, or a merged model, with an adapter or without one."
-    if base == "tiny":
+    if base in RANDOM_BASES:
         raise ValueError("a tiny base is in the directory of its run: give run")
     path = base_path(base)
     check_source(path)

@@ -16,10 +16,11 @@ from ..cli.doctor import memory_advice
 from ..cli.plan import lora_of
 from ..data.prompt import byte_tokenizer
 from ..data.samples import SampleDataset, sample_options
-from ..family import family_of
+from ..family import RANDOM_BASES, Family, family_of
+from ..model.classes import random_model
 from ..model.load import base_path, load_model
 from ..model.lora import apply_lora
-from ..model.model import HiggsAudioForTraining, tiny_model
+from ..model.model import HiggsAudioForTraining
 from .inputs import Inputs
 from .settings import Settings
 from ..training.arguments import HiggsTrainingArguments
@@ -32,10 +33,10 @@ __all__ = ['ANOTHER_RUN', 'make_tiny', 'quantization', 'base_arguments', 'load_b
            'add_adapter', 'make_dataset', 'training_arguments', 'planned_length', 'save_once', 'train_adapter']
 
 # %% ../../nbs/tasks/04_training.ipynb #be999e08
-def make_tiny(folder: Path, seed: int) -> None:
-    "Save a tiny model with random weights and its tokenizer as a base."
-    tokenizer = byte_tokenizer()
-    tiny_model(tokenizer, seed).save_pretrained(folder)
+def make_tiny(folder: Path, seed: int, family: Family) -> None:
+    "Save a tiny model of a family with random weights, and its tokenizer, as a base."
+    tokenizer = byte_tokenizer(family)
+    random_model(tokenizer, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -66,8 +67,9 @@ def load_base(
     out: Path,  # directory of the run
 ) -> HiggsAudioForTraining:
     "Load the base of a run, with the parts that the run adds to it."
-    if settings.base == "tiny":
-        on_first_process(lambda: make_tiny(out / "base", settings.seed))
+    if settings.base in RANDOM_BASES:
+        family = RANDOM_BASES[settings.base]
+        on_first_process(lambda: make_tiny(out / "base", settings.seed, family))
     arguments = base_arguments(settings, out)
     bits = quantization(settings.bits)
     return load_model(**arguments, dtype=inputs.precision, quantization_config=bits)
@@ -78,7 +80,7 @@ def base_record(
     model: HiggsAudioForTraining,  # of `load_base`
 ) -> dict:
     "Id and revision of the base, for checkpoints."
-    if settings.base == "tiny":
+    if settings.base in RANDOM_BASES:
         return dict(id="base", revision=None)
     commit = getattr(model.config, "_commit_hash", None)
     return dict(id=settings.base, revision=settings.revision or commit)

@@ -150,7 +150,7 @@ def cards_text(compared: CardTable) -> str:
     lines += ["", "largest token budget"]
     titles = (compared.head[0], *compared.head[2:])
     rows = [titles, *((row[0], *row[2:]) for row in compared.rows)]
-    lines += ["  " + f"{name:<36}" + "".join(f"{n:>9}" for n in cells) for name, *cells in rows]
+    lines += ["  " + f"{name:<36}" + "".join(f"{n:>10}" for n in cells) for name, *cells in rows]
     return "\n".join(lines)
 
 # %% ../../nbs/training/24_cards.ipynb #8a6d1ca7

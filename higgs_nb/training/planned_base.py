@@ -11,11 +11,9 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..data.prompt import byte_tokenizer
-from ..family import FAMILIES, HIGGS_V2, Family
-from ..model.classes import CLASSES
+from ..family import FAMILIES, HIGGS_V2, RANDOM_BASES, Family
+from ..model.classes import CLASSES, random_base_config
 from ..model.load import base_path, load_config
-from ..model.model import tiny_config
 from .own_base import checkpoint_bytes
 from .planned_model import StepSettings, shapes_of_model
 from .simulate import FEW
@@ -39,12 +37,12 @@ def is_cached(name: str) -> bool:  # NAME or OWNER/NAME
 
 # %% ../../nbs/training/22_planned_base.ipynb #1c6cbe8c
 def plan_config(
-    base: str,  # "released", "small", "tiny", a directory or a hub id
+    base: str,  # "released", or see `base_path`
     revision: str | None = None,
 ) -> tuple[PretrainedConfig, str]:
     "The configuration of a base, and where it comes from; see `load_config` for errors."
-    if base == "tiny":
-        return tiny_config(byte_tokenizer()), "the tiny model of tests"
+    if base in RANDOM_BASES:
+        return random_base_config(base)[0], "the tiny model of tests"
     if base in RELEASED and not revision and not is_cached(base):
         source = "the released configuration, which the package knows"
         return released_config(RELEASED[base]), source

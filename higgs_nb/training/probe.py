@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 
 from ..data.delay import IGNORE
+from ..family import family_of
 from ..model.loss import codebook_loss_sums
 
 # %% auto #0
-__all__ = ['OFFSETS', 'EXPLAIN', 'LOSS_INPUTS', 'probe_index', 'copy_floor', 'verdict_of', 'OffsetProbe', 'hidden_states',
-           'offset_probe']
+__all__ = ['OFFSETS', 'EXPLAIN', 'LOSS_INPUTS', 'probe_index', 'copy_floor', 'entropy', 'copier_floor', 'verdict_of',
+           'OffsetProbe', 'hidden_states', 'offset_probe']
 
 # %% ../../nbs/training/01_probe.ipynb #ddbd71cc
 OFFSETS = (-1, 0, 1, 2)
 
 
-def probe_index(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def probe_index(
+    batch: dict[str, Tensor],
+    left_out: int | None = None,  # a code whose labels are not scored
+) -> tuple[Tensor, Tensor, Tensor]:
     """The supervised frames that can be scored at every offset: their rows in the flattened hidden
     states (n,), their labels (n, codebooks), and which of those repeat the frame before, bool
     (n, codebooks). At offset o, the label of row r is scored against the output of row r - o.
@@ -31,6 +35,8 @@ def probe_index(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     real = batch["audio_input_ids_mask"]
     # not `audio_targets`: the probe must not trust the index that it judges
     labels = batch["audio_labels"][real]
+    if left_out is not None:
+        labels = labels.masked_fill(labels == left_out, IGNORE)
     supervised = (labels != IGNORE).any(1)
     frames, targets = positions[supervised], labels[supervised]
     clip_frame = torch.zeros(rows + 3, dtype=torch.bool, device=positions.device)
@@ -53,6 +59,29 @@ def copy_floor(
     labels = (targets != IGNORE).sum(0).cpu()
     rate = (count + 3 * (count + 1).sqrt() + 3) / labels.clamp(min=1)
     return rate.clamp(max=1).log().mean().neg().item() + 0.0
+
+
+def entropy(counts: Tensor) -> float:  # (values,)
+    "Entropy of the shares that some counts are of their sum; nats."
+    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().item()
+
+
+def copier_floor(
+    repeats: Tensor,  # (n, codebooks) bool, which labels repeat the frame before
+    targets: Tensor,  # (n, codebooks), -100 = not supervised
+) -> float:
+    """The lowest loss at offset +1, mean over codebooks, of a model that knows how often codes
+    repeat and how common each is, and nothing else; nats.
+    """
+    bounds = []
+    for repeated, labels in zip(repeats.t().cpu(), targets.t().cpu()):
+        scored = labels != IGNORE
+        count, total = int((repeated & scored).sum()), int(scored.sum())
+        others = labels[scored & ~repeated]
+        known = entropy(torch.tensor([count, total - count]))
+        unknown = entropy(others.unique(return_counts=True)[1])
+        bounds.append(known + (1 - count / max(total, 1)) * unknown)
+    return sum(bounds) / len(bounds)
 
 # %% ../../nbs/training/01_probe.ipynb #059f638b
 EXPLAIN = {
@@ -81,7 +110,8 @@ def verdict_of(
     losses: dict[int, float],  # offset -> loss, nats
     cells: int,  # labels scored at each offset
     chance: float,  # nats
-    copy_floor: float,  # nats; a lower loss at offset 0 means copying
+    copy_floor: float,  # nats; a lower loss at offset 0 means copying,
+    copier_floor: float = 0.0,  # nats; unless that at offset 1 is lower than this
 ) -> str:
     "One of the keys of `EXPLAIN`."
     before, same, after, late = (losses[o] for o in OFFSETS)
@@ -91,7 +121,7 @@ def verdict_of(
         return "not finite"
     if min(before, same, after, late) > chance - 0.02:
         return "untrained"
-    if same < min(after, copy_floor):
+    if same < min(after, copy_floor) and after > copier_floor:
         return "copying"
     if min(before, late) < after - 0.1:
         return "misaligned"
@@ -107,6 +137,7 @@ class OffsetProbe:
     cells: int  # labels scored at each offset
     chance: float  # loss of a model that knows nothing: ln(codes)
     copy_floor: float  # below this, offset 0 means copying
+    copier_floor: float = 0.0  # unless offset +1 is below this
 
     @property
     def best(self) -> int:
@@ -116,7 +147,8 @@ class OffsetProbe:
     @property
     def verdict(self) -> str:
         "One of the keys of `EXPLAIN`."
-        return verdict_of(self.losses, self.cells, self.chance, self.copy_floor)
+        floors = (self.copy_floor, self.copier_floor)
+        return verdict_of(self.losses, self.cells, self.chance, *floors)
 
     def __str__(self):
         scores = ", ".join(f"{o:+d}: {loss:.3f}" for o, loss in self.losses.items())
@@ -148,7 +180,9 @@ def offset_probe(
 ) -> OffsetProbe:
     "Score one batch at offsets -1, 0, +1 and +2. One forward; the model's mode is restored."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    frames, targets, repeats = probe_index(batch)
+    trains_every_end = family_of(base.config).delay.labelled_closing is None
+    left_out = base.config.audio_stream_eos_id if trains_every_end else None
+    frames, targets, repeats = probe_index(batch, left_out)
     hidden = hidden_states(model, base, batch)
     counts = (targets != IGNORE).sum(0)
     by_codebook = {}
@@ -161,4 +195,5 @@ def offset_probe(
         int(counts.sum()),
         math.log(base.config.codebook_size),
         copy_floor(repeats, targets),
+        copier_floor(repeats, targets),
     )

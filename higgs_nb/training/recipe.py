@@ -13,14 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..core.files import load_json, write_json
 from ..core.messages import did_you_mean
-from ..family import HIGGS_V2, Recipe
+from ..family import HIGGS_V2, RANDOM_BASES, Recipe
 from ..model.load import base_family, base_path
 
 # %% auto #0
-__all__ = ['NETWORK', 'TINY', 'FILE', 'VALUES', 'REASONS', 'read_recipe', 'save_recipe', 'recipe_of', 'far_from']
+__all__ = ['TINY', 'FILE', 'VALUES', 'REASONS', 'tiny_recipe', 'read_recipe', 'save_recipe', 'recipe_of', 'far_from']
 
 # %% ../../nbs/training/19_recipe.ipynb #57bed35e
-NETWORK = HIGGS_V2.architecture
 TINY = Recipe(
     codec="world",
     learning_rate=0.0015,
@@ -31,10 +30,15 @@ TINY = Recipe(
     steps=300,
     eval_every=100,
     save_every=150,
-    train_in_full=NETWORK.heads_and_embeddings,
+    train_in_full=HIGGS_V2.architecture.heads_and_embeddings,
     code_noise=0.2,
     max_speech_s=12.0,
 )
+
+
+def tiny_recipe(base: str) -> Recipe:  # key of `RANDOM_BASES`
+    "The recipe of a base with random weights."
+    return replace(TINY, train_in_full=RANDOM_BASES[base].architecture.heads_and_embeddings)
 
 # %% ../../nbs/training/19_recipe.ipynb #8afad588
 FILE = "recipe.json"
@@ -71,10 +75,10 @@ def save_recipe(
     return write_json(Path(folder) / FILE, asdict(recipe))
 
 # %% ../../nbs/training/19_recipe.ipynb #94c503c9
-def recipe_of(base: str) -> Recipe:  # "small", "tiny", a directory or a hub id
+def recipe_of(base: str) -> Recipe:  # see `base_path`
     "What a first run on a base should use; `ValueError` if its `recipe.json` is not valid."
-    if base == "tiny":
-        return TINY
+    if base in RANDOM_BASES:
+        return tiny_recipe(base)
     return read_recipe(base_path(base), base_family(base).recipe)
 
 # %% ../../nbs/training/19_recipe.ipynb #c2983168

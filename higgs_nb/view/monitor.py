@@ -20,7 +20,7 @@ from ..core.messages import in_html, shown
 from ..data.audio import load_audio
 from ..speech.clips import player
 from .panel import Panel, labelled, picture, refill
-from .plots import plot_losses, plot_scores, series
+from .plots import LOG_NAMES, plot_losses, plot_scores, series
 from higgs_nb.view.run_files import (
     checkpoint_rows,
     has_ended,
@@ -31,9 +31,8 @@ from higgs_nb.view.run_files import (
 )
 
 # %% auto #0
-__all__ = ['PROBE_STYLES', 'PROBE_LABELS', 'SPEED_TITLES', 'VIEWS', 'NEWEST', 'plot_probe', 'plot_speed', 'plot_run',
-           'progress_facts', 'status_of', 'sample_player', 'monitor_controls', 'chart_of', 'RunView', 'RunMonitor',
-           'run_monitor']
+__all__ = ['PROBE_STYLES', 'PROBE_LABELS', 'SPEED_TITLES', 'VIEWS', 'plot_probe', 'plot_speed', 'plot_run', 'progress_facts',
+           'status_of', 'sample_player', 'monitor_controls', 'chart_of', 'RunView', 'RunMonitor', 'run_monitor']
 
 # %% ../../nbs/view/07_monitor.ipynb #191a14e4
 PROBE_STYLES = {"-1": ":", "+0": "--", "+1": "-", "+2": "-."}
@@ -79,7 +78,7 @@ def plot_speed(
 
 # %% ../../nbs/view/07_monitor.ipynb #81954e82
 VIEWS = {  # name -> what it shows
-    "losses": "audio, text and each codebook",
+    "losses": "audio, text or EOS, and each codebook",
     "probe": "the offset probe",
     "scores": "speech that is judged",
     "speed and memory": "tokens a second, memory",
@@ -100,9 +99,6 @@ def plot_run(
     return plot_probe(history, chance, fig) if view == "probe" else plot_speed(history, fig)
 
 # %% ../../nbs/view/07_monitor.ipynb #bfc26542
-NEWEST = {"audio": "audio_loss", "text": "text_loss", "held out": "eval_audio_loss"}
-
-
 def progress_facts(
     run_dir: Path,  # output directory of a run
     history: list[dict],  # its log, at least one entry
@@ -116,7 +112,7 @@ def progress_facts(
     newest = {}
     for entry in history:
         newest |= {key: value for key, value in entry.items() if is_number(value)}
-    facts += [f"{name} {newest[key]:.3f}" for name, key in NEWEST.items() if key in newest]
+    facts += [f"{name} {newest[key]:.3f}" for name, key in LOG_NAMES.items() if key in newest]
     if "tokens_per_second" in newest:
         facts.append(f"{newest['tokens_per_second']:.0f} tokens/s")
     return facts

@@ -157,7 +157,8 @@ def training_bar(trainer) -> tqdm:  # a `HiggsTrainer`
     )
 
 # %% ../../nbs/view/01_plots.ipynb #ba9b5be8
-LOG_NAMES = {"audio": "audio_loss", "text": "text_loss", "held out": "eval_audio_loss"}
+LOG_NAMES = {"audio": "audio_loss", "text": "text_loss", "EOS": "end_loss"}
+LOG_NAMES |= {"held out": "eval_audio_loss"}
 
 
 class LiveBar(Callback):

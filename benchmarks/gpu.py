@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # where the other benchmarks are
 
 from train_step import DEVICE, DTYPE, LENGTHS, Arm, configuration
 
-from higgs_nb.data.codec import HiggsCodec
+from higgs_nb.data.higgs_codec import HiggsCodec
 from higgs_nb.data.prompt import byte_tokenizer
 from higgs_nb.family import HIGGS_V2
 from higgs_nb.model.lora import create_lora_config

@@ -20,7 +20,7 @@ from higgs_nb.data.audio import load_audio
 from higgs_nb.data.code_packs import CodePack, PackFolder
 from higgs_nb.data.code_store import CodeStore, check_prepared
 from higgs_nb.data.conversation import Audio
-from higgs_nb.data.encoders import dask_client
+from higgs_nb.data.dask_workers import dask_client
 
 CODEC = Loudness()
 

@@ -24,21 +24,25 @@ from transformers import (
 )
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Attention
 
-from higgs_nb.data.codec import HiggsCodec, load_codec
+from higgs_nb.data.codec import load_codec
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
 from higgs_nb.data.conversation import Audio, tts_conversation
 from higgs_nb.data.delay import delay_pattern, undelay
+from higgs_nb.data.higgs_codec import HiggsCodec
 from higgs_nb.data.problems import AudioError
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer, fit_tokenizer
 from higgs_nb.data.samples import encode_conversation, expand
 from higgs_nb.model.layers import CACHE, cache_argument
-from higgs_nb.model.load import load_model, tokenizer_fingerprint
+from higgs_nb.model.load import load_model
 from higgs_nb.model.model import tiny_model
 from higgs_nb.model.place import check_directory
+from higgs_nb.model.tokenizer import tokenizer_fingerprint
 from higgs_nb.speech.clips import Speech, save_clips, speech_of
+from higgs_nb.speech.codes import generate_codes
 from higgs_nb.speech.forced import ForcedCodes, speak_beside
-from higgs_nb.speech.generate import Encoder, generate_codes, generate_speech, prompt_of
+from higgs_nb.speech.generate import generate_speech
 from higgs_nb.speech.options import HONOURED, OF_REPEATS, OF_SAMPLING, REFUSED, SET_HERE
+from higgs_nb.speech.prompts import Encoder, prompt_of
 
 TOKENIZER = byte_tokenizer()
 
@@ -468,7 +472,7 @@ def test_a_codec_is_read_from_safetensors_alone(monkeypatch):
             assert use_safetensors is True and options["output_loading_info"]
             return cls(), {}
 
-    monkeypatch.setattr("higgs_nb.data.codec._require_torchaudio", lambda: None)
+    monkeypatch.setattr("higgs_nb.data.higgs_codec._require_torchaudio", lambda: None)
     monkeypatch.setattr("transformers.HiggsAudioV2TokenizerModel", Tokenizer)
     assert HiggsCodec.from_pretrained("OWNER/NAME").num_codebooks == 8
 

@@ -24,9 +24,11 @@ from higgs_nb.data.conversation import Audio
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.data.prompt import byte_tokenizer
 from higgs_nb.model.model import tiny_model
-from higgs_nb.speech.long import LongText, Voice, speak_texts
+from higgs_nb.speech.long import speak_texts
+from higgs_nb.speech.long_text import LongText, Voice
 from higgs_nb.speech.sentences import pieces, sentences
-from higgs_nb.speech.stream import ChunkDecoder, stream_speech
+from higgs_nb.speech.stream import stream_speech
+from higgs_nb.speech.stream_clip import ChunkDecoder
 from higgs_nb.speech.texts import SpokenText, read_texts
 from higgs_nb.tasks.speaker import asked_texts, asked_voice, find_speaker, load_speaker
 
@@ -421,7 +423,7 @@ def test_an_error_in_the_model_reaches_the_listener(tiny):
 
 def test_the_first_chunk_comes_before_the_last_row(tiny, monkeypatch):
     "While the model waits for the listener to have the first chunk, it has not ended."
-    from higgs_nb.speech import stream
+    from higgs_nb.speech import stream_clip as stream
 
     ended = []
     full = stream.generate_codes

@@ -45,7 +45,7 @@ def run(name, out, **given):
     cells = nbformat.read(notebook_of(name), 4).cells
     namespace = dict(__name__="__main__")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("higgs_nb.tasks.compare.missing_judges", lambda: ["all"])  # takes seconds
+        patched.setattr("higgs_nb.tasks.speaking.missing_judges", lambda: ["all"])  # takes seconds
         for i, cell in enumerate(c for c in cells if c.cell_type == "code"):
             exec(compile(cell.source, f"{name}, code cell {i}", "exec"), namespace)
             if "parameters" in cell.metadata.get("tags", ()):

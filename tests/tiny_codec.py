@@ -2,7 +2,7 @@
 
 import pytest
 
-from higgs_nb.data.codec import _require_torchaudio, tiny_higgs_codec
+from higgs_nb.data.higgs_codec import _require_torchaudio, tiny_higgs_codec
 
 __all__ = ["needs_torchaudio", "tiny_higgs_codec"]
 

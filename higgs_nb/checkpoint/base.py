@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .errors import CheckpointError, explained
 from .manifest import ADAPTER_FILES, json_sha256, tensor_table
 from .writing import bits
-from ..model.load import tokenizer_fingerprint
+from ..model.tokenizer import tokenizer_fingerprint
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'OF_ADAPTER', 'VOLATILE', 'BASE_KEYS', 'base_of', 'stock_class', 'base_tensors', 'replaced_tensors',

@@ -17,7 +17,8 @@ from ..data.collator import PaddedCollator
 from ..data.conversation import tts_conversation
 from ..data.prompt import AudioTokens
 from ..data.samples import Sample, sample_options, write_clip
-from ..speech.generate import generate_speech, prompt_of
+from ..speech.generate import generate_speech
+from ..speech.prompts import prompt_of
 
 # %% auto #0
 __all__ = ['MODEL_INPUTS', 'LOGITS', 'random_codes', 'question', 'last_hidden_state', 'greedy_codes', 'answers',

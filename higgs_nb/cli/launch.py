@@ -12,8 +12,8 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
-from ..core.signals import signal_handlers
-from ..training.callbacks import TRY_AGAIN, StopCallback
+from ..core.signals import TRY_AGAIN, signal_handlers
+from ..training.callbacks import StopCallback
 
 # %% auto #0
 __all__ = ['NO_RESTARTS', 'Relay', 'were_stopped', 'report_failure', 'main']

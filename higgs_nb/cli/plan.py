@@ -10,13 +10,13 @@ import json
 import sys
 import warnings
 
+from .lora_parameters import lora_of
 from .notebooks import defaults_of, parameters_of
 from .parameters import AUTO, check_parameters, read_pair, split_assignments
 from .run import print_error
 from ..core.messages import did_you_mean, shown
-from ..family import HIGGS_V2, RANDOM_BASES, Architecture
+from ..family import RANDOM_BASES
 from ..model.load import base_family
-from ..model.lora import PRESETS, create_lora_config
 from ..training.advice import advice
 from ..training.cards import CardTable, compare_cards
 from ..training.plan import MemoryPlan, gigabytes, host_and_disk, plan_training, schedule
@@ -24,8 +24,8 @@ from ..training.planned_model import ALLOWED
 from ..training.recipe import recipe_of
 
 # %% auto #0
-__all__ = ['OF_TRAIN', 'PRECISIONS', 'MPS', 'read_given', 'plan_values', 'listed', 'lora_of', 'planned_as', 'longest_s',
-           'plan_of', 'as_text', 'as_data', 'positive', 'count', 'argument_parser', 'main']
+__all__ = ['OF_TRAIN', 'PRECISIONS', 'MPS', 'read_given', 'plan_values', 'planned_as', 'longest_s', 'plan_of', 'as_text',
+           'as_data', 'positive', 'count', 'argument_parser', 'main']
 
 # %% ../../nbs/cli/21_plan.ipynb #c3ba8de5
 OF_TRAIN = tuple(
@@ -56,29 +56,6 @@ def plan_values(base: str, pairs: list[list[str]]) -> dict:  # [key, text], of `
     values = {name: defaults[name] for name in OF_TRAIN} | read_given(pairs)
     filled = {name for name, value in values.items() if value == AUTO and hasattr(recipe, name)}
     return values | {name: getattr(recipe, name) for name in filled}
-
-# %% ../../nbs/cli/21_plan.ipynb #d2ba4dcf
-def listed(names: str | tuple[str, ...]) -> tuple[str, ...]:  # with commas between, or a list
-    "The names in a text."
-    if not isinstance(names, str):
-        return tuple(names)
-    return tuple(name.strip() for name in names.split(",") if name.strip())
-
-# %% ../../nbs/cli/21_plan.ipynb #c1901bc8
-def lora_of(values: dict, names: Architecture = HIGGS_V2.architecture):
-    "The configuration of the adapter that a run of `train` has, on a base with these `names`."
-    targets, trained = values["targets"], values["train_in_full"]
-    words = {"yes": names.heads_and_embeddings, "no": ()}
-    return create_lora_config(
-        targets if targets in PRESETS else listed(targets),
-        values["rank"],
-        values["alpha"] or None,
-        values["dropout"],
-        train=words[trained] if trained in words else listed(trained),
-        rank_pattern=values["rank_pattern"],
-        use_rslora=values["rslora"],
-        use_dora=values["dora"],
-    )
 
 # %% ../../nbs/cli/21_plan.ipynb #13d56549
 PRECISIONS = {"auto": "bf16", "bfloat16": "bf16", "float16": "bf16", "float32": "fp32"}
@@ -192,7 +169,7 @@ def count(text: str) -> int:
         raise ValueError(text)
     return number
 
-
+# %% ../../nbs/cli/21_plan.ipynb #18182ef1
 def argument_parser() -> argparse.ArgumentParser:
     "The options of `higgs_plan`."
     parser = argparse.ArgumentParser(

@@ -18,7 +18,7 @@ from .load_export import load_export
 from .processor import SETTINGS
 from ..data.conversation import Conversation, tts_conversation
 from ..data.prompt import AudioTokens
-from ..speech.generate import prompt_of
+from ..speech.prompts import prompt_of
 
 # %% auto #0
 __all__ = ['NOT_TRIED', 'processor_inputs', 'try_processor', 'reply']

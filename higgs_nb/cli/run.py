@@ -17,11 +17,12 @@ from .directory import output_directory, process_directory
 from .execution import run
 from .notebooks import describe, run_notebooks
 from .parameters import read_parameters, split_assignments
-from .stop import TRY_AGAIN, StopSignals, in_thread
+from .stop import StopSignals, in_thread
 from .summary import record_of, summary_lines
 from .terminal import FollowedRun
 from ..core.launcher import launched
 from ..core.messages import shown
+from ..core.signals import TRY_AGAIN
 
 # %% auto #0
 __all__ = ['SEVERAL', 'MAX_INPUT', 'print_error', 'argument_parser', 'parse_arguments', 'chosen_directory', 'was_stopped',

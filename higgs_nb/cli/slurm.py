@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from .parameters import path_text
-from .stop import TRY_AGAIN
+from ..core.signals import TRY_AGAIN
 
 # %% auto #0
 __all__ = ['SLURM', 'HIGGS_SWEEP', 'slurm_pattern', 'slurm_script']

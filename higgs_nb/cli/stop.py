@@ -12,19 +12,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from fastcore.basics import patch
-
-from ..core.signals import end_by_signal, signal_handlers, write_from_handler
+from ..core.signals import STOP_FILE, TRY_AGAIN, StopOnSignal, write_from_handler
 
 # %% auto #0
-__all__ = ['STOP_FILE', 'TRY_AGAIN', 'StopSignals', 'remove_stop_file', 'in_thread']
-
-# %% ../../nbs/cli/07_stop.ipynb #d3f644e3
-STOP_FILE = "STOP"
-TRY_AGAIN = 75
+__all__ = ['StopSignals', 'remove_stop_file', 'in_thread']
 
 # %% ../../nbs/cli/07_stop.ipynb #7990a4d6
-class StopSignals:
+class StopSignals(StopOnSignal):
     """Within `with`, and once the run has begun in `out`, the first SIGINT (Ctrl-C), SIGTERM or
     SIGUSR1 puts a file `STOP` there, and a second ends this process; `asked` is the name of the
     signal, or None.
@@ -34,16 +28,10 @@ class StopSignals:
 
     def __init__(self, out: str | Path):
         self.file = Path(out) / STOP_FILE
-        self.asked = None
         self.begun = False
-        self.handlers = signal_handlers(self.notice, self.signals)
-
-    def __enter__(self):
-        self.handlers.__enter__()
-        return self
 
     def __exit__(self, *error):
-        self.handlers.__exit__(*error)
+        super().__exit__(*error)
         if self.begun:
             remove_stop_file(self.file)
 
@@ -52,21 +40,15 @@ class StopSignals:
         self.file.unlink(missing_ok=True)
         self.begun = True
 
-# %% ../../nbs/cli/07_stop.ipynb #f19ccbcf
-@patch
-def notice(self: StopSignals, number: int, frame) -> None:
-    "Handle a signal."
-    if self.asked:
-        end_by_signal(number)
-    self.asked = signal.Signals(number).name
-    if not self.begun:
-        write_from_handler(f"{self.asked}: stopped before it began")
-        sys.exit(TRY_AGAIN)
-    above = "\n" * sys.__stderr__.isatty()  # a progress bar
-    text = "saving and stopping after this step, the same command goes on"
-    write_from_handler(f"{above}{self.asked}: {text}; a second signal ends at once")
-    if self.file.parent.is_dir():
-        self.file.touch()
+    def when_asked(self) -> None:
+        if not self.begun:
+            write_from_handler(f"{self.asked}: stopped before it began")
+            sys.exit(TRY_AGAIN)
+        above = "\n" * sys.__stderr__.isatty()  # a progress bar
+        text = "saving and stopping after this step, the same command goes on"
+        write_from_handler(f"{above}{self.asked}: {text}; a second signal ends at once")
+        if self.file.parent.is_dir():
+            self.file.touch()
 
 # %% ../../nbs/cli/07_stop.ipynb #a4261306
 def remove_stop_file(file: Path) -> None:

@@ -16,10 +16,10 @@ from .execution import run
 from .jobs import dask_workers, local_workers, run_jobs
 from .run import print_error
 from .slurm import slurm_script
-from .stop import TRY_AGAIN
 from .sweep_file import SweepRun, read_sweep
 from ..core.files import write_whole
 from ..core.messages import shown
+from ..core.signals import TRY_AGAIN
 
 # %% auto #0
 __all__ = ['argument_parser', 'chosen_runs', 'print_runs', 'write_slurm', 'run_sweep', 'main']

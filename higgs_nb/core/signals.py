@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 # %% auto #0
-__all__ = ['signal_handlers', 'write_from_handler', 'end_by_signal']
+__all__ = ['STOP_FILE', 'TRY_AGAIN', 'signal_handlers', 'write_from_handler', 'end_by_signal', 'StopOnSignal']
 
 # %% ../../nbs/core/05_signals.ipynb #f21008e1
 @contextmanager
@@ -42,3 +42,37 @@ def end_by_signal(number: int) -> None:
     "End this process by a signal, as if nothing handled it."
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+# %% ../../nbs/core/05_signals.ipynb #d1d5d83d
+STOP_FILE = "STOP"  # in the output directory of a run
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class StopOnSignal:
+    """Within `with`, the first of `signals` is recorded as `asked`, its name, or None. A second
+    one ends this process at once.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+    asked = None
+
+    def __enter__(self):
+        self.asked = None
+        self.handlers = signal_handlers(self.notice, self.signals)
+        self.handlers.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.handlers.__exit__(*error)
+
+    def notice(self, number: int, frame) -> None:
+        "Handle a signal."
+        if self.asked:
+            end_by_signal(number)
+        self.asked = signal.Signals(number).name
+        self.when_asked()
+
+    def when_asked(self) -> None:
+        "What the first signal does besides; a handler may be called between any two instructions."
+        text = "saving and stopping after this step; a second signal ends at once"
+        write_from_handler(f"{self.asked}: {text}")

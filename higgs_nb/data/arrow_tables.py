@@ -16,19 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.files import load_json
+from .columns import GUESS, OR_METADATA, Choice, check_columns, guess_columns
 from .conversation import Audio
 from .corpus_files import check_path
+from .plain_row import Entry
 from .problems import AudioError, CorpusError, Problem, corpus_error
-from higgs_nb.data.row_table import (
-    GUESS,
-    OR_METADATA,
-    Choice,
-    Entry,
-    RowTable,
-    check_columns,
-    fill,
-    guess_columns,
-)
+from .row_table import RowTable, fill
 
 # %% auto #0
 __all__ = ['MARKS', 'DAMAGE', 'open_saved', 'Cell', 'holds_bytes', 'arrow_columns', 'light_columns', 'entries_of',
@@ -145,7 +138,7 @@ def holds_bytes(
         return "bytes" in names and holds_bytes(kind.field("bytes").type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-
+# %% ../../nbs/data/33_arrow_tables.ipynb #070d151c
 def _check_audio_column(schema: pa.Schema, name: str) -> None:
     "`CorpusError` if a column holds neither files nor paths."
     kind = schema.field(name).type
@@ -157,7 +150,7 @@ def _check_audio_column(schema: pa.Schema, name: str) -> None:
         what = f"the column {name!r} holds {str(kind)[:80]}, and no file of a recording"
         raise corpus_error(what, f"embed the files, name another column, {OR_METADATA}")
 
-
+# %% ../../nbs/data/33_arrow_tables.ipynb #0b76a1b6
 def arrow_columns(
     schema: pa.Schema,  # of a table
     choice: Choice = GUESS,  # columns that the user names
@@ -290,7 +283,7 @@ def _file_columns(path: Path, choice: Choice) -> dict[str, str]:
         problems = (Problem(p.what, p.remedy, f"{path}:1") for p in error.problems)
         raise CorpusError(*problems) from error
 
-
+# %% ../../nbs/data/33_arrow_tables.ipynb #117f447a
 def _columns_of_shards(paths: list[Path], choice: Choice) -> dict[str, str]:
     "Role -> column of all files. `CorpusError` if they differ, or one is damaged."
     first = _file_columns(paths[0], choice)
@@ -300,7 +293,7 @@ def _columns_of_shards(paths: list[Path], choice: Choice) -> dict[str, str]:
             raise corpus_error(what, "name the folder or the file of one of them")
     return first
 
-
+# %% ../../nbs/data/33_arrow_tables.ipynb #c7ac0dee
 def parquet_table(
     path: Path,  # of the folder, or of one file
     files: list[Path],  # of Parquet
@@ -332,7 +325,7 @@ def saved_splits(
     held = any((path / name).is_file() for name in MARKS)
     return {"": path} if held else {}
 
-
+# %% ../../nbs/data/33_arrow_tables.ipynb #88b8577e
 def _open_checked(folder: Path, root: Path, allow_outside: bool):
     "A saved data set whose files lie in its folder. `CorpusError` if it is damaged."
     try:
@@ -345,7 +338,7 @@ def _open_checked(folder: Path, root: Path, allow_outside: bool):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise unreadable(folder, error) from error
 
-
+# %% ../../nbs/data/33_arrow_tables.ipynb #24c2467d
 def _saved_batches(rows, audio: str) -> Iterator[pa.Table]:
     "The light columns of a saved data set."
     schema = rows.data.schema

@@ -187,7 +187,7 @@ def _undecodable(audio: Audio, error: Exception) -> AudioError:
     what = f"is not a recording that can be decoded ({reason})"
     return audio_error(audio, what, f"give a wav, flac, ogg, opus or mp3 file; {TO_WAV}")
 
-
+# %% ../../nbs/data/05_audio.ipynb #a8ea6b0c
 def decode(
     audio: Audio,  # wav, flac, ogg, opus, mp3; m4a, aac and webm through PyAV or ffmpeg
     max_duration_s: float | None,  # a longer one is an error; None: no limit

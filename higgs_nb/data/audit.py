@@ -13,6 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from ..core.html import Html, element, table
 from ..core.messages import plain_text
 from .delay import IGNORE
 from .label_checks import Clips, FlatBatch, check_batch
@@ -148,15 +149,14 @@ def audit_table(audit: LabelAudit) -> list[dict]:
     return table
 
 # %% ../../nbs/data/22_audit.ipynb #52b227a8
-def audit_html(audit: LabelAudit) -> str:
+def audit_html(audit: LabelAudit) -> Html:
     "The totals as a table, with the colour of each reason."
-    body = ""
-    for name, text, cells, means in audit.rows():
-        style = f"background:{REASONS[name][0]};border:1px solid #999"
-        swatch = f"<span style='{style}'>&emsp;</span>"
-        body += f"<tr><td>{swatch} {name}</td><td>{text}</td><td>{cells}</td><td>{means}</td></tr>"
-    head = "<tr><th>reason</th><th>positions</th><th>cells</th><th></th></tr>"
-    return f"<table>{head}{body}</table>"
+    rows = []
+    for name, *numbers in audit.rows():
+        style = f" style='background:{REASONS[name][0]};border:1px solid #999'"
+        swatch = element("span", Html("&emsp;"), style)
+        rows.append((Html(f"{swatch} {name}"), *numbers))
+    return table(("reason", "positions", "cells", ""), rows, left=True)
 
 # %% ../../nbs/data/22_audit.ipynb #035cb1e4
 def cell_grid(audit: LabelAudit) -> Tensor:

@@ -9,31 +9,20 @@ import hashlib
 import importlib
 import json
 import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import torch
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 
 from ..core.files import load_json
-from ..core.messages import shown, weight_problems
-from ..core.system import torchaudio_remedy
+from ..core.messages import shown
 from .audio import load_audio
 from .corpus import embedded_corpus
 
 # %% auto #0
-__all__ = ['HUB_NAME', 'HIGGS_CODEC', 'HIGGS_CODEC_COPY', 'TRAINING_ONLY', 'LARGEST_SHARE', 'CODECS', 'Codec', 'complete_frames',
-           'checked_codes', 'content_digest', 'split_name', 'is_hub_name', 'is_training_only', 'other_copy',
-           'check_codec_keys', 'load_higgs_weights', 'repeatable_sums', 'HiggsCodec', 'tiny_higgs_config',
-           'tiny_higgs_codec', 'largest_shares', 'constant_codebooks', 'check_shape', 'check_codec', 'codec_class',
-           'what_it_is', 'load_codec']
+__all__ = ['LARGEST_SHARE', 'CODECS', 'Codec', 'complete_frames', 'checked_codes', 'content_digest', 'largest_shares',
+           'constant_codebooks', 'check_shape', 'check_codec', 'codec_class', 'what_it_is', 'load_codec']
 
 # %% ../../nbs/data/14_codec.ipynb #baf671e8
 class Codec(ABC):
@@ -52,6 +41,11 @@ class Codec(ABC):
     def recognises(cls, name: str | Path) -> bool:
         "Whether a path, or a name on the hub, is a codec of this class; see `CODECS`."
         return False
+
+    @classmethod
+    def remedy(cls, name: str | Path) -> str:
+        "What to do about a codec of this class that turns out to be none, for errors."
+        return "give a codec that was trained"
 
     @property
     @abstractmethod
@@ -133,237 +127,6 @@ def content_digest(config, tensors: dict[str, torch.Tensor]) -> str:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
-# %% ../../nbs/data/14_codec.ipynb #451b89b1
-def _require_torchaudio():
-    try:
-        importlib.import_module("torchaudio")
-    except (ImportError, OSError) as error:
-        raise ImportError(
-            f"the Higgs codec needs torchaudio, and it does not load beside torch "
-            f"{torch.__version__}: {error}\nIt loads without its compiled parts, which are not "
-            f"used here:\n{torchaudio_remedy()}"
-        ) from error
-
-# %% ../../nbs/data/14_codec.ipynb #1768efa3
-HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
-
-
-def split_name(name: str | Path) -> tuple[str, str]:
-    "Folder or repository of a codec, and the folder inside of a repository or an empty string."
-    match = HUB_NAME.fullmatch(str(name))
-    if match is None or Path(name).exists():
-        return str(name), ""
-    return match[1], match[2] or ""
-
-
-def is_hub_name(name: str | Path) -> bool:
-    "Whether `name` is OWNER/NAME or OWNER/NAME:FOLDER, and not a path here."
-    if HUB_NAME.fullmatch(str(name)) is None or Path(name).exists():
-        return False
-    return not Path(str(name).split("/")[0]).is_dir()
-
-# %% ../../nbs/data/14_codec.ipynb #26c3d5b3
-HIGGS_CODEC = "bosonai/higgs-audio-v2-tokenizer"
-HIGGS_CODEC_COPY = "k2-fsa/OmniVoice:audio_tokenizer"
-TRAINING_ONLY = (
-    r"semantic_model\.masked_spec_embed",
-    r"fc1\..*",
-    r"decoder_semantic\..*",
-    r"quantizer\.quantizers\.\d+\.codebook\.(inited|cluster_size|embed_avg)",
-)
-
-
-def is_training_only(key: str) -> bool:  # name of a tensor of `HiggsAudioV2TokenizerModel`
-    "Whether a tensor serves the training of the codec, and neither `encode` nor `decode`."
-    return any(re.fullmatch(pattern, key) for pattern in TRAINING_ONLY)
-
-# %% ../../nbs/data/14_codec.ipynb #220e2279
-def other_copy(name: str | Path) -> str:
-    "Where the released codec can be had, for the error about the codec `name`."
-    if str(name) == HIGGS_CODEC_COPY:
-        return "download it again, or give the folder of a codec that transformers has saved"
-    return f"a copy of the released codec is {HIGGS_CODEC_COPY}: give that name as codec"
-
-
-def check_codec_keys(
-    name: str | Path,  # of the codec, for the error
-    info: dict,  # of `from_pretrained`, with `output_loading_info=True`
-) -> None:
-    "`ValueError` if weights of a codec are missing, left over or of another shape."
-    problems = weight_problems(info, is_training_only)
-    if problems:
-        raise ValueError(
-            f"{name} does not hold the weights of the codec: {problems}. Parts of it would be "
-            f"random; {other_copy(name)}"
-        )
-
-# %% ../../nbs/data/14_codec.ipynb #e92e326b
-def load_higgs_weights(name: str, subfolder: str, revision: str):
-    "A `HiggsAudioV2TokenizerModel` in float32 with all of its weights; see `HiggsCodec`."
-    from transformers import HiggsAudioV2TokenizerModel
-
-    called = f"{name}:{subfolder}" if subfolder else name
-    try:
-        model, info = HiggsAudioV2TokenizerModel.from_pretrained(
-            name,
-            subfolder=subfolder,
-            revision=revision,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and an error below
-        )
-    except OSError as error:
-        raise OSError(f"{error}\n{called} cannot be read; {other_copy(called)}") from error
-    check_codec_keys(called, info)
-    return model
-
-# %% ../../nbs/data/14_codec.ipynb #40d0feaa
-@contextmanager
-def repeatable_sums(device: torch.device) -> Iterator[None]:
-    "Within `with`, sums on `device` are computed in the same order each time."
-    if device.type == "cuda":
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-# %% ../../nbs/data/14_codec.ipynb #df156af7
-def _higgs_codec_of(config: dict, weights: bytes) -> HiggsCodec:
-    "A `HiggsCodec` of its configuration and its weights in safetensors' format."
-    from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
-
-    config = HiggsAudioV2TokenizerConfig.from_dict(config)
-    options = dict(config=config, state_dict=from_safetensors(weights))
-    return HiggsCodec(HiggsAudioV2TokenizerModel.from_pretrained(None, **options))
-
-# %% ../../nbs/data/14_codec.ipynb #29f3ba7a
-class HiggsCodec(Codec):
-    """transformers' `HiggsAudioV2TokenizerModel` as a `Codec`. `encode` is the same for one
-    recording or many, on every CPU; see `repeatable_sums`.
-    """
-
-    model_type = "higgs_audio_v2_tokenizer"  # in `config.json`
-    decode_behind = decode_ahead = 12  # a DAC decoder of this hop reaches 9.7 frames either way
-
-    def __init__(self, model):
-        config = model.config
-        self.model = model.eval().requires_grad_(False)
-        self.sampling_rate = config.sample_rate
-        self.frame_rate = config.sample_rate / config.hop_length
-        self.num_codebooks = config.num_quantizers
-        self.codebook_size = config.codebook_size
-        self.lock = Lock()
-
-    @classmethod
-    def recognises(cls, name: str | Path) -> bool:
-        settings = Path(name) / "config.json"
-        if not settings.is_file():
-            return is_hub_name(name)
-        config = load_json(settings)
-        return isinstance(config, dict) and config.get("model_type") == cls.model_type
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        # a folder, a repository on the hub, or OWNER/NAME:FOLDER for a folder inside of one
-        model_id_or_path: str | Path = HIGGS_CODEC,
-        revision: str = "main",  # a commit fixes the weights
-        device: str | torch.device = "cpu",
-        subfolder: str = "",  # of the repository or the folder
-    ) -> HiggsCodec:
-        """Load the weights in float32; `ImportError` if torchaudio cannot be used, `ValueError` if
-        weights are missing, left over or of another shape.
-        """
-        _require_torchaudio()
-        name, inside = split_name(model_id_or_path)
-        return cls(load_higgs_weights(name, subfolder or inside, revision)).to(device)
-
-    @property
-    def device(self) -> torch.device:
-        "Where the weights are."
-        return self.model.device
-
-    def to(self, device: str | torch.device) -> HiggsCodec:
-        self.model.to(device)
-        return self
-
-    @property
-    def concurrency(self) -> str:
-        "Processes on a CPU; on a GPU threads, which read recordings while one is encoded."
-        return "processes" if self.device.type == "cpu" else "threads"
-
-    @cached_property
-    def fingerprint(self) -> str:
-        config = self.model.config.to_dict()
-        for irrelevant in ("_name_or_path", "transformers_version"):
-            config.pop(irrelevant, None)
-        state = self.model.state_dict().items()
-        return content_digest(config, {k: v for k, v in state if not is_training_only(k)})
-
-    @torch.inference_mode()
-    def encode(self, waveform) -> torch.Tensor:
-        x = torch.from_numpy(complete_frames(waveform, self))
-        with self.lock, repeatable_sums(self.device):
-            codes = self.model.encode(x[None, None].to(self.device), return_dict=False)
-        return codes[0, :, : self.frames(len(x))].cpu()
-
-    @torch.inference_mode()
-    def decode(self, codes) -> torch.Tensor:
-        codes = checked_codes(codes, self).to(self.device)
-        waveform = self.model.decode(codes[None], return_dict=False)
-        return waveform[0, 0, : codes.shape[1] * self.samples_per_frame].cpu()
-
-    def __reduce__(self):
-        state = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
-        return _higgs_codec_of, (self.model.config.to_dict(), to_safetensors(state))
-
-# %% ../../nbs/data/14_codec.ipynb #ce617639
-def tiny_higgs_config(frame_rate: float = 25, num_codebooks: int = 8, codebook_size: int = 1024):
-    "Settings of a tiny codec of the released class, see `tiny_higgs_codec`."
-    from transformers import HiggsAudioV2TokenizerConfig
-
-    ratios = {25: [8, 5, 4, 2, 3], 12.5: [8, 5, 4, 4, 3]}[frame_rate]
-    bits_per_frame = num_codebooks * math.ceil(math.log2(codebook_size))
-    acoustic = dict(model_type="dac", encoder_hidden_size=4, decoder_hidden_size=32, hidden_size=16)
-    acoustic.update(downsampling_ratios=ratios, upsampling_ratios=ratios)
-    semantic = dict(model_type="hubert", hidden_size=16, num_hidden_layers=1, intermediate_size=16)
-    semantic.update(num_attention_heads=2, conv_dim=[8] * 7, mask_time_prob=0.0)
-    semantic.update(num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
-    return HiggsAudioV2TokenizerConfig(
-        target_bandwidths=[bits_per_frame * math.ceil(frame_rate) / 1000],  # in kbit per second
-        codebook_dim=8,
-        codebook_size=codebook_size,
-        acoustic_model_config=acoustic,
-        semantic_model_config=semantic,
-    )
-
-# %% ../../nbs/data/14_codec.ipynb #fa7ba528
-def tiny_higgs_codec(
-    folder: str | Path,  # is made, or written to
-    frame_rate: float = 25,  # 25 or 12.5 frames per second, at 24 kHz
-    num_codebooks: int = 8,
-    codebook_size: int = 1024,
-    seed: int = 0,  # another seed gives another fingerprint
-) -> Path:
-    "Save a random codec of the released class that encodes a second in milliseconds; for tests."
-    _require_torchaudio()
-    from transformers import HiggsAudioV2TokenizerModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = tiny_higgs_config(frame_rate, num_codebooks, codebook_size)
-        model = HiggsAudioV2TokenizerModel(config)
-        for quantizer in model.quantizer.quantizers:
-            quantizer.codebook.embed.normal_(std=0.1)
-    model.save_pretrained(folder)
-    return Path(folder)
-
 # %% ../../nbs/data/14_codec.ipynb #998b01aa
 LARGEST_SHARE = 0.9  # of the frames of speech that may have one and the same code
 
@@ -403,8 +166,7 @@ def check_codec(
     speech = speech[: 2 * codec.sampling_rate]
     codes = checked_codes(codec.encode(speech), codec)
     check_shape(name, "codes of 2 s", codes, (codec.num_codebooks, codec.frames(len(speech))))
-    remedy = other_copy(name) if isinstance(codec, HiggsCodec) else "give a codec that was trained"
-    constant = constant_codebooks(codes)
+    constant, remedy = constant_codebooks(codes), codec.remedy(name)
     if constant:
         raise ValueError(
             f"{name} gives nearly every frame of speech the same code, in the codebooks "
@@ -420,7 +182,7 @@ def check_codec(
 
 # %% ../../nbs/data/14_codec.ipynb #50650ac5
 CODECS = {  # kind -> "module:Class"
-    "higgs": "higgs_nb.data.codec:HiggsCodec",
+    "higgs": "higgs_nb.data.higgs_codec:HiggsCodec",
     "world": "higgs_nb.small.world_codec:WorldCodec",
 }
 

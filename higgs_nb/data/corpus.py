@@ -12,13 +12,14 @@ from pathlib import Path
 
 from ..core.files import check_plain
 from ..core.messages import shown
+from .columns import GUESS, Choice
 from .conversation import Conversation
 from .conversation_check import structure_problems
 from .corpus_files import Row, check_path
 from .corpus_rows import chatml_conversation, table_conversation
 from .formats import RowList, open_rows
 from .problems import CorpusError, Problem, collect_problems, corpus_error
-from .row_table import GUESS, Choice, RowTable
+from .row_table import RowTable
 
 # %% auto #0
 __all__ = ['conversations_of', 'corpus_rows', 'load_corpus', 'embedded_corpus']
@@ -98,7 +99,7 @@ def corpus_rows(
         raise corpus_error(what, "take the NUL character out")
     return open_rows(path, choice, allow_outside)
 
-
+# %% ../../nbs/data/11_corpus.ipynb #beea7d49
 def load_corpus(
     # a folder or a file of any form, or an address on the hub: hf://owner/name@revision
     path: str | Path,

@@ -5,29 +5,21 @@
 # %% ../../nbs/data/25_encoders.ipynb #ad6c80fb
 from __future__ import annotations
 
-import multiprocessing
 import os
-import pickle
-import signal
-import tempfile
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
 import psutil
 
-from ..core.messages import shown
 from .codec import Codec
+from .dask_workers import dask_pool
+from .encoder_processes import encode_here, process_pool
 
 # %% auto #0
-__all__ = ['SECONDS_PER_PROCESS', 'BYTES_PER_PROCESS', 'cores', 'number_of_workers', 'in_order', 'end_with', 'start_encoder',
-           'encode_here', 'process_pool', 'unpickled', 'encode_there', 'dask_client', 'dask_pool', 'encoders']
+__all__ = ['SECONDS_PER_PROCESS', 'BYTES_PER_PROCESS', 'cores', 'number_of_workers', 'in_order', 'encoders']
 
 # %% ../../nbs/data/25_encoders.ipynb #2f395569
 SECONDS_PER_PROCESS = 30  # of sound
@@ -40,7 +32,7 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
-
+# %% ../../nbs/data/25_encoders.ipynb #03087cc1
 def number_of_workers(
     codec: Codec,
     asked: int,  # for; 0: as many as codec and machine allow
@@ -72,112 +64,6 @@ def in_order(
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-# %% ../../nbs/data/25_encoders.ipynb #98ab3946
-def end_with(lifeline) -> None:  # end of a pipe that the main process holds open
-    "End this process as soon as the other end of a pipe is closed."
-    try:
-        lifeline.recv()
-    except (EOFError, OSError):
-        os._exit(1)
-
-
-def start_encoder(file: Path, lifeline) -> None:  # a pickled `CodeStore`, see `end_with`
-    "Prepare a process for `encode_here`."
-    global _store
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with, args=(lifeline,), daemon=True).start()
-    _store = pickle.loads(file.read_bytes())
-
-
-def encode_here(audio, path: Path):
-    "`CodeStore.encode` in a process that `start_encoder` prepared."
-    return _store.encode(audio, path)
-
-# %% ../../nbs/data/25_encoders.ipynb #609edd86
-@contextmanager
-def process_pool(
-    store,  # a `CodeStore` that can be pickled
-    workers: int,
-) -> Iterator[Executor]:
-    "Within `with`, processes for `encode_here`; `RuntimeError` if one is killed."
-    context = multiprocessing.get_context("spawn")  # a fork of threads and of a GPU hangs
-    lifeline, held = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "store.pkl"
-        file.write_bytes(pickle.dumps(store))
-        pool = ProcessPoolExecutor(workers, context, start_encoder, (file, lifeline))
-        try:
-            yield pool
-            pool.shutdown()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"one of {workers} processes that encode has ended, out of memory or because the "
-                "script that called has no `if __name__ == '__main__':`. Codes that were made are "
-                "stored; go on with fewer workers, such as workers=1"
-            ) from error
-        finally:
-            held.close()
-            pool.shutdown(cancel_futures=True)
-            lifeline.close()
-
-# %% ../../nbs/data/25_encoders.ipynb #1dec67a9
-@cache
-def unpickled(file: str):  # inside the folder of codes, written by `dask_pool`
-    "The store in a file, and a lock for codecs that take one recording at a time."
-    return pickle.loads(Path(file).read_bytes()), threading.Lock()
-
-
-def encode_there(file: str, alone: bool, audio, path: Path):
-    "`CodeStore.encode` on a worker of Dask; codes that are there already are read."
-    store, lock = unpickled(file)
-    with lock if alone else nullcontext():
-        return store.read(path) if path.exists() else store.encode(audio, path)
-
-# %% ../../nbs/data/25_encoders.ipynb #3747c709
-def dask_client(address: str):  # such as tcp://10.0.0.1:8786
-    "A client of a Dask scheduler; `ValueError` if there is none, or it has no workers."
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise ValueError("scheduler needs Dask: pip install 'higgs_nb[dask]'") from error
-    try:
-        client = Client(address, timeout=10)
-    except (OSError, TimeoutError, ValueError) as error:
-        what = f"no Dask scheduler answers at {shown(address)} ({error})"
-        remedy = "start one with `dask scheduler`, and give the address that it prints"
-        raise ValueError(f"{what}: {remedy}") from error
-    if not client.nthreads():
-        client.close()
-        remedy = f"start some with `dask worker {shown(address)} --nthreads 1`"
-        raise ValueError(f"the Dask scheduler at {shown(address)} has no workers: {remedy}")
-    return client
-
-# %% ../../nbs/data/25_encoders.ipynb #8063fb35
-@contextmanager
-def dask_pool(
-    store,  # a `CodeStore` that can be pickled, in a folder that all workers see
-    concurrency: str,  # of its codec
-    address: str,  # of the scheduler
-) -> Iterator[tuple[Callable[..., Future], int, str]]:
-    "As `encoders`, on the workers of a Dask scheduler."
-    with (
-        dask_client(address) as client,
-        tempfile.TemporaryDirectory(prefix=".tasks-", dir=store.new_folder) as folder,
-    ):
-        file = Path(folder).absolute() / "store.pkl"
-        file.write_bytes(pickle.dumps(store))
-        threads = sum(client.nthreads().values())
-        how = f"by {len(client.nthreads())} workers of the Dask scheduler at {shown(address)}"
-        alone = concurrency != "threads"
-        task = partial(client.submit, encode_there, str(file), alone, pure=False, retries=2)
-
-        def submit(audio, path: Path) -> Future:
-            if audio.path is not None:  # a worker has another current directory
-                audio = replace(audio, path=os.path.abspath(audio.path))
-            return task(audio, path.absolute())
-
-        yield submit, 4 * threads, how
 
 # %% ../../nbs/data/25_encoders.ipynb #009ca745
 @contextmanager

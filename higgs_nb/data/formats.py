@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from ..core.messages import shown
 from .arrow_tables import parquet_table, saved_splits, saved_table
+from .columns import GUESS, OR_METADATA, Choice
 from .corpus_files import AUDIO_SUFFIXES, Row, check_path, path_meant
 from .corpus_folder import Listing, folder_rows, list_folder, table_note
 from .hub_configs import HubConfig, chosen_config, config_files, hub_configs
@@ -21,8 +21,9 @@ from .json_tables import is_other_table, is_swift, json_table, rows_of_json, swi
 from .kaldi import is_kaldi, kaldi_table
 from .libri import libri_reader
 from .other_sound import OTHER_SUFFIXES
+from .plain_row import side_of
 from .problems import CorpusError, Problem, collect_problems, corpus_error
-from .row_table import GUESS, OR_METADATA, Choice, RowTable, side_of
+from .row_table import RowTable
 from .text_tables import sovits_table, text_table
 
 # %% auto #0
@@ -64,7 +65,7 @@ def _without_swift(items: list[Row | Problem]) -> Iterator[Row | Problem]:
             out.append(Row(swift_talk(item.value), item.path, item.line, item.root))
         yield from out
 
-
+# %% ../../nbs/data/35_formats.ipynb #b62da727
 def read_json(
     path: Path,  # .json or .jsonl
     choice: Choice = GUESS,  # columns that the user names
@@ -109,7 +110,8 @@ FILES: dict[str, Reader] = {  # by suffix
 }
 
 # %% ../../nbs/data/35_formats.ipynb #37d62773
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     "What a folder holds, for those that recognise it."
 
     path: Path
@@ -309,13 +311,13 @@ OTHER_FILES = {
     (".py", ".sh"): ("a program, which is never run", "name the corpus that it makes"),
 }
 
-
+# %% ../../nbs/data/35_formats.ipynb #9b62ce15
 def readable() -> str:
     "What can be read, for errors."
     others = ", ".join(suffix for suffix in FILES if suffix not in (".json", ".jsonl", ".txt"))
     return f"folder, .json or .jsonl, and not a {others} or {HUB} address either"
 
-
+# %% ../../nbs/data/35_formats.ipynb #61186037
 def no_reader(
     path: Path,  # that is not read
 ) -> CorpusError:

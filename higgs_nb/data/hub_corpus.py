@@ -32,14 +32,14 @@ class Address(NamedTuple):
     revision: str | None  # a commit, branch or tag; None: the main branch
     folder: str | None  # in it; None: all of it
 
-
+# %% ../../nbs/data/34_hub_corpus.ipynb #fac3c82a
 def is_address(
     path: str | Path,  # of a corpus
 ) -> bool:
     "Whether a path is an address on the hub. `Path` makes one slash of two."
     return str(path).startswith((HUB, "hf:/"))
 
-
+# %% ../../nbs/data/34_hub_corpus.ipynb #66959303
 def parse_address(
     text: str,  # such as "hf://owner/name@main"
 ) -> Address:
@@ -72,7 +72,7 @@ def _not_downloaded(address: Address, error: Exception) -> CorpusError:
     )
     return corpus_error(what, remedy)
 
-
+# %% ../../nbs/data/34_hub_corpus.ipynb #4317c1d6
 def hub_folder(
     path: str | Path,  # an address, see `is_address`
 ) -> Path:

@@ -11,18 +11,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from .columns import GUESS, Choice, check_columns, guess_columns
 from .corpus_files import Row, check_file, json_rows, jsonl_rows
 from .keys import brief
+from .plain_row import Entry
 from .problems import CorpusError, Problem, corpus_error
-from higgs_nb.data.row_table import (
-    GUESS,
-    Choice,
-    Entry,
-    RowTable,
-    check_columns,
-    fill,
-    guess_columns,
-)
+from .row_table import RowTable, fill
 
 # %% auto #0
 __all__ = ['OURS', 'has_row_per_line', 'rows_of_json', 'keys_of', 'is_other_table', 'json_table', 'is_swift', 'swift_talk']
@@ -74,7 +68,7 @@ def _audio_value(value):
     "The path of a recording that is given as an object."
     return value.get("path") if isinstance(value, dict) and "path" in value else value
 
-
+# %% ../../nbs/data/30_json_tables.ipynb #7132928b
 def _json_entries(rows: list[Row | Problem], columns: dict[str, str]) -> Iterator[Entry | Problem]:
     "The entries of rows of JSON."
     roles = {column: role for role, column in columns.items()}
@@ -90,7 +84,7 @@ def _json_entries(rows: list[Row | Problem], columns: dict[str, str]) -> Iterato
         notes = {key: value for key, value in row.value.items() if key not in roles}
         yield Entry(values, notes, row.line)
 
-
+# %% ../../nbs/data/30_json_tables.ipynb #39887ce5
 def json_table(
     path: Path,  # of the file
     rows: list[Row | Problem],  # of the file

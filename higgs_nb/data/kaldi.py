@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastcore.basics import patch
+
+from .columns import GUESS, Choice
 from .corpus_files import read_text
+from .plain_row import Entry
 from .problems import Problem
-from .row_table import GUESS, Choice, Entry, RowTable, fill
+from .row_table import RowTable, fill
 
 # %% auto #0
 __all__ = ['Keyed', 'read_keyed', 'KaldiFolder', 'is_kaldi', 'kaldi_table']
@@ -59,52 +63,54 @@ class KaldiFolder:
         "A problem at a line of one of the files."
         return Problem(what, remedy, f"{self.path / file}:{line}")
 
-    def section(self, key: str) -> tuple[str, dict] | Problem:
-        "The recording of an utterance, by its key, and the times of its section."
-        if not self.segments:
-            return key, {}
-        if key not in self.segments:
-            line = self.texts[key][0]
-            return self.problem(
-                "text", line, f"{key!r} is not in segments", "add it, or take it out"
-            )
-        line, rest = self.segments[key]
-        parts = rest.split()
-        if len(parts) < 3:
-            what = "is not: utterance, recording, start, end"
-            return self.problem("segments", line, what, "write the missing parts")
-        end = {} if parts[2] == "-1" else dict(end_s=parts[2])
-        return parts[0], dict(start_s=parts[1]) | end
+# %% ../../nbs/data/31_kaldi.ipynb #e75f8fcd
+@patch
+def section(self: KaldiFolder, key: str) -> tuple[str, dict] | Problem:
+    "The recording of an utterance, by its key, and the times of its section."
+    if not self.segments:
+        return key, {}
+    if key not in self.segments:
+        line = self.texts[key][0]
+        return self.problem("text", line, f"{key!r} is not in segments", "add it, or take it out")
+    line, rest = self.segments[key]
+    parts = rest.split()
+    if len(parts) < 3:
+        what = "is not: utterance, recording, start, end"
+        return self.problem("segments", line, what, "write the missing parts")
+    end = {} if parts[2] == "-1" else dict(end_s=parts[2])
+    return parts[0], dict(start_s=parts[1]) | end
 
-    def entry(self, key: str) -> Entry | Problem:
-        "The entry of an utterance."
-        line, words = self.texts[key]
-        section = self.section(key)
-        if isinstance(section, Problem):
-            return section
-        recording, times = section
-        if recording not in self.wavs:
-            what = f"{recording[:80]!r} is not in wav.scp"
-            return self.problem("text", line, what, "add its recording, or take the line out")
-        wav_line, file = self.wavs[recording]
-        if file.endswith("|"):
-            what = f"the recording {recording[:80]!r} is a command, which is never run"
-            remedy = "run it yourself, and write the path of its result"
-            return self.problem("wav.scp", wav_line, what, remedy)
-        speaker = self.speakers.get(key, (0, None))[1]
-        return Entry(
-            dict(id=key, audio=file, text=words, speaker=speaker) | times, {}, line, "text"
-        )
+# %% ../../nbs/data/31_kaldi.ipynb #a80b9c64
+@patch
+def entry(self: KaldiFolder, key: str) -> Entry | Problem:
+    "The entry of an utterance."
+    line, words = self.texts[key]
+    section = self.section(key)
+    if isinstance(section, Problem):
+        return section
+    recording, times = section
+    if recording not in self.wavs:
+        what = f"{recording[:80]!r} is not in wav.scp"
+        return self.problem("text", line, what, "add its recording, or take the line out")
+    wav_line, file = self.wavs[recording]
+    if file.endswith("|"):
+        what = f"the recording {recording[:80]!r} is a command, which is never run"
+        remedy = "run it yourself, and write the path of its result"
+        return self.problem("wav.scp", wav_line, what, remedy)
+    speaker = self.speakers.get(key, (0, None))[1]
+    return Entry(dict(id=key, audio=file, text=words, speaker=speaker) | times, {}, line, "text")
 
-    def entries(self) -> Iterator[Entry | Problem]:
-        "The entries of all utterances, and the recordings or segments without words."
-        yield from self.problems
-        for key in self.texts:
-            yield self.entry(key)
-        keyed, file = (self.segments, "segments") if self.segments else (self.wavs, "wav.scp")
-        for key in keyed.keys() - self.texts.keys():
-            what = f"{key[:80]!r} has no words in text"
-            yield self.problem(file, keyed[key][0], what, "add them, or take the line out")
+# %% ../../nbs/data/31_kaldi.ipynb #75884fae
+@patch
+def entries(self: KaldiFolder) -> Iterator[Entry | Problem]:
+    "The entries of all utterances, and the recordings or segments without words."
+    yield from self.problems
+    for key in self.texts:
+        yield self.entry(key)
+    keyed, file = (self.segments, "segments") if self.segments else (self.wavs, "wav.scp")
+    for key in keyed.keys() - self.texts.keys():
+        what = f"{key[:80]!r} has no words in text"
+        yield self.problem(file, keyed[key][0], what, "add them, or take the line out")
 
 # %% ../../nbs/data/31_kaldi.ipynb #5c226ea7
 def is_kaldi(
@@ -113,7 +119,7 @@ def is_kaldi(
     "Whether a folder is one of Kaldi's."
     return (path / "wav.scp").is_file() and (path / "text").is_file()
 
-
+# %% ../../nbs/data/31_kaldi.ipynb #f0bbf7c2
 def kaldi_table(
     path: Path,  # of the folder
     choice: Choice = GUESS,  # columns that the user names

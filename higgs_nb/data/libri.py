@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from .columns import Place
 from .corpus_files import MAX_TRANSCRIPT, check_path, read_text
 from .corpus_folder import Listing
+from .plain_row import Entry
 from .problems import Problem, collect_problems
-from .row_table import Entry, Place, RowTable, fill
+from .row_table import RowTable, fill
 
 # %% auto #0
 __all__ = ['TEXTS', 'reader_number', 'split_of_folder', 'libritts_table', 'librispeech_table', 'libri_reader']
@@ -40,7 +42,7 @@ def _values(audio: Path, words: str, root: Path) -> dict:
     values = dict(audio=path.as_posix(), id=audio.stem, text=words)
     return values | dict(speaker=reader_number(audio.stem), split=split_of_folder(path))
 
-
+# %% ../../nbs/data/32_libri.ipynb #9026d75a
 def _tts_entry(root: Path, audio: Path, known: set[Path], allow_outside: bool):
     "The entry of a recording of LibriTTS, or what is wrong with it."
     texts = [audio.parent / f"{audio.stem}{suffix}" for suffix in TEXTS]
@@ -52,7 +54,7 @@ def _tts_entry(root: Path, audio: Path, known: set[Path], allow_outside: bool):
         out.append(Entry(_values(audio, words, root), {}, 1, str(text.relative_to(root))))
     return out
 
-
+# %% ../../nbs/data/32_libri.ipynb #d713c634
 def libritts_table(
     path: Path,  # of the folder
     listing: Listing,  # of what is in it
@@ -78,7 +80,7 @@ def _chapter_entries(root: Path, file: Path, sounds: dict[str, Path]) -> Iterato
             continue
         yield Entry(_values(sounds.pop(key), words, root), {}, line, str(file.relative_to(root)))
 
-
+# %% ../../nbs/data/32_libri.ipynb #aedb3056
 def _speech_entries(root: Path, listing: Listing, allow_outside: bool) -> Iterator[Entry | Problem]:
     "The entries of all chapters, and the recordings without words."
     beside = {}
@@ -94,7 +96,7 @@ def _speech_entries(root: Path, listing: Listing, allow_outside: bool) -> Iterat
         what = "has no line in the .trans.txt of its folder"
         yield Problem(f"{audio} {what}", "add its words, or take it out", f"{audio.parent}:1")
 
-
+# %% ../../nbs/data/32_libri.ipynb #bc710a9e
 def librispeech_table(
     path: Path,  # of the folder
     listing: Listing,  # of what is in it

@@ -60,14 +60,14 @@ def _no_recording(reason) -> DamagedError:
     what = f"is a recording in a form that is not read: {line}"
     return DamagedError(what, "convert it, e.g. ffmpeg -i IN OUT.wav, and listen to it")
 
-
+# %% ../../nbs/data/26_other_sound.ipynb #81acba49
 def _stated_s(file, stream) -> float | None:
     "The length that a file opened by PyAV states."
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     return None if file.duration is None else file.duration / 1e6
 
-
+# %% ../../nbs/data/26_other_sound.ipynb #896d8cf8
 def _av_blocks(file, stream, limit_s: float) -> Iterator[np.ndarray]:
     "The sound of an open file in blocks (samples, channels), up to the first one over the limit."
     import av  # here, because it is optional
@@ -80,7 +80,7 @@ def _av_blocks(file, stream, limit_s: float) -> Iterator[np.ndarray]:
         if count > limit_s * stream.rate:
             return
 
-
+# %% ../../nbs/data/26_other_sound.ipynb #43b1bc5b
 def _decode_with_av(data: bytes, kind: str, limit_s: float) -> tuple[np.ndarray, int, str]:
     "Samples (samples, channels), rate in Hz and name of the coding, through PyAV."
     import av  # here, because it is optional
@@ -108,7 +108,7 @@ def _described(text: str) -> tuple[str, float | None]:
     stated = hours * 3600 + minutes * 60 + seconds if length else None
     return (coding[1].upper() if coding else "unknown"), stated
 
-
+# %% ../../nbs/data/26_other_sound.ipynb #d76029fe
 def _decode_with_ffmpeg(
     data: bytes, kind: str, limit_s: float, program: str
 ) -> tuple[np.ndarray, int, str]:

@@ -10,18 +10,11 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from .columns import GUESS, OR_METADATA, Choice, check_columns, guess_columns
 from .corpus_files import check_file
+from .plain_row import Entry
 from .problems import CorpusError, Problem, corpus_error
-from higgs_nb.data.row_table import (
-    GUESS,
-    OR_METADATA,
-    Choice,
-    Entry,
-    RowTable,
-    check_columns,
-    fill,
-    guess_columns,
-)
+from .row_table import RowTable, fill
 
 # %% auto #0
 __all__ = ['Cells', 'DELIMITERS', 'COMMON_VOICE', 'read_cells', 'first_lines', 'has_header', 'find_delimiter', 'header_table',
@@ -71,7 +64,7 @@ def first_lines(
         lines = (line.strip("\n") for line in islice(iter(lambda: file.readline(10_000), ""), 100))
         return list(islice((line for line in lines if line.strip()), count)) or [""]
 
-
+# %% ../../nbs/data/29_text_tables.ipynb #7a500436
 def has_header(cells: list[str], choice: Choice) -> bool:
     "Whether the first line of a table names its columns."
     names = [cell.strip().strip('"') for cell in cells]
@@ -79,7 +72,7 @@ def has_header(cells: list[str], choice: Choice) -> bool:
         return True
     return {"audio", "text"} <= guess_columns(names).keys()
 
-
+# %% ../../nbs/data/29_text_tables.ipynb #5eab46ae
 def find_delimiter(
     path: Path,  # of a table
     lines: list[str],  # its first ones
@@ -179,7 +172,7 @@ def _pipe_entries(rows: list[Cells | Problem], columns: dict[str, str], width: i
             continue
         yield Entry({role: cells[i] for i, role in roles.items()}, {}, line)
 
-
+# %% ../../nbs/data/29_text_tables.ipynb #28730026
 def pipe_table(
     path: Path,  # of a table whose lines have two or three columns between '|'
     choice: Choice = GUESS,  # columns that the user names

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ..core.html import Html, table
 from ..core.messages import in_html, shown
+from .columns import Choice
 from .corpus_files import Row
 from .formats import RowList, open_rows
-from .row_table import Choice, RowTable
+from .row_table import RowTable
 
 # %% auto #0
 __all__ = ['Understood', 'understood', 'preview_corpus']
@@ -67,7 +68,7 @@ class Understood:
         below = "".join(f"<p>{in_html(line)}</p>" for line in self.remarks)
         return Html(f"<p>{in_html(self.head())}</p>") + table(head, rows, left=True) + Html(below)
 
-
+# %% ../../nbs/data/36_understood.ipynb #c2f160ce
 def understood(
     path: str | Path,  # as the user gave it
     rows: RowTable | RowList,  # of `open_rows`

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import HiggsAudioV2Config
 from transformers.cache_utils import Cache, DynamicCache
@@ -22,7 +23,7 @@ from .fused import permute, rms_norm_pair
 from .layers import HiggsLayer, cache_argument, packed_row
 
 # %% auto #0
-__all__ = ['put_features', 'frame_index', 'check_dropout', 'ReadsPackedRows', 'HiggsDecoder']
+__all__ = ['put_features', 'frame_index', 'check_dropout', 'EmbedsBatches', 'ReadsPackedRows', 'HiggsDecoder']
 
 # %% ../../nbs/model/09_decoder.ipynb #435f9101
 def put_features(embeds: Tensor, rows: Tensor, features: Tensor) -> Tensor:
@@ -55,8 +56,8 @@ def check_dropout(config: HiggsAudioV2Config) -> None:
         )
 
 # %% ../../nbs/model/09_decoder.ipynb #7df4a821
-class ReadsPackedRows:
-    "The part of `HiggsDecoder` that embeds a batch, and computes a packed one."
+class EmbedsBatches:
+    "The part of a decoder that embeds text and frames."
 
     @property
     def precision(self) -> torch.dtype:
@@ -64,6 +65,42 @@ class ReadsPackedRows:
         a 16-bit base are in float32. The last norm may be, too, beside the original.
         """
         return getattr(self.norm, "original_module", self.norm).weight.dtype
+
+    def embed_frames(self, codes: Tensor) -> Tensor:  # (..., codebooks)
+        "Frames in the precision of the layers: (..., hidden)"
+        # under autocast, a GPU adds up the codebooks in float32
+        return self.embed_audio_tokens(codes).to(self.precision)
+
+# %% ../../nbs/model/09_decoder.ipynb #aacc0cf7
+@patch
+def embed(
+    self: EmbedsBatches, input_ids, audio_input_ids, audio_input_ids_mask, is_frame
+) -> Tensor:
+    "Text and frames in the precision of the layers: (batch, positions, hidden)"
+    if input_ids is None:
+        return self.embed_frames(audio_input_ids)
+    embeds = self.embed_tokens(input_ids).to(self.precision)
+    if audio_input_ids is None:
+        return embeds
+    frames = self.embed_frames(audio_input_ids)
+    if audio_input_ids_mask is not None:
+        frames = frames[audio_input_ids_mask]
+    return embeds.masked_scatter(is_frame[..., None], frames)
+
+# %% ../../nbs/model/09_decoder.ipynb #88d3cd0a
+@patch
+def embed_packed(self: EmbedsBatches, input_ids, audio_input_ids, text_positions) -> Tensor:
+    """Text, then frames of a packed row: (positions, hidden). `ValueError` in training with
+    attention dropout.
+    """
+    if self.training:
+        check_dropout(self.config)
+    texts = self.embed_tokens(input_ids[0].index_select(0, text_positions))
+    return torch.cat([texts.to(self.precision), self.embed_frames(audio_input_ids[0])])
+
+# %% ../../nbs/model/09_decoder.ipynb #fb1a3342
+class ReadsPackedRows(EmbedsBatches):
+    "The part of `HiggsDecoder` that computes a packed row."
 
     # its operations are fused already, and torch.compile fails on rows of changing length
     # (torch 2.13)
@@ -74,32 +111,13 @@ class ReadsPackedRows:
         """The last hidden states of a packed row in the order of the sequence: (positions,
         hidden). `ValueError` in training with attention dropout.
         """
-        if self.training:
-            check_dropout(self.config)
-        texts = self.embed_tokens(input_ids[0].index_select(0, packed["text_positions"]))
-        frames = self.embed_audio_tokens(audio_input_ids[0])
-        # under autocast, a GPU adds up the codebooks in float32
-        hidden = torch.cat([texts.to(self.precision), frames.to(self.precision)])
+        hidden = self.embed_packed(input_ids, audio_input_ids, packed["text_positions"])
         row = packed_row(self.config, self.rotary_emb, hidden, position_ids, **packed)
         if whisper is not None:
             hidden = hidden.index_copy(0, row.place[whisper_rows], whisper.to(hidden.dtype))
         for layer in self.layers:
             hidden = layer(hidden, packed=row)
         return permute(rms_norm_pair(hidden, self.norm, self.norm, row.texts), row.place, row.order)
-
-    def embed(self, input_ids, audio_input_ids, audio_input_ids_mask, is_frame) -> Tensor:
-        "Text and frames in the precision of the layers: (batch, positions, hidden)"
-        frames = None
-        if audio_input_ids is not None:
-            frames = self.embed_audio_tokens(audio_input_ids).to(self.precision)
-        if input_ids is None:
-            return frames
-        embeds = self.embed_tokens(input_ids).to(self.precision)
-        if frames is None:
-            return embeds
-        if audio_input_ids_mask is not None:
-            frames = frames[audio_input_ids_mask]
-        return embeds.masked_scatter(is_frame[..., None], frames)
 
 # %% ../../nbs/model/09_decoder.ipynb #3723162b
 class HiggsDecoder(ReadsPackedRows, HiggsAudioV2Model):

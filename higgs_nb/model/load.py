@@ -5,8 +5,6 @@
 # %% ../../nbs/model/11_load.ipynb #e861a753
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +13,6 @@ import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.files import load_json
 from ..core.messages import weight_problems
@@ -24,11 +21,12 @@ from .additions import extend_config, start_additions
 from .classes import CLASSES
 from .native import from_native_config, is_native, read_native
 from .place import check_directory, is_hub_id, kind_remedy
+from .tokenizer import noted_tokenizer
 
 # %% auto #0
-__all__ = ['PANGRAMS', 'base_path', 'known_config', 'base_family', 'check_kind', 'check_source', 'tokenizer_fingerprint',
-           'noted_tokenizer', 'check_tokenizer', 'precise_modules', 'keep_precise', 'keep_packing', 'read_config',
-           'load_config', 'load_tokenizer', 'weights_source', 'check_keys', 'check_stream_codes', 'load_model']
+__all__ = ['base_path', 'known_config', 'base_family', 'check_kind', 'check_source', 'precise_modules', 'keep_precise',
+           'keep_packing', 'read_config', 'load_config', 'load_tokenizer', 'weights_source', 'check_keys',
+           'check_stream_codes', 'load_model']
 
 # %% ../../nbs/model/11_load.ipynb #b2b0a566
 def base_path(
@@ -92,48 +90,6 @@ def check_source(name: str | Path) -> None:  # see `load_model`
         return
     check_kind(load_json(file), name)
 
-# %% ../../nbs/model/11_load.ipynb #1d28fb13
-PANGRAMS = (
-    "The quick brown fox jumps over the lazy dog. 0123456789",
-    "Größe, façade, naïve; 你好 — привет!",
-    "  two spaces\n\tand a tab",
-)
-
-
-def tokenizer_fingerprint(tokenizer) -> str:  # of a model
-    "A sha256 over the vocabulary of a tokenizer and what it makes of a few texts, 64 hex digits."
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in PANGRAMS]
-    value = [sorted(tokenizer.get_vocab().items()), ids]
-    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
-
-# %% ../../nbs/model/11_load.ipynb #0d1316bd
-def noted_tokenizer(
-    name_or_path: str | Path,  # directory of a model; nothing is noted for one of the hub
-) -> str | None:
-    "The fingerprint in the manifest beside a saved model; None if there is none."
-    file = Path(name_or_path) / "manifest.json"
-    noted = load_json(file) if file.is_file() else None
-    for key in ("meta", "base", "tokenizer_fingerprint"):
-        noted = noted.get(key) if isinstance(noted, dict) else None
-    return noted if isinstance(noted, str) else None
-
-# %% ../../nbs/model/11_load.ipynb #ac294fe2
-def check_tokenizer(
-    model: torch.nn.Module,  # without PEFT around it
-    tokenizer,  # that it is to be used with
-) -> None:
-    "`ValueError` if `model` was trained with another tokenizer, as far as that is known."
-    noted = getattr(model, "trained_tokenizer", None)
-    if noted is None:
-        return
-    given = tokenizer_fingerprint(tokenizer)
-    if given != noted:
-        raise ValueError(
-            f"this model was trained with another tokenizer ({noted[:12]}, and this is "
-            f"{given[:12]}), which has other ids for the same words: load the tokenizer that "
-            "was saved with its base, or set model.trained_tokenizer = None to use this one"
-        )
-
 # %% ../../nbs/model/11_load.ipynb #9002b3a4
 def precise_modules(family: Family) -> list[str]:
     "Names of modules that are not rounded, as regular expressions."
@@ -144,8 +100,9 @@ def precise_modules(family: Family) -> list[str]:
 
 # %% ../../nbs/model/11_load.ipynb #86a8432a
 def keep_precise(
-    config: QuantizationConfigMixin | None, family: Family = HIGGS_V2
-) -> QuantizationConfigMixin | None:
+    config,  # of a quantization, of any class of transformers; None: not quantised
+    family: Family = HIGGS_V2,
+):
     """A quantization that leaves heads, Whisper tower and audio self-attention as they are, if it
     does not name itself what it leaves.
     """
@@ -251,7 +208,7 @@ def load_model(
     # a WhisperModel's directory or hub id: gives a checkpoint without a tower one
     whisper: str | None = None,
     # a BitsAndBytesConfig: the decoder layers' matrices in 4 or 8 bits, see `keep_precise`
-    quantization_config: QuantizationConfigMixin | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
     **kwargs,  # more for `from_pretrained`
 ) -> torch.nn.Module:
     """Load a checkpoint of one of `FAMILIES`, in transformers' format with all its heads or in the

@@ -31,8 +31,8 @@ from .modules import InputPrecisionLinear
 from .whisper import AudioEncoderProjector, WhisperTower
 
 # %% auto #0
-__all__ = ['PACKED_FIELDS', 'RECORDING_FIELDS', 'TINY', 'HiggsOutput', 'resized_head', 'check_has_tower', 'check_features_fit',
-           'ReadsBatches', 'ReadsRecordings', 'TwoLosses', 'ReadsPromptOnce', 'ResizesTextHead',
+__all__ = ['SEQUENCE_FIELDS', 'PACKED_FIELDS', 'RECORDING_FIELDS', 'TINY', 'HiggsOutput', 'resized_head', 'check_has_tower',
+           'check_features_fit', 'ReadsBatches', 'ReadsRecordings', 'TwoLosses', 'ReadsPromptOnce', 'ResizesTextHead',
            'HiggsAudioForTraining', 'tiny_config', 'tiny_model']
 
 # %% ../../nbs/model/10_model.ipynb #179854d5
@@ -52,6 +52,13 @@ class HiggsOutput(ModelOutput):
     end_counts: Tensor | None = None  # (codebooks,) those cells
 
 # %% ../../nbs/model/10_model.ipynb #e2fe7313
+SEQUENCE_FIELDS = (
+    "input_ids",
+    "attention_mask",
+    "audio_input_ids",
+    "audio_input_ids_mask",
+    "position_ids",
+)
 # of `PackedCollator`, for the decoder
 PACKED_FIELDS = (
     "text_positions",
@@ -108,7 +115,7 @@ def check_features_fit(chunks: int, features: int, positions: int) -> None:
 
 # %% ../../nbs/model/10_model.ipynb #6257a9fa
 class ReadsBatches:
-    "The part of a model that hands batches to its decoder."
+    "The part of a model that reads batches: the decoder, and the losses of those with targets."
 
     packed_fields = PACKED_FIELDS  # that the decoder takes of a packed batch
     new_modules = ()  # that the checkpoint lacked, see `load_model`
@@ -131,11 +138,47 @@ class ReadsBatches:
         mask = dict(attention_mask=attention_mask, audio_input_ids_mask=audio_input_ids_mask)
         return inputs | mask | dict(use_cache=False)
 
-    def hidden(self, **batch) -> Tensor:
-        """The last hidden state of every position of a batch, rows flattened: (rows * positions,
-        hidden).
-        """
-        return self.model(**self.decoder_inputs(**batch)).last_hidden_state.flatten(0, 1)
+# %% ../../nbs/model/10_model.ipynb #3e0debb7
+@patch
+def hidden(self: ReadsBatches, **batch) -> Tensor:
+    """The last hidden state of every position of a batch, rows flattened: (rows * positions,
+    hidden).
+    """
+    return self.model(**self.decoder_inputs(**batch)).last_hidden_state.flatten(0, 1)
+
+# %% ../../nbs/model/10_model.ipynb #2ddb74af
+@patch
+def forward(
+    self: ReadsBatches,
+    input_ids=None,
+    attention_mask=None,
+    audio_input_ids=None,
+    audio_input_ids_mask=None,
+    position_ids=None,
+    audio_rows=None,
+    audio_targets=None,
+    text_rows=None,
+    text_targets=None,
+    # (1 + codebooks,) supervised cells of the whole optimizer step, all devices; None: of
+    # this batch
+    counts=None,
+    logits_to_keep=0,  # last positions whose logits are computed; 0: all
+    **inputs,
+):
+    """See `predict`, and `target_index` for the targets; `counts` makes the losses of several
+    batches add up to that of one.
+    """
+    sequence = dict(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        audio_input_ids=audio_input_ids,
+        audio_input_ids_mask=audio_input_ids_mask,
+        position_ids=position_ids,
+    )
+    if audio_rows is None:
+        return self.predict(**sequence, logits_to_keep=logits_to_keep, **inputs)
+    hidden = self.hidden(**sequence, **inputs)
+    return self.losses(hidden, text_rows, text_targets, audio_rows, audio_targets, counts)
 
 # %% ../../nbs/model/10_model.ipynb #c6d7ccf7
 class ReadsRecordings(ReadsBatches):
@@ -315,48 +358,12 @@ class HiggsAudioForTraining(
             self.audio_encoder_proj = AudioEncoderProjector(d_model, width)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        audio_input_ids=None,
-        audio_input_ids_mask=None,
-        position_ids=None,
-        audio_rows=None,
-        audio_targets=None,
-        text_rows=None,
-        text_targets=None,
-        audio_features=None,
-        audio_feature_attention_mask=None,
-        whisper_rows=None,
-        feature_rows=None,
-        # (1 + codebooks,) supervised cells of the whole optimizer step, all devices; None: of
-        # this batch
-        counts=None,
-        logits_to_keep=0,  # last positions whose logits are computed; 0: all
-        **inputs,
-    ):
-        """See the stock model, `whisper_features`, and `target_index` for the arguments; `counts`
-        makes the losses of several batches add up to that of one.
-        """
-        sequence = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            audio_input_ids=audio_input_ids,
-            audio_input_ids_mask=audio_input_ids_mask,
-            position_ids=position_ids,
-        )
-        recordings = dict(
-            audio_features=audio_features,
-            audio_feature_attention_mask=audio_feature_attention_mask,
-            whisper_rows=whisper_rows,
-            feature_rows=feature_rows,
-        )
-        if audio_rows is None:
-            whisper = self.whisper_features(input_ids, **recordings)
-            return super().forward(**sequence, **whisper, logits_to_keep=logits_to_keep, **inputs)
-        hidden = self.hidden(**sequence, **recordings, **inputs)
-        return self.losses(hidden, text_rows, text_targets, audio_rows, audio_targets, counts)
+    def predict(self, input_ids=None, **inputs):
+        "The logits of a batch without targets, see the stock model and `whisper_features`."
+        recordings = {name: inputs.pop(name, None) for name in RECORDING_FIELDS}
+        whisper = self.whisper_features(input_ids, **recordings)
+        stock = HiggsAudioV2ForConditionalGeneration.forward
+        return stock(self, input_ids, **whisper, **inputs)
 
 # %% ../../nbs/model/10_model.ipynb #caeedcee
 TINY = HIGGS_V2.architecture.tiny

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from .attention import attend
-from .decoder import HiggsDecoder, check_dropout
+from .decoder import EmbedsBatches
 from .fused import permute, rms_norm_pair, rotate
 from .layers import cache_argument, feed_forward, inverse, sample_mask
 from .modules import active
@@ -72,10 +72,8 @@ def table_rows(codes: Tensor, codebook_size: int) -> Tensor:  # codes: (..., cod
     return codes + codebook_size * torch.arange(codes.shape[-1], device=codes.device)
 
 # %% ../../nbs/model/15_qwen3.ipynb #fd535e4e
-class EmbedsFrames:
+class EmbedsFrames(EmbedsBatches):
     "The part of `Qwen3Decoder` that embeds text and frames."
-
-    precision = HiggsDecoder.precision
 
     def embed_frames(self, codes: Tensor) -> Tensor:  # (..., codebooks)
         "Frames in the precision of the layers: (..., hidden)"
@@ -86,16 +84,8 @@ class EmbedsFrames:
         """Text and frames in the precision of the layers: (batch, positions, hidden). Without
         `input_ids`, every position is a frame.
         """
-        if input_ids is None:
-            return self.embed_frames(audio_input_ids)
-        embeds = self.embed_tokens(input_ids).to(self.precision)
-        if audio_input_ids is None:
-            return embeds
-        frames = self.embed_frames(audio_input_ids)
-        if audio_input_ids_mask is not None:
-            frames = frames[audio_input_ids_mask]
-        is_frame = input_ids == self.config.audio_token_id
-        return embeds.masked_scatter(is_frame[..., None], frames)
+        is_frame = None if input_ids is None else input_ids == self.config.audio_token_id
+        return super().embed(input_ids, audio_input_ids, audio_input_ids_mask, is_frame)
 
 # %% ../../nbs/model/15_qwen3.ipynb #b90afa5a
 PACKED_ROW = ("text_positions", "audio_positions", "lengths", "cu_seqlens")  # of `PackedCollator`
@@ -123,10 +113,7 @@ class Qwen3Decoder(EmbedsFrames, Qwen3Model):
         """The last hidden states of a packed row: (positions, hidden). `ValueError` in training
         with attention dropout.
         """
-        if self.training:
-            check_dropout(self.config)
-        texts = self.embed_tokens(input_ids[0].index_select(0, packed["text_positions"]))
-        sorted_rows = torch.cat([texts.to(self.precision), self.embed_frames(audio_input_ids[0])])
+        sorted_rows = self.embed_packed(input_ids, audio_input_ids, packed["text_positions"])
         order = torch.cat([packed["text_positions"], packed["audio_positions"]])
         hidden = permute(sorted_rows, inverse(order), order)
         cos_sin = self.rotary_emb(hidden, position_ids)

@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 from ..family import HIGGS_V3
 from .layers import cache_argument
 from .loss import chunked_cross_entropy
-from .model import ReadsBatches, TwoLosses
+from .model import SEQUENCE_FIELDS, ReadsBatches, TwoLosses
 from .modules import active
 from .qwen3 import PACKED_ROW, Qwen3Decoder
 from .sampling import sample_rows
@@ -142,38 +142,9 @@ class HiggsAudioV3ForTraining(ReadsBatches, TableLosses, RowGenerationMixin, Qwe
         self.text_lm_head = None
         self.post_init()
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        audio_input_ids=None,
-        audio_input_ids_mask=None,
-        position_ids=None,
-        audio_rows=None,
-        audio_targets=None,
-        text_rows=None,
-        text_targets=None,
-        counts=None,  # see `HiggsAudioForTraining.forward`
-        past_key_values=None,
-        cache=None,
-        use_cache=None,
-        logits_to_keep=0,  # last positions whose logits are computed; 0: all
-        **inputs,
-    ):
-        """A `HiggsOutput` for a batch with targets; otherwise the logits of every position,
-        (batch, positions, codebooks, codes).
-        """
-        sequence = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            audio_input_ids=audio_input_ids,
-            audio_input_ids_mask=audio_input_ids_mask,
-            position_ids=position_ids,
-        )
-        if audio_rows is not None:
-            hidden = self.hidden(**sequence, **inputs)
-            targets = (text_rows, text_targets, audio_rows, audio_targets)
-            return self.losses(hidden, *targets, counts)
+    def predict(self, past_key_values=None, cache=None, use_cache=None, logits_to_keep=0, **batch):
+        "The logits of a batch without targets, (batch, positions, codebooks, codes)."
+        sequence = {name: batch.get(name) for name in SEQUENCE_FIELDS}
         out = self.model(**sequence, use_cache=use_cache, **cache_argument(cache, past_key_values))
         logits = self.audio_logits(out.last_hidden_state[:, -logits_to_keep:])
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)

@@ -5,8 +5,6 @@
 # %% ../../nbs/speech/02_clips.ipynb #e4886aa3
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,43 +12,19 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.files import safe_name, within, write_json
 from ..core.html import Html, element
-from ..core.messages import in_html
 from ..data.audio import load_audio
 from ..data.codec import Codec
 from ..data.conversation import Conversation
 from ..family import HIGGS_V2
+from .player import player
 
 # %% auto #0
-__all__ = ['ENDINGS', 'as_mp3', 'player', 'Speech', 'speech_of', 'save_clips']
-
-# %% ../../nbs/speech/02_clips.ipynb #db3c7cb3
-def as_mp3(
-    waveform: Tensor | np.ndarray,  # (samples,), in -1 to 1
-    sampling_rate: int,  # Hz
-) -> str:
-    "A waveform (samples,) as an MP3 in a data URL that every browser plays."
-    encoded = io.BytesIO()
-    soundfile.write(encoded, np.asarray(waveform), sampling_rate, format="MP3")
-    return f"data:audio/mpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
-
-# %% ../../nbs/speech/02_clips.ipynb #c9e079aa
-def player(
-    waveform: Tensor | np.ndarray,  # (samples,), in -1 to 1
-    sampling_rate: int,  # Hz
-    label: str,  # what the sound is, for a reader who cannot see
-) -> Html:
-    "A waveform as an `<audio>` that holds its sound and says what it is."
-    if not len(waveform):
-        return Html("<em>silence: there is nothing to play</em>")
-    attributes = (
-        f" controls preload='metadata' aria-label=\"{in_html(label)}\""
-        f" style='max-width:24rem;width:100%' src='{as_mp3(waveform, sampling_rate)}'"
-    )
-    return element("audio", "", attributes)
+__all__ = ['ENDINGS', 'Speech', 'speech_of', 'save_clips']
 
 # %% ../../nbs/speech/02_clips.ipynb #3abf6c35
 ENDINGS = {True: ", stopped by itself", False: ", cut off at the limit", None: ""}
@@ -80,15 +54,19 @@ class Speech:
         soundfile.write(path, np.asarray(self.waveform), self.sampling_rate, subtype="PCM_16")
         return Path(path)
 
-    def __repr__(self):
-        words = f"{self.id!r}, {self.text!r}, {self.duration_s:.2f} s"
-        return f"Speech({words}, stopped={self.stopped})"
+# %% ../../nbs/speech/02_clips.ipynb #06857c75
+@patch
+def __repr__(self: Speech):
+    words = f"{self.id!r}, {self.text!r}, {self.duration_s:.2f} s"
+    return f"Speech({words}, stopped={self.stopped})"
 
-    def _repr_html_(self):
-        caption = f"{self.text} ({self.duration_s:.2f} s{ENDINGS[self.stopped]})"
-        has_sound = self.waveform is not None
-        sound = player(self.waveform, self.sampling_rate, self.text) if has_sound else ""
-        return element("figure", Html(element("figcaption", caption) + sound))
+
+@patch
+def _repr_html_(self: Speech):
+    caption = f"{self.text} ({self.duration_s:.2f} s{ENDINGS[self.stopped]})"
+    has_sound = self.waveform is not None
+    sound = player(self.waveform, self.sampling_rate, self.text) if has_sound else ""
+    return element("figure", Html(element("figcaption", caption) + sound))
 
 # %% ../../nbs/speech/02_clips.ipynb #4009de47
 def speech_of(

@@ -15,8 +15,9 @@ import numpy as np
 from ..core.events import tqdm
 from ..core.html import Html, element, table
 from ..core.messages import in_html, plain_text, shown
-from .clips import Speech, player
+from .clips import Speech
 from .judges import Judges
+from .player import player
 from .score import Score, interval, score_clip
 
 # %% auto #0

@@ -19,7 +19,8 @@ from ..data.conversation import Conversation
 from ..data.delay import delay_clip
 from ..data.prompt import AudioTokens
 from .clips import Speech
-from .generate import Encoder, generate_speech
+from .generate import generate_speech
+from .prompts import Encoder
 
 # %% auto #0
 __all__ = ['ForcedCodes', 'greedy', 'speak_beside']

@@ -5,188 +5,26 @@
 # %% ../../nbs/speech/03_generate.ipynb #916b51b0
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import InfNanRemoveLogitsProcessor
 
 from ..core.events import tqdm
-from ..data.audio import load_audio
 from ..data.codec import Codec
-from ..data.collator import PaddedCollator
-from ..data.conversation import Audio, Conversation, Text, tts_conversation
+from ..data.conversation import Conversation
 from ..data.delay import undelay
 from ..data.prompt import AudioTokens
-from ..data.samples import Sample, encode_with, expand, sample_options
-from ..family import family_of
-from ..model.load import check_tokenizer
-from ..model.shard import is_sharded
+from ..model.tokenizer import check_tokenizer
 from .clips import Speech
-from .options import OF_REPEATS, OF_SAMPLING, check_options
-from .sampling import ClipSampler
+from .codes import chosen_here, generate_codes
+from .options import check_options
+from .prompts import Encoder, as_conversations, asked_text, prompts_of
 
 # %% auto #0
-__all__ = ['without_answer', 'prompt_of', 'FiniteLogits', 'generation_config', 'generation_inputs', 'generate_codes', 'Encoder',
-           'as_conversations', 'prompts_of', 'asked_text', 'clip_of', 'in_eval_mode', 'chosen_here', 'check_seeds',
-           'generate_speech']
-
-# %% ../../nbs/speech/03_generate.ipynb #f43bc8f2
-def without_answer(conversation: Conversation) -> Conversation:  # with its answer or without
-    """The conversation up to its last user message. `ValueError` if there is none."""
-    messages = conversation.messages
-    while messages and messages[-1].role == "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise ValueError(
-            f"conversation {conversation.id} has nothing to answer: it needs a user message"
-        )
-    return replace(conversation, messages=messages, start_index=len(messages))
-
-# %% ../../nbs/speech/03_generate.ipynb #99f0e3e8
-def prompt_of(
-    conversation: Conversation,  # a trained answer at its end is left out
-    tokenizer,  # that of the model
-    tokens: AudioTokens,  # placeholders, BOS and EOS of the model
-    store=None,  # gives the codes of recordings in the prompt
-    **options,  # of `sample_options`: how the model reads recordings
-) -> Sample:
-    "The sequence up to and with the mark before speech, as in training."
-    context = without_answer(conversation)
-    if context.audio and store is None:
-        raise ValueError(
-            f"conversation {conversation.id} has {len(context.audio)} recordings in its "
-            "prompt: pass a store that gives their codes"
-        )
-    encoded = encode_with(context, tokenizer, store, options.get("extractor"))
-    sample = expand(encoded, tokens, conversation.id, **options)
-    answer = tokens.family.template.answer
-    opening = torch.tensor(tokenizer.encode(answer, add_special_tokens=False))
-    return replace(
-        sample,
-        input_ids=torch.cat([sample.input_ids, opening]),
-        labels=torch.cat([sample.labels, torch.full_like(opening, -100)]),
-    )
-
-# %% ../../nbs/speech/03_generate.ipynb #1175c0ef
-class FiniteLogits(InfNanRemoveLogitsProcessor):
-    "Ends generation with a `ValueError` where logits are not finite."
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores` (clips * codebooks, codes), unchanged; -inf in them is a code that is not
-        admitted.
-        """
-        if not scores.amax(-1).isfinite().all():  # the maximum of a row with a NaN is NaN
-            raise ValueError(
-                "the model's logits are not finite: its weights hold NaN or infinity, "
-                "or overflow in this dtype. "
-                "Validate the checkpoint, or load the model in float32"
-            )
-        return scores
-
-# %% ../../nbs/speech/03_generate.ipynb #70b78472
-def generation_config(
-    model,  # of transformers' class
-    max_frames: int,  # longest clip
-    **options,  # see `generate_speech`
-):
-    "A copy of the model's generation config with these options."
-    config = copy.deepcopy(model.generation_config)
-    rows = family_of(model.config).delay.rows(max_frames, model.config.num_codebooks)
-    config.max_new_tokens = rows
-    for name, value in options.items():
-        setattr(config, name, value)
-    if config.temperature is not None:
-        config.temperature = float(config.temperature)
-    return config
-
-# %% ../../nbs/speech/03_generate.ipynb #65691195
-def generation_inputs(
-    batch: dict[str, Tensor],  # of a `PaddedCollator` that pads on the left
-    device: torch.device,  # of the model
-) -> dict[str, Tensor]:
-    "The tensors of a batch that `generate` takes, on `device`."
-    names = ["input_ids", "attention_mask"]
-    if batch["audio_input_ids"].shape[1]:
-        names += ["audio_input_ids", "audio_input_ids_mask"]
-    if "audio_features" in batch:
-        names += ["audio_features", "audio_feature_attention_mask"]
-    return {name: batch[name].to(device) for name in names}
-
-# %% ../../nbs/speech/03_generate.ipynb #b5a2de35
-def generate_codes(
-    model,  # of transformers' class, without PEFT around it
-    batch: dict[str, Tensor],  # of a `PaddedCollator` that pads on the left
-    max_frames: int,  # longest clip; 25 frames are a second
-    **generation,  # see `generate_speech`
-) -> Tensor:
-    "Frames that follow each prompt of a left-padded batch, delayed, (batch, frames, codebooks)."
-    processors = [FiniteLogits(), *(generation.pop("logits_processor", None) or ())]
-    out = model.generate(
-        **generation_inputs(batch, model.device),
-        generation_config=generation_config(model, max_frames, **generation),
-        synced_gpus=is_sharded(model),
-        logits_processor=processors,
-    )
-    return out[:, batch["audio_input_ids"].shape[1] :]
-
-# %% ../../nbs/speech/03_generate.ipynb #3e4c2263
-class Encoder:
-    "A store without memory: encodes each recording again."
-
-    def __init__(
-        self,
-        codec: Codec,  # that encodes
-        # of a recording; a longer one is an error. None: no limit
-        max_duration_s: float | None = 30.0,
-    ):
-        self.codec = codec
-        self.max_duration_s = max_duration_s
-
-    def get(self, audio: Audio) -> Tensor:
-        "The codes (codebooks, frames) of a recording."
-        return self.codec.encode(load_audio(audio, self.codec.sampling_rate, self.max_duration_s))
-
-# %% ../../nbs/speech/03_generate.ipynb #40b1bbcb
-def as_conversations(
-    prompts: str | Conversation | list[str | Conversation],  # see `generate_speech`
-) -> list[Conversation]:
-    "Prompts as conversations; a text gets its position as its id. `TypeError` names another type."
-    if isinstance(prompts, (str, Conversation)):
-        prompts = [prompts]
-    conversations = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            conversations.append(tts_conversation(prompt, id=str(i)))
-        elif isinstance(prompt, Conversation):
-            conversations.append(prompt)
-        else:
-            kind = type(prompt).__name__
-            raise TypeError(f"prompt {i} is a {kind}: give a text or a Conversation")
-    return conversations
-
-# %% ../../nbs/speech/03_generate.ipynb #fd7c9cb5
-def prompts_of(
-    model,  # of transformers' class, without PEFT around it
-    tokenizer,  # that of the model
-    conversations: list[Conversation],  # that end with the user
-    store,  # see `generate_speech`
-) -> tuple[list[Sample], PaddedCollator]:
-    "What the model reads before it answers, and what makes a batch of it."
-    tokens = AudioTokens.from_config(model.config, tokenizer)
-    options = sample_options(model.config)
-    samples = [prompt_of(c, tokenizer, tokens, store, **options) for c in conversations]
-    return samples, PaddedCollator(tokens, pad_left=True, extractor=options["extractor"])
-
-# %% ../../nbs/speech/03_generate.ipynb #9919b3e6
-def asked_text(conversation: Conversation) -> str:  # that ends with the user
-    "The words of the user."
-    users = [m for m in conversation.messages if m.role == "user"]
-    return "".join(part.text for m in users for part in m.content if isinstance(part, Text))
+__all__ = ['clip_of', 'in_eval_mode', 'check_seeds', 'generate_speech']
 
 # %% ../../nbs/speech/03_generate.ipynb #a783aff9
 def clip_of(
@@ -218,23 +56,7 @@ def in_eval_mode(model):  # a module
     finally:
         model.train(was_training)
 
-# %% ../../nbs/speech/03_generate.ipynb #b7ba045e
-def chosen_here(
-    model,  # of transformers' class, without PEFT around it
-    seeds: Sequence[int] | None,  # of each clip of the batch; None: greedy
-    on_row: Callable[[Tensor], None] | None = None,  # gets each row (clips, codebooks)
-    **generation,  # see `generate_speech`
-) -> dict:
-    "Options of `generate_codes` with which a `ClipSampler` chooses every code."
-    config = generation_config(model, 1, **generation)
-    codebooks, special = model.config.num_codebooks, model.config.audio_stream_bos_id
-    sampler = ClipSampler(config, codebooks, special, seeds, on_row)
-    options = {k: v for k, v in generation.items() if k not in (*OF_SAMPLING, *OF_REPEATS)}
-    before = options.pop("logits_processor", None) or ()
-    unset = dict.fromkeys((*OF_SAMPLING, *OF_REPEATS))
-    return {**options, **unset, "do_sample": False, "logits_processor": [*before, sampler]}
-
-
+# %% ../../nbs/speech/03_generate.ipynb #7e31d32c
 def check_seeds(
     seeds: Sequence[int] | None,  # of each prompt
     clips: int,  # prompts

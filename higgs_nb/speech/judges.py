@@ -26,9 +26,9 @@ from ..core.files import file_sha256, write_whole
 
 # %% auto #0
 __all__ = ['RATE', 'WHISPER_SHA256', 'WHISPER_FILES', 'VOICE_SHA256', 'EVAL_PACKAGES', 'Judges', 'normalise_english',
-           'check_no_others', 'cached_files', 'package_folder', 'whisper_file', 'whisper_folder', 'voice_weights',
-           'import_webrtcvad', 'speaker_encoder', 'whisper_transcriber', 'distill_mos', 'missing_judges',
-           'default_judges']
+           'normaliser_of', 'check_no_others', 'cached_files', 'package_folder', 'whisper_file', 'whisper_folder',
+           'voice_weights', 'import_webrtcvad', 'has_speaker_encoder', 'speaker_encoder', 'whisper_transcriber',
+           'distill_mos', 'missing_judges', 'default_judges']
 
 # %% ../../nbs/speech/04_judges.ipynb #d747fb9e
 RATE = 16000  # Hz that judges are given
@@ -51,6 +51,11 @@ def normalise_english(text: str) -> str:  # a sentence, or what was heard
     plain = re.sub(r"(\d)(st|nd|rd|th)\b", r"\1", plain)
     plain = re.sub(r"\b(a ?m|p ?m)\b", " ", plain)
     return " ".join(re.sub(r"(\d)", r" \1 ", plain).split())
+
+# %% ../../nbs/speech/04_judges.ipynb #6437f2c6
+def normaliser_of(language: str) -> Callable[[str], str]:  # code of a language
+    "What makes texts of a language comparable."
+    return normalise_english if language == "en" else BasicTextNormalizer()
 
 # %% ../../nbs/speech/04_judges.ipynb #36ff42a8
 # of whisper-base as CTranslate2 int8, 145,217,532 bytes, MIT
@@ -156,6 +161,11 @@ def import_webrtcvad() -> None:
     finally:
         del sys.modules["pkg_resources"]
 
+# %% ../../nbs/speech/04_judges.ipynb #d42584a5
+def has_speaker_encoder() -> bool:
+    "Whether the package of `speaker_encoder` is installed."
+    return importlib.util.find_spec("resemblyzer") is not None
+
 # %% ../../nbs/speech/04_judges.ipynb #86919b7a
 def speaker_encoder() -> Callable[[np.ndarray], np.ndarray]:
     "resemblyzer's encoder: a waveform at 16 kHz to a voice (features,), of length 1."
@@ -243,5 +253,5 @@ def default_judges(
         whisper_transcriber(cache, threads, language),
         speaker_encoder(),
         distill_mos(),
-        normalise_english if language == "en" else BasicTextNormalizer(),
+        normaliser_of(language),
     )

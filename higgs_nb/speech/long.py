@@ -6,150 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from ..core.events import tqdm
 from ..core.files import safe_name, within
 from ..core.messages import shown
 from ..data.code_store import Codes
 from ..data.codec import Codec
-from ..data.conversation import Audio, Conversation, tts_conversation
 from ..data.prompt import family_of_tokenizer
 from .clips import Speech
-from .generate import Encoder, generate_speech
-from .sentences import pieces
-from .texts import SpokenText, check_text
+from .generate import generate_speech
+from .long_text import OWN_VOICE, LongSpeech, LongText, Voice, reference_codes
+from .prompts import Encoder
+from .texts import SpokenText
 
 # %% auto #0
-__all__ = ['OWN_VOICE', 'Voice', 'LongSpeech', 'join_pieces', 'LongText', 'speak_round', 'reference_codes', 'speak_texts',
-           'described', 'save_speech', 'unstopped']
-
-# %% ../../nbs/speech/12_long.ipynb #68f24c48
-@dataclass(frozen=True)
-class Voice:
-    "Whose voice speaks. `ValueError` if a reference lacks its words."
-
-    reference: Audio | None = None  # a recording to follow
-    reference_text: str = ""  # its words
-    scene: str = ""  # where it is spoken, e.g. "A quiet room."
-
-    def __post_init__(self):
-        if self.reference is not None and not self.reference_text.strip():
-            raise ValueError(
-                f"reference_text is empty: write the words of {shown(self.reference.name)}, "
-                "which the model reads beside the recording"
-            )
-        if self.reference is None and self.reference_text:
-            raise ValueError("reference_text has no recording: give reference, too")
-
-
-OWN_VOICE = Voice()  # of the model
-
-# %% ../../nbs/speech/12_long.ipynb #08cacf4b
-@dataclass(repr=False)
-class LongSpeech(Speech):
-    "One clip of several pieces."
-
-    pieces: list[Speech] = field(default_factory=list)
-    seed: int | None = None  # of drawing; None: nothing was drawn
-
-
-def join_pieces(
-    clips: Sequence[Speech],  # with waveforms
-    pause_s: float,  # between two of them
-) -> Tensor:
-    "The waveform (samples,) of clips one after the other, with silence between."
-    pause = torch.zeros(round(pause_s * clips[0].sampling_rate))
-    parts = [part for clip in clips for part in (pause, clip.waveform)]
-    return torch.cat(parts[1:])
-
-# %% ../../nbs/speech/12_long.ipynb #0148410c
-class LongText:
-    "A text while it is spoken, piece by piece."
-
-    def __init__(
-        self,
-        text: SpokenText,
-        number: int,  # its place in the list, as part of the names of its clips
-        voice: Voice,
-        max_chars: int = 200,  # of a piece
-        history: int = 1,  # pieces before it that a piece continues; 0: each by itself
-        seed: int | None = None,  # of drawing; None: greedy
-        most_references: int | None = None,  # of a prompt; None: any number
-    ):
-        self.text, self.number, self.voice, self.history = text, number, voice, history
-        self.most_references = most_references
-        self.pieces = pieces(check_text(text.text, f"text {number + 1}"), max_chars)
-        self.clips: list[Speech] = []
-        self.codes: dict[str, Tensor] = {}  # of the clips that are carried on, by path
-        self.seed = seed
-
-    @property
-    def is_done(self) -> bool:
-        "Whether every piece is spoken."
-        return len(self.clips) == len(self.pieces)
-
-    @property
-    def piece_seed(self) -> int:
-        "The seed of the next piece; the first one has that of the text."
-        if not self.clips:
-            return self.seed
-        mixed = np.random.SeedSequence([self.seed % 2**32, len(self.clips)])
-        return int(mixed.generate_state(1)[0])
-
-    def path(self, piece: int) -> str:
-        "What stands for the recording of a piece."
-        return f"text {self.number}/piece {piece}"
-
-    def context(self) -> list[tuple[str, Audio]]:
-        """Words and recordings that the next piece continues. Where a prompt has room for fewer,
-        those that the others follow: the voice's, or the first piece.
-        """
-        said = [i for i in range(len(self.clips)) if self.path(i) in self.codes]
-        if not self.history:
-            said = []
-        first = [] if self.voice.reference else said[:1]
-        chosen = sorted({*first, *said[-self.history :]})
-        pairs = [(self.pieces[i], Audio(self.path(i))) for i in chosen]
-        if self.voice.reference:
-            pairs.insert(0, (self.voice.reference_text, self.voice.reference))
-        return pairs[: self.most_references]
-
-    def prompt(self) -> Conversation:
-        "The conversation that the next piece answers."
-        return tts_conversation(
-            self.pieces[len(self.clips)],
-            id=self.path(len(self.clips)),
-            scene=self.voice.scene or None,
-            reference=self.context(),
-        )
-
-    def add(self, clip: Speech) -> None:
-        "The next piece was spoken."
-        clip.text = self.pieces[len(self.clips)]
-        if clip.stopped and clip.codes.shape[1]:
-            self.codes[self.path(len(self.clips))] = clip.codes
-        self.clips.append(clip)
-
-    def joined(self, pause_s: float) -> LongSpeech:
-        "The clip of the whole text."
-        first = self.clips[0]
-        return LongSpeech(
-            self.text.label,
-            self.text.text,
-            torch.cat([clip.codes for clip in self.clips], 1),
-            all(clip.stopped for clip in self.clips),
-            first.sampling_rate,
-            join_pieces(self.clips, pause_s),
-            first.frame_rate,
-            self.clips,
-            self.seed,
-        )
+__all__ = ['speak_round', 'speak_texts', 'described', 'save_speech', 'unstopped']
 
 # %% ../../nbs/speech/12_long.ipynb #e7aafcb6
 def speak_round(
@@ -176,13 +48,6 @@ def speak_round(
     for text, clip in zip(texts, clips):
         text.add(clip)
 
-
-def reference_codes(voice: Voice, store) -> Codes:
-    "The store, with the codes of the reference recording at hand."
-    if voice.reference is None or voice.reference.path is None:
-        return store
-    return Codes({voice.reference.path: store.get(voice.reference)}, store)
-
 # %% ../../nbs/speech/12_long.ipynb #0b7e6149
 def speak_texts(
     model,  # see `generate_speech`
@@ -202,13 +67,12 @@ def speak_texts(
     """A clip of each text, with its `pieces`. `ValueError` names a text without a word, or with
     a number that is longer than a piece.
     """
-    named = [text if isinstance(text, SpokenText) else SpokenText(text) for text in texts]
     is_drawn = bool(generation.get("do_sample"))
     most = family_of_tokenizer(tokenizer).template.most_references
     options = dict(voice=voice, max_chars=max_chars, history=history, most_references=most)
     plans = [
         LongText(text, i, seed=seed + i if is_drawn else None, **options)
-        for i, text in enumerate(named)
+        for i, text in enumerate(texts)
     ]
     store = reference_codes(voice, store or Encoder(codec))
     total = sum(len(plan.pieces) for plan in plans)
@@ -234,7 +98,7 @@ def described(clip: LongSpeech, file: str) -> dict:
         pieces=pieces,
     )
 
-
+# %% ../../nbs/speech/12_long.ipynb #beeb28de
 def save_speech(
     clips: Sequence[LongSpeech],  # of `speak_texts`
     folder: Path,  # that exists

@@ -5,19 +5,24 @@
 # %% ../../nbs/speech/20_own_speech.ipynb #a892da46
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from ..core.files import write_whole
 from ..data.blocks import LIKE_A_MARK
 from ..data.conversation import Audio, Conversation, tts_conversation
 from ..family import Family
 from .generate import generate_speech
 
 # %% auto #0
-__all__ = ['reference_pair', 'controlled_requests', 'own_speech', 'answered']
+__all__ = ['reference_pair', 'controlled_requests', 'own_speech', 'answered', 'save_spoken', 'load_spoken']
 
 # %% ../../nbs/speech/20_own_speech.ipynb #5310272d
 def reference_pair(conversation: Conversation) -> tuple[str, Audio]:
@@ -72,3 +77,17 @@ def answered(request: Conversation, audio: Audio) -> Conversation:
     [answer] = tts_conversation("", audio, id="").messages[-1:]
     start = len(request.messages)
     return replace(request, messages=(*request.messages, answer), start_index=start)
+
+# %% ../../nbs/speech/20_own_speech.ipynb #00dd0bd1
+def save_spoken(file: Path, spoken: Sequence[Conversation], codes: dict[str, Tensor]) -> None:
+    "Write conversations and the codes of their last recordings."
+    about = dict(conversations=json.dumps([c.to_dict() for c in spoken]))
+    write_whole(file, save(codes, about))
+
+# %% ../../nbs/speech/20_own_speech.ipynb #f06a46f7
+def load_spoken(file: Path) -> tuple[list[Conversation], dict[str, Tensor]]:
+    "What `save_spoken` wrote."
+    with safe_open(file, "pt") as opened:
+        rows = json.loads(opened.metadata()["conversations"])
+        codes = {name: opened.get_tensor(name) for name in opened.keys()}
+    return [Conversation.from_dict(row, source=str(file)) for row in rows], codes

@@ -157,6 +157,13 @@ def voice_spans(
     found = get_speech_timestamps(waveform, options)
     return [Span(f["start"] / RATE, f["end"] / RATE) for f in found]
 
+# %% ../../nbs/speech/14_pauses.ipynb #a6502283
+def _placed(spans: list[Span], heard: np.ndarray, offset_s: float) -> Iterator:
+    "Spans of a block as spans of the recording, with their waveforms."
+    for s in spans:
+        wave = heard[round(s.start_s * RATE) : round(s.end_s * RATE)]
+        yield Span(offset_s + s.start_s, offset_s + s.end_s), wave
+
 # %% ../../nbs/speech/14_pauses.ipynb #75f7f4cb
 def find_speech(
     audio: Audio | str | Path,  # a recording of any length
@@ -182,13 +189,6 @@ def find_speech(
     yield from _placed(
         voice_spans(heard, pause_s, longest_s) if len(heard) else [], heard, offset_s
     )
-
-
-def _placed(spans: list[Span], heard: np.ndarray, offset_s: float) -> Iterator:
-    "Spans of a block as spans of the recording, with their waveforms."
-    for s in spans:
-        wave = heard[round(s.start_s * RATE) : round(s.end_s * RATE)]
-        yield Span(offset_s + s.start_s, offset_s + s.end_s), wave
 
 # %% ../../nbs/speech/14_pauses.ipynb #b8a8e342
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import soxr
 from scipy.stats import bootstrap
 from torch import Tensor
 
+from ..data.audio import silent_share
 from ..data.blocks import LIKE_A_MARK
 from .judges import RATE, Judges, normalise_english
 
 # %% auto #0
-__all__ = ['Score', 'silence', 'repetition', 'edits', 'score_words', 'for_judges', 'score_clip', 'voice_of', 'ratio_of_sums',
-           'interval']
+__all__ = ['Score', 'repetition', 'edits', 'score_words', 'for_judges', 'score_clip', 'voice_of', 'ratio_of_sums', 'interval']
 
 # %% ../../nbs/speech/05_score.ipynb #1f75f6bf
 @dataclass
@@ -36,22 +36,11 @@ class Score:
     letters: int = 0
     letter_errors: int = 0
     repeated: float = 0.0  # see `repetition`
-    silent: float = 0.0  # see `silence`
+    silent: float = 0.0  # see `silent_share`
     pace: float | None = None  # duration over that of the recording of the same text
     similarity: float | None = None  # cosine with the target voice
     other: float | None = None  # the largest cosine with another voice
     opinion: float | None = None  # estimated mean opinion score
-
-# %% ../../nbs/speech/05_score.ipynb #cbcea0dc
-def silence(
-    waveform: np.ndarray,  # (samples,)
-    rate: int,  # Hz
-) -> float:
-    "The share of 20 ms frames that are 45 dB below the loudest, or silent altogether."
-    size = rate // 50
-    frames = waveform[: len(waveform) // size * size].reshape(-1, size)
-    power = np.square(frames, dtype=np.float64).mean(1) if len(frames) else np.zeros(1)
-    return float((power <= power.max() * 10**-4.5).mean())
 
 # %% ../../nbs/speech/05_score.ipynb #182fda3f
 def repetition(
@@ -113,7 +102,7 @@ def score_clip(
     "Let `judges` judge one clip."
     waveform = np.asarray(waveform, dtype=np.float32)
     score = Score(id, text, len(waveform) / sampling_rate, stopped)
-    score.silent = silence(waveform, sampling_rate)
+    score.silent = silent_share(waveform, sampling_rate, centred=False)
     score.pace = recorded_s and score.duration_s / recorded_s
     x = for_judges(waveform, sampling_rate)
     if judges.transcribe:

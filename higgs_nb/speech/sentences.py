@@ -41,7 +41,7 @@ def ends_with_abbreviation(text: str) -> bool:  # before the full stop
     is_ordinal = len(word) <= 2 and word.isdecimal()
     return is_initial or is_ordinal or word.lower().strip(".") in ABBREVIATIONS
 
-
+# %% ../../nbs/speech/10_sentences.ipynb #ca4e442c
 def ends_sentence(text: str, match: re.Match) -> bool:  # of `SENTENCE_END` in `text`
     "Whether a mark ends a sentence."
     mark = match.group()

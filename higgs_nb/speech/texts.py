@@ -81,7 +81,7 @@ def lines_of(file: Path) -> Iterator[tuple[str, str]]:
         if line.strip():
             yield f"{file}, line {number}", line
 
-
+# %% ../../nbs/speech/11_texts.ipynb #21fd34f7
 def read_texts(file: str | Path) -> list[SpokenText]:
     "The texts of a file. `ValueError` names the line that is wrong, or an id that comes twice."
     file = Path(file)

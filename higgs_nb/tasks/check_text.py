@@ -6,29 +6,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from ..core.html import table
 from ..core.messages import shown
 from ..data.audio import load_audio
 from ..data.conversation import Conversation
 from ..speech.check_text import check_clip
-from ..speech.judges import RATE, normalise_english, speaker_encoder
+from ..speech.judges import RATE, has_speaker_encoder, normaliser_of, speaker_encoder
 from ..speech.speakers import far_from_speaker
 from ..speech.transcripts import Recogniser, open_whisper, recogniser_of, spoken_language
 from ..speech.written import WordStore, Writing
 from .corpus import learned_recording
 
 # %% auto #0
-__all__ = ['FAR', 'NO_ENCODER', 'TextRow', 'TextReport', 'TextClip', 'normaliser_of', 'kept_words', 'clip_languages',
-           'check_texts']
+__all__ = ['FAR', 'NO_ENCODER', 'TextRow', 'TextReport', 'TextClip', 'kept_words', 'clip_languages', 'check_texts']
 
 # %% ../../nbs/tasks/09_check_text.ipynb #4233e9f7
 FAR = "the voice is unlike the speaker's"
@@ -101,11 +97,6 @@ class TextClip:
         "The recording that is trained, (samples,) at 16 kHz."
         return load_audio(learned_recording(self.conversation), RATE, self.max_duration_s)
 
-# %% ../../nbs/tasks/09_check_text.ipynb #6437f2c6
-def normaliser_of(language: str) -> Callable[[str], str]:  # code of a language
-    "What makes texts of a language comparable."
-    return normalise_english if language == "en" else BasicTextNormalizer()
-
 # %% ../../nbs/tasks/09_check_text.ipynb #e53a1ccc
 def kept_words(write: Recogniser, store: WordStore, key: tuple) -> Recogniser:
     "A recogniser that writes the words of a sound once."
@@ -150,7 +141,7 @@ def check_texts(
     for digits in (False, True):
         write = recogniser_of(whisper, digits)
         writers[digits] = kept_words(write, store, (writing.recogniser, digits))
-    embed = speaker_encoder() if find_spec("resemblyzer") else None
+    embed = speaker_encoder() if has_speaker_encoder() else None
     checks, voices = [], []
     for clip in tqdm(clips, desc="hearing", unit=" clips"):
         wave, language = clip.waveform(), languages[clip.speaker]

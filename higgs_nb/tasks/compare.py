@@ -6,109 +6,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
-from ..core.launcher import launched
-from ..data.conversation import Conversation, tts_conversation
-from ..family import RANDOM_BASES
-from ..model.load import base_path
+from ..data.conversation import Conversation
 from ..speech.clips import Speech
 from ..speech.evaluate import Evaluation, evaluate
 from ..speech.forced import greedy
 from ..speech.generate import generate_speech
-from ..speech.judges import Judges, default_judges, missing_judges
-from ..speech.score import voice_of
+from ..speech.judges import Judges
 from .corpus import RunCorpus, learned_recording
 from .inputs import Inputs
 from .settings import Settings
-from ..training.loop import HiggsTrainer
-from ..training.speak import ScoreCallback, SpeechCallback
+from .speaking import max_frames
+from ..training.speak import SpeechCallback
 
 # %% auto #0
-__all__ = ['OWN_SENTENCES', 'open_judges', 'wanted_voice', 'add_speech', 'max_frames', 'sentence_groups', 'Comparison',
-           'recording_clips', 'before_and_after_clips']
-
-# %% ../../nbs/tasks/05_compare.ipynb #dc568ca3
-def open_judges(
-    settings: Settings,  # of the run
-) -> Judges:
-    """The judges that are installed; an error if they are not and the run asks for scores. Of
-    several processes, the first judges.
-    """
-    wanted = not launched()[0] and (settings.score_every or not missing_judges())
-    return default_judges() if wanted else Judges()
-
-# %% ../../nbs/tasks/05_compare.ipynb #60091a5a
-def wanted_voice(
-    judges: Judges,  # of `open_judges`
-    corpus: RunCorpus,  # of `read_corpus`
-    table: int,  # sentences that are spoken
-) -> np.ndarray | None:
-    "The mean voice (features,) of held-out recordings; None without them or without a judge."
-    if not judges.embed or not corpus.spoken_held:
-        return None
-    clips = (corpus.spoken_held[table:] or corpus.spoken_held)[:16]
-    return voice_of([corpus.wave_of(c) for c in clips], 24000, judges)
-
-# %% ../../nbs/tasks/05_compare.ipynb #949d770e
-def add_speech(
-    trainer: HiggsTrainer,  # of the run
-    settings: Settings,  # of the run
-    inputs: Inputs,  # of `open_inputs`
-    corpus: RunCorpus,  # of `read_corpus`
-    store,  # codes of the prompts' references
-    judges: Judges,  # of `open_judges`
-    voice: np.ndarray | None,  # of `wanted_voice`
-) -> SpeechCallback:
-    """Let a run speak a few held-out sentences before and after, judged as often as
-    `score_every` says. Returns the callback with the clips.
-    """
-    asked = corpus.spoken_held[: settings.speak]
-    options = dict(
-        prompts=asked,
-        codec=inputs.codec,
-        tokenizer=inputs.tokenizer,
-        folder=Path(trainer.args.output_dir) / "samples",
-        every=settings.score_every,
-        max_frames=max_frames(settings, inputs),
-        do_sample=True,
-        temperature=0.8,
-        top_k=50,
-        store=store,
-    )
-    is_scored = bool(settings.score_every and asked)
-    scored = dict(judges=judges, target=voice)
-    speech = ScoreCallback(**scored, **options) if is_scored else SpeechCallback(**options)
-    if asked:
-        trainer.add_callback(speech)
-    return speech
-
-# %% ../../nbs/tasks/05_compare.ipynb #1c1cded1
-def max_frames(settings: Settings, inputs: Inputs) -> int:
-    "The longest clip that a run generates, in frames."
-    return round(settings.max_speech_s * inputs.codec.frame_rate)
-
-# %% ../../nbs/tasks/05_compare.ipynb #ec04cc01
-OWN_SENTENCES = "held_out.txt"
-
-
-def sentence_groups(
-    settings: Settings,  # of the run
-    corpus: RunCorpus,  # of `read_corpus`
-) -> dict[str, list[Conversation]]:
-    "Name -> held-out sentences of the corpus, and of the base if it brings any."
-    spoken, table = corpus.spoken_held, settings.table
-    file = Path(base_path(settings.base)) / OWN_SENTENCES
-    if settings.base in RANDOM_BASES or not file.is_file():
-        return {"": spoken[:table]}
-    lines = file.read_text(encoding="utf-8").splitlines()[:table]
-    return {
-        ", prompts": [tts_conversation(text, id=f"prompt {i}") for i, text in enumerate(lines)],
-        ", recordings' sentences": spoken[: (table + 1) // 2],
-    }
+__all__ = ['Comparison', 'recording_clips', 'before_and_after_clips']
 
 # %% ../../nbs/tasks/05_compare.ipynb #e6d27f6d
 @dataclass
@@ -139,23 +55,25 @@ class Comparison:
         )
         return [replace(clip, text=c.transcript) for clip, c in zip(clips, sentences)]
 
-    def run(self, groups: dict[str, list[Conversation]], corpus: RunCorpus) -> Evaluation:
-        "Every group before and after training, beside the recordings."
-        recorded = [c for group in groups.values() for c in group if learned_recording(c)]
-        waves = {c.id: torch.as_tensor(corpus.wave_of(c)) for c in recorded}
-        arms = {"recordings": recording_clips(recorded, waves)}
-        for name, group in groups.items():
-            with self.model.disable_adapter():
-                arms[f"before{name}"] = self.speak(group)
-            arms[f"after{name}"] = self.speak(group)
-        seconds = {id: len(wave) / 24000 for id, wave in waves.items()}
-        return evaluate(arms, self.judges, self.voice, recorded_s=seconds, players=0)
-
 # %% ../../nbs/tasks/05_compare.ipynb #41332bce
 def recording_clips(conversations: list[Conversation], waves: dict) -> list[Speech]:
     "The recordings of conversations as clips to judge; `waves`: id -> (samples,) at 24 kHz."
     none = torch.zeros(0, 0, dtype=torch.long)
     return [Speech(c.id, c.transcript, none, None, 24000, waves[c.id]) for c in conversations]
+
+# %% ../../nbs/tasks/05_compare.ipynb #1dcc73b0
+@patch
+def run(self: Comparison, groups: dict[str, list[Conversation]], corpus: RunCorpus) -> Evaluation:
+    "Every group before and after training, beside the recordings."
+    recorded = [c for group in groups.values() for c in group if learned_recording(c)]
+    waves = {c.id: torch.as_tensor(corpus.wave_of(c)) for c in recorded}
+    arms = {"recordings": recording_clips(recorded, waves)}
+    for name, group in groups.items():
+        with self.model.disable_adapter():
+            arms[f"before{name}"] = self.speak(group)
+        arms[f"after{name}"] = self.speak(group)
+    seconds = {id: len(wave) / 24000 for id, wave in waves.items()}
+    return evaluate(arms, self.judges, self.voice, recorded_s=seconds, players=0)
 
 # %% ../../nbs/tasks/05_compare.ipynb #97ad44e4
 def before_and_after_clips(

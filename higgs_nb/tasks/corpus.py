@@ -17,6 +17,7 @@ from ..core.files import file_sha256
 from ..core.messages import cut_list, plain_text
 from ..data.audio import load_audio
 from ..data.code_store import CodeStore, check_prepared
+from ..data.columns import Choice
 from ..data.conversation import Audio, Conversation
 from ..data.corpus import conversations_of, corpus_rows, embedded_corpus, load_corpus
 from ..data.corpus_check import CorpusReport, check_corpus
@@ -24,7 +25,7 @@ from ..data.corpus_split import split_corpus
 from ..data.corpus_table import TABLE_FILE, CorpusTable, in_columns
 from ..data.formats import RowList, local_path
 from ..data.mixture import weighted
-from ..data.row_table import Choice, RowTable
+from ..data.row_table import RowTable
 from ..data.understood import understood
 from .inputs import Inputs
 from .settings import Settings

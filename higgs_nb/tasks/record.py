@@ -68,7 +68,7 @@ def probe_losses(
     "Loss by offset, such as `+1` for the next frame."
     return {f"{offset:+d}": loss for offset, loss in probe.losses.items()} if probe else {}
 
-
+# %% ../../nbs/tasks/06_record.ipynb #e8a5301e
 def training_record(
     trainer: HiggsTrainer,  # after training
     result: TrainOutput,  # of `train_adapter`

@@ -6,44 +6,24 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ..core.files import write_whole
+from ..core.launcher import launched
 from ..data.code_store import Codes
 from ..data.conversation import Conversation
 from ..family import family_of
 from ..model.load import base_path
-from ..speech.own_speech import controlled_requests, own_speech
-from .compare import max_frames
+from ..speech.own_speech import controlled_requests, load_spoken, own_speech, save_spoken
 from .inputs import Inputs
 from .settings import Settings
-from ..training.processes import launched, of_every_process, on_first_process
+from .speaking import max_frames
+from ..training.processes import of_every_process, on_first_process
 
 # %% auto #0
-__all__ = ['SPOKEN', 'BROUGHT', 'save_spoken', 'load_spoken', 'spoken_together', 'spoken_by_base', 'rehearsed_speech']
-
-# %% ../../nbs/tasks/11_rehearsal.ipynb #8610a02a
-SPOKEN = "rehearsal.safetensors"
-
-
-def save_spoken(file: Path, spoken: Sequence[Conversation], codes: dict[str, Tensor]) -> None:
-    "Write conversations and the codes of their last recordings."
-    about = dict(conversations=json.dumps([c.to_dict() for c in spoken]))
-    write_whole(file, save(codes, about))
-
-
-def load_spoken(file: Path) -> tuple[list[Conversation], dict[str, Tensor]]:
-    "What `save_spoken` wrote."
-    with safe_open(file, "pt") as opened:
-        rows = json.loads(opened.metadata()["conversations"])
-        codes = {name: opened.get_tensor(name) for name in opened.keys()}
-    return [Conversation.from_dict(row, source=str(file)) for row in rows], codes
+__all__ = ['SPOKEN', 'BROUGHT', 'spoken_together', 'spoken_by_base', 'rehearsed_speech']
 
 # %% ../../nbs/tasks/11_rehearsal.ipynb #a57014f0
 def spoken_together(
@@ -66,6 +46,9 @@ def spoken_together(
     return [clips[r.id] for r in requests if r.id in clips], codes
 
 # %% ../../nbs/tasks/11_rehearsal.ipynb #bf3dd6c6
+SPOKEN = "rehearsal.safetensors"  # in the directory of a run, or of a base that brings it
+
+
 def spoken_by_base(
     settings: Settings,  # of the run
     inputs: Inputs,  # of `open_inputs`

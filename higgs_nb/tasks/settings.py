@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from ..cli.lora_parameters import listed
 from ..cli.notebooks import defaults_of
 from ..cli.parameters import AUTO
-from ..cli.plan import listed
 from ..core.html import table
 from ..core.messages import shown
 from ..data.codec_pairs import codec_of_base

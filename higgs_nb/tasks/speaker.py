@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from ..checkpoint.adapter import load_lora_adapters
 from ..cli.directory import reading
 from ..cli.summary import part_of
@@ -19,15 +17,15 @@ from ..data.codec import Codec, load_codec
 from ..data.conversation import Audio
 from ..family import RANDOM_BASES
 from ..model.load import base_path, check_source, load_model, load_tokenizer
-from ..speech.long import Voice
+from ..speech.long_text import Voice
 from ..speech.texts import SpokenText, check_text, read_texts
-from .inputs import resolve_device, resolve_precision
+from .device import chosen_device, resolve_precision
 from .record import read_record
 from ..training.recipe import recipe_of
 
 # %% auto #0
-__all__ = ['Speaker', 'speaker_of_run', 'codec_of_base', 'speaker_of_base', 'find_speaker', 'chosen_device', 'load_speaker',
-           'asked_texts', 'asked_voice']
+__all__ = ['Speaker', 'speaker_of_run', 'codec_of_base', 'speaker_of_base', 'find_speaker', 'load_speaker', 'asked_texts',
+           'asked_voice']
 
 # %% ../../nbs/tasks/07_speaker.ipynb #103cce84
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def codec_of_base(base: str) -> str:  # "small", a directory or a hub id
     is_tiny = noted == "base"  # as the directory of a run calls it
     return recipe_of("tiny" if is_tiny else "small" if noted == "small" else base).codec
 
-
+# %% ../../nbs/tasks/07_speaker.ipynb #1ec2c1c9
 def speaker_of_base(base: str, revision: str = "", adapter: str = "", codec: str = "") -> Speaker:
     "A base, or a merged model, with an adapter or without one."
     if base in RANDOM_BASES:
@@ -76,7 +74,7 @@ def speaker_of_base(base: str, revision: str = "", adapter: str = "", codec: str
     load = dict(name_or_path=path, revision=revision or None)
     return Speaker(load, adapter, codec or codec_of_base(base))
 
-
+# %% ../../nbs/tasks/07_speaker.ipynb #393e867c
 def find_speaker(
     run: str = "",  # directory of a finished training run
     base: str = "",  # where there is no run: see `load_model`, or "small"
@@ -95,19 +93,6 @@ def find_speaker(
             "such as base=small"
         )
     return speaker_of_base(base, revision, adapter, codec)
-
-# %% ../../nbs/tasks/07_speaker.ipynb #484e2967
-def chosen_device(device: str) -> torch.device:  # auto, cpu, cuda, cuda:1, mps, ...
-    "The device of that name. `ValueError` if it is not on this machine."
-    try:
-        chosen = torch.device(resolve_device(device))
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} is not a device of torch: {error}") from error
-    own = resolve_device("auto")
-    if chosen.type not in ("cpu", own):
-        there = "cpu" if own == "cpu" else f"cpu and {own}"
-        raise ValueError(f"device={device!r} is not on this machine, which has {there}")
-    return chosen
 
 # %% ../../nbs/tasks/07_speaker.ipynb #5f22d13f
 def load_speaker(
@@ -140,7 +125,7 @@ def asked_texts(
         raise ValueError('there is nothing to speak: give text="...", or texts=FILE')
     return [SpokenText(check_text(text, "text"))]
 
-
+# %% ../../nbs/tasks/07_speaker.ipynb #c1bb82e1
 def asked_voice(
     reference: str,  # file of a recording; empty: none
     reference_text: str,  # its words

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, set_seed
 
 from ..checkpoint.errors import CheckpointError
 from ..cli.doctor import memory_advice
-from ..cli.plan import lora_of
+from ..cli.lora_parameters import lora_of
 from ..data.prompt import byte_tokenizer
 from ..data.samples import SampleDataset, sample_options
 from ..family import RANDOM_BASES, Family, family_of

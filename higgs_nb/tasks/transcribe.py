@@ -6,26 +6,24 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.files import file_sha256, load_json, write_json
-from ..core.html import table
 from ..data.corpus_files import AUDIO_SUFFIXES
 from ..data.corpus_folder import OTHER_SOUND, list_folder
 from ..data.problems import corpus_error
-from ..speech.judges import speaker_encoder
+from ..speech.judges import has_speaker_encoder, speaker_encoder
 from ..speech.pauses import Cut, check_installed
 from ..speech.pieces import listen, pieces_in
 from ..speech.transcripts import check_language
 from ..speech.written import Writing, write_pieces
+from .transcript import Transcript
 
 # %% auto #0
-__all__ = ['recordings_in', 'Transcription', 'transcription_of', 'voice_encoder', 'Transcript', 'asked_of', 'read_transcript',
-           'usable', 'transcribe_recordings']
+__all__ = ['recordings_in', 'Transcription', 'transcription_of', 'voice_encoder', 'asked_of', 'read_transcript', 'usable',
+           'transcribe_recordings']
 
 # %% ../../nbs/tasks/08_transcribe.ipynb #51aa34b8
 def recordings_in(
@@ -89,67 +87,12 @@ def voice_encoder(speakers: int) -> Callable | None:  # how many speak; 0: not k
     "The speaker encoder; None where one speaks. `ImportError` says what to install, or to give."
     if speakers == 1:
         return None
-    if find_spec("resemblyzer") is None:
+    if not has_speaker_encoder():
         raise ImportError(
             "to tell speakers apart resemblyzer is needed: pip install higgs_nb[eval]; or give "
             "speakers=1 if a single person speaks in all recordings"
         )
     return speaker_encoder()
-
-# %% ../../nbs/tasks/08_transcribe.ipynb #7c0b6f42
-@dataclass(repr=False)
-class Transcript:
-    "A corpus made of recordings."
-
-    folder: Path
-    samples: list[dict]  # rows of its table
-    dropped: list[dict]  # rows without words
-    short_s: list[float]  # seconds of each stretch that was too short
-    seconds: float  # of speech that was found
-    asked: dict  # recordings and parameters
-
-    def speakers(self) -> dict[str, dict]:
-        "Pieces, minutes and language of each speaker, most speech first."
-        seconds, count, languages = Counter(), Counter(), {}
-        for row in self.samples:
-            seconds[row["speaker_id"]] += row["seconds"]
-            count[row["speaker_id"]] += 1
-            languages.setdefault(row["speaker_id"], row["language"])
-        return {
-            name: dict(pieces=count[name], minutes=round(s / 60, 2), language=languages[name])
-            for name, s in seconds.most_common()
-        }
-
-    def record(self) -> dict:
-        "What a run notes about it."
-        return dict(
-            pieces=len(self.samples),
-            doubtful=sum(bool(row["doubts"]) for row in self.samples),
-            without_words=len(self.dropped),
-            too_short=len(self.short_s),
-            speakers=self.speakers(),
-        )
-
-    def lines(self) -> list[str]:
-        "What is told about it."
-        doubtful = Counter(d for row in self.samples for d in row["doubts"])
-        count = sum(bool(row["doubts"]) for row in self.samples)
-        why = ", ".join(f"{what} {n}" for what, n in doubtful.most_common())
-        return [
-            f"{len(self.samples)} pieces of {self.seconds / 60:.1f} min of speech in {self.folder}",
-            f"{count} are doubtful{f': {why}' if why else ''}",
-            f"{len(self.dropped)} have no words and are under 'dropped' in the table",
-            f"{len(self.short_s)} are too short and left out, {sum(self.short_s):.1f} s in all",
-        ]
-
-    def __repr__(self):
-        who = [f"{name}: {facts}" for name, facts in self.speakers().items()]
-        return "\n".join([*self.lines(), *who])
-
-    def _repr_html_(self):
-        rows = [[name, *facts.values()] for name, facts in self.speakers().items()]
-        lines = table((), [[line] for line in self.lines()], left=True)
-        return lines + table(("speaker", "pieces", "minutes", "language"), rows, left=True)
 
 # %% ../../nbs/tasks/08_transcribe.ipynb #8ce7d343
 def asked_of(recordings: Sequence[Path], ask: Transcription) -> dict:

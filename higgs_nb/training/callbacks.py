@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core.signals import end_by_signal, signal_handlers, write_from_handler
+from ..core.signals import STOP_FILE, TRY_AGAIN, StopOnSignal
 from .processes import any_process, on_first_process
 
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'STOP_FILE', 'TRY_AGAIN', 'SPOKEN', 'UNJUDGED', 'Callback', 'check_callback', 'RunState', 'plan_steps',
-           'Control', 'is_due', 'RhythmCallback', 'Preempted', 'StopOnSignal', 'StopCallback', 'chosen_metric',
-           'is_better', 'is_gain', 'check_evaluates', 'EarlyStoppingCallback', 'update_best']
+__all__ = ['logger', 'SPOKEN', 'UNJUDGED', 'Callback', 'check_callback', 'RunState', 'plan_steps', 'Control', 'is_due',
+           'RhythmCallback', 'Preempted', 'StopCallback', 'chosen_metric', 'is_better', 'is_gain', 'check_evaluates',
+           'EarlyStoppingCallback', 'update_best']
 
 # %% ../../nbs/training/07_callbacks.ipynb #e155248e
 class Callback:
@@ -143,10 +142,6 @@ class RhythmCallback(Callback):
             control.should_training_stop = True
 
 # %% ../../nbs/training/07_callbacks.ipynb #e8d26c9e
-STOP_FILE = "STOP"
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-
-
 class Preempted(SystemExit):
     """The run was asked to stop, and can be resumed. A script that does not catch this ends with
     exit code 75.
@@ -156,32 +151,6 @@ class Preempted(SystemExit):
         super().__init__(message)
         self.code = TRY_AGAIN
 
-# %% ../../nbs/training/07_callbacks.ipynb #1fb4bbd6
-class StopOnSignal:
-    """Within `with`, the first SIGTERM or SIGUSR1 is recorded as `signalled`; a second one ends
-    this process at once.
-    """
-
-    signals = (signal.SIGTERM, signal.SIGUSR1)
-    reason = signalled = None
-
-    def __enter__(self):
-        self.reason = self.signalled = None
-        self.handlers = signal_handlers(self.notice, self.signals)
-        self.handlers.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.handlers.__exit__(*error)
-
-    def notice(self, number: int, frame):
-        "Handle a signal."
-        if self.signalled:
-            end_by_signal(number)
-        self.signalled = signal.Signals(number).name
-        text = "saving and stopping after this step; a second signal ends at once"
-        write_from_handler(f"{self.signalled}: {text}")
-
 # %% ../../nbs/training/07_callbacks.ipynb #ef6e3f40
 class StopCallback(StopOnSignal, Callback):
     """Within `with`, the first SIGTERM or SIGUSR1, or a file `STOP` in the output directory, makes
@@ -189,13 +158,19 @@ class StopCallback(StopOnSignal, Callback):
     was. A second signal ends this process at once.
     """
 
+    reason = None
+
     def __init__(self, output_dir: str | Path):
         self.file = Path(output_dir) / STOP_FILE
+
+    def __enter__(self):
+        self.reason = None
+        return super().__enter__()
 
     def on_step_end(self, trainer):
         if trainer.is_first_process and self.file.exists():
             self.reason = f"found {self.file}"
-        self.reason = self.signalled or self.reason
+        self.reason = self.asked or self.reason
         if not any_process(self.reason is not None):
             return
         self.reason = self.reason or "another process was asked to"

@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import nn
 
 from ..checkpoint.base import base_of
-from ..model.load import check_tokenizer
 from ..model.lora import freeze_silent, only_lora
 from ..model.loss import LossWeights
+from ..model.tokenizer import check_tokenizer
 from .arguments import HiggsTrainingArguments
 from .batches import check_hearing
 

@@ -5,14 +5,11 @@
 # %% ../../nbs/training/08_log.ipynb #77f29365
 from __future__ import annotations
 
-import atexit
 import csv
 import io
 import json
 import math
 import time
-from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -25,8 +22,8 @@ from .callbacks import SPOKEN, Callback
 from .probe import OFFSETS
 
 # %% auto #0
-__all__ = ['SHOWN', 'log_columns', 'json_line', 'csv_row', 'append', 'LogFileCallback', 'check_trackers', 'tracked',
-           'TrackerCallback', 'ProgressCallback', 'shown_losses', 'EventCallback']
+__all__ = ['SHOWN', 'log_columns', 'json_line', 'csv_row', 'append', 'LogFileCallback', 'ProgressCallback', 'shown_losses',
+           'EventCallback']
 
 # %% ../../nbs/training/08_log.ipynb #21f3581a
 def log_columns(config: PretrainedConfig) -> list[str]:  # of the model
@@ -104,47 +101,6 @@ def on_log(self: LogFileCallback, trainer, logs):
     folder = Path(trainer.args.output_dir)
     append(folder / "log.jsonl", json_line(entry))
     append(folder / "log.csv", csv_row(entry, self.columns))
-
-# %% ../../nbs/training/08_log.ipynb #2f01e215
-def check_trackers(names: list[str]) -> None:
-    "`RuntimeError` names a tracker of `report_to` whose package is not installed."
-    for name in names:
-        packages = {"tensorboard": ("tensorboard", "tensorboardX")}.get(name, (name,))
-        if not any(map(find_spec, packages)):
-            raise RuntimeError(f"report_to={name!r}: pip install {packages[0]}, or leave it out")
-
-# %% ../../nbs/training/08_log.ipynb #e38da71f
-def tracked(logs: dict) -> dict:
-    "A log entry as trackers show it, held-out values apart from those of training."
-    plain = {name: value for name, value in logs.items() if isinstance(value, (int, float, str))}
-    held_out = {n: f"eval/{n.removeprefix('eval_')}" for n in plain if n.startswith("eval_")}
-    return {held_out.get(name, f"train/{name}"): value for name, value in plain.items()}
-
-# %% ../../nbs/training/08_log.ipynb #780cc74e
-class TrackerCallback(Callback):
-    "Sends every log entry to the trackers of `report_to`."
-
-    begun = False
-
-    def begin(self, trainer):
-        "Begin a run with each tracker; they end when the program does."
-        args, accelerator = trainer.args, trainer.accelerator
-        named = {"wandb": "name", "trackio": "name", "mlflow": "run_name"} if args.run_name else {}
-        options = {tracker: {key: args.run_name} for tracker, key in named.items()}
-        for tracker, more in args.tracker_kwargs.items():
-            options[tracker] = options.get(tracker, {}) | more
-        accelerator.init_trackers(args.project, init_kwargs=options)
-        settings = {name: str(value) for name, value in asdict(args).items()}
-        for tracker in accelerator.trackers:
-            atexit.register(tracker.finish)
-            if tracker.name != "tensorboard":  # which would take settings for another run
-                tracker.store_init_configuration(settings)
-        self.begun = True
-
-    def on_log(self, trainer, logs):
-        if trainer.args.report_to and not self.begun:
-            self.begin(trainer)
-        trainer.accelerator.log(tracked(logs), step=trainer.state.global_step)
 
 # %% ../../nbs/training/08_log.ipynb #ffa5058b
 class ProgressCallback(Callback):

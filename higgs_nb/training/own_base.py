@@ -13,8 +13,8 @@ from torch import nn
 from ..checkpoint.adapter import trained_state
 from ..checkpoint.base import describe_base, stable_config
 from ..checkpoint.preflight import empty_base
-from ..model.load import tokenizer_fingerprint
 from ..model.shard import is_sharded, shard_base
+from ..model.tokenizer import tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 

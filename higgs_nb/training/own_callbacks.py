@@ -9,13 +9,9 @@ from peft import PeftModel
 
 from .callbacks import Callback, RhythmCallback, StopCallback, check_callback
 from .checkpoints import CheckpointCallback
-from higgs_nb.training.log import (
-    EventCallback,
-    LogFileCallback,
-    ProgressCallback,
-    TrackerCallback,
-)
+from .log import EventCallback, LogFileCallback, ProgressCallback
 from .speed import SpeedCallback
+from .trackers import TrackerCallback
 
 # %% auto #0
 __all__ = ['with_own_callbacks']

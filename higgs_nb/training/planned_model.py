@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from peft import LoraConfig
-from torch import nn
 from transformers import PretrainedConfig
 
 from ..family import family_of
@@ -118,7 +117,9 @@ def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return config
 
 # %% ../../nbs/training/20_planned_model.ipynb #4c2a3794
-def shapes_of_model(config: PretrainedConfig, settings: StepSettings, layers: int) -> nn.Module:
+def shapes_of_model(
+    config: PretrainedConfig, settings: StepSettings, layers: int
+) -> torch.nn.Module:
     "The model with its adapters on the meta device, with `layers` decoder layers."
     config = with_layers(config, layers)
     config._attn_implementation = "sdpa"

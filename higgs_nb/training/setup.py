@@ -13,7 +13,7 @@ from ..checkpoint.errors import explained
 from ..checkpoint.preflight import preflight
 from ..checkpoint.saving import make_dirs
 from ..data.audit import audit
-from ..model.load import tokenizer_fingerprint
+from ..model.tokenizer import tokenizer_fingerprint
 from higgs_nb.training.accelerator import (
     half_precision,
     make_accelerator,
@@ -23,10 +23,10 @@ from higgs_nb.training.accelerator import (
 )
 from .fit import check_datasets, check_model, set_loss_weights
 from .identity import describe_run
-from .log import check_trackers
 from .own_base import checkpoint_bytes, describe_own_base, divide_base
 from .processes import leave_processes, on_first_process
 from .speed import matmul_rate
+from .trackers import check_trackers
 
 # %% auto #0
 __all__ = ['make_output_dir', 'set_up', 'check_run']

@@ -16,7 +16,7 @@ from ..data.audio import load_audio
 from ..data.code_store import CodeStore
 from ..data.codec import Codec
 from ..data.conversation import Conversation
-from ..speech.clips import player
+from ..speech.player import player
 from .panel import Panel, labelled, picture
 from .plots import plot_codes, plot_waveform
 

@@ -19,7 +19,7 @@ from ..data.conversation import Audio, Conversation
 from ..data.corpus import load_corpus
 from ..data.corpus_check import check_corpus
 from ..data.measure import AudioRow
-from ..speech.clips import player
+from ..speech.player import player
 from .panel import Panel, neighbour, picture, refill, step_buttons
 from .plots import plot_waveform
 

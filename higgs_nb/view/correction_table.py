@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import ipywidgets as W
+from fastcore.basics import patch
 
 from ..core.html import Html, element, table
 from ..core.messages import visible
 from ..data.audio import load_audio
-from ..speech.clips import player
+from ..speech.player import player
 from .corrections import Corrections, Entry, doubts_in, recording_of
 from .panel import Panel, neighbour, refill, step_buttons
 
@@ -71,72 +72,88 @@ class CorrectionTable(Panel):
         self.store.on_click(lambda button: self.save())
         super().__init__([*controls.values(), self.before, self.after, self.store])
 
-    def listed(self) -> list[int]:
-        "Indices of the rows that search and filter leave."
-        words, kept = self.search.value.casefold(), []
-        for i, entry in enumerate(self.corrections.entries):
-            is_hidden = self.only.value and not doubts_in(entry.row)
-            if not is_hidden and words in f"{entry.row.get('id')} {entry.text}".casefold():
-                kept.append(i)
-        return kept
+# %% ../../nbs/view/10_correction_table.ipynb #bdaa0a9d
+@patch
+def listed(self: CorrectionTable) -> list[int]:
+    "Indices of the rows that search and filter leave."
+    words, kept = self.search.value.casefold(), []
+    for i, entry in enumerate(self.corrections.entries):
+        is_hidden = self.only.value and not doubts_in(entry.row)
+        if not is_hidden and words in f"{entry.row.get('id')} {entry.text}".casefold():
+            kept.append(i)
+    return kept
 
-    def label_of(self, i: int) -> str:  # index of a row
-        "A line of the list."
+# %% ../../nbs/view/10_correction_table.ipynb #7f9191dc
+@patch
+def label_of(self: CorrectionTable, i: int) -> str:  # index of a row
+    "A line of the list."
+    entry = self.corrections.entries[i]
+    mark = "x " if entry.dropped else "! " if doubts_in(entry.row) else ""
+    return mark + visible(f"{entry.row.get('id', i + 1)}: {entry.text[:60]}")
+
+# %% ../../nbs/view/10_correction_table.ipynb #f658953d
+@patch
+def go(self: CorrectionTable, by: int):
+    "Pick the row `by` places further down the list, if there is one."
+    self.pick.value = neighbour(self.listed(), self.pick.value, by)
+
+# %% ../../nbs/view/10_correction_table.ipynb #71a8c799
+@patch
+def take(self: CorrectionTable, i: int):
+    "Take the controls over into a row; words without a letter are told and not taken."
+    entry = self.corrections.entries[i]
+    entry.dropped = self.drop.value
+    if (self.text.value.strip(), self.speaker.value) == (entry.text, entry.speaker):
+        return
+    try:
+        self.corrections.correct(i, self.text.value, self.speaker.value)
+    except ValueError as error:
+        self.message = str(error)
+
+# %% ../../nbs/view/10_correction_table.ipynb #7b16d286
+@patch
+def show(self: CorrectionTable, i: int | None):
+    "Fill the controls with a row."
+    self.shown_row = i
+    if i is not None:
         entry = self.corrections.entries[i]
-        mark = "x " if entry.dropped else "! " if doubts_in(entry.row) else ""
-        return mark + visible(f"{entry.row.get('id', i + 1)}: {entry.text[:60]}")
+        self.text.value, self.speaker.value = entry.text, entry.speaker
+        self.drop.value = entry.dropped
 
-    def go(self, by: int):
-        "Pick the row `by` places further down the list, if there is one."
-        self.pick.value = neighbour(self.listed(), self.pick.value, by)
+# %% ../../nbs/view/10_correction_table.ipynb #01b388ba
+@patch
+def save(self: CorrectionTable):
+    "Write the table and say so."
+    try:
+        self.message = self.corrections.save()
+    except (ValueError, OSError) as error:
+        self.message = str(error)
+    self.update()
 
-    def fill(self):
-        "Take what was changed in the row that was shown; show the one that is picked."
-        self.message = ""
-        if self.shown_row is not None and self.shown_row == self.pick.value:
-            self.take(self.shown_row)
-        listed = self.listed()
-        picked = self.pick.value if self.pick.value in listed else next(iter(listed), None)
-        refill(self.pick, [(self.label_of(i), i) for i in listed], picked)
-        if picked != self.shown_row:
-            self.show(picked)
+# %% ../../nbs/view/10_correction_table.ipynb #29efc075
+@patch
+def fill(self: CorrectionTable):
+    "Take what was changed in the row that was shown; show the one that is picked."
+    self.message = ""
+    if self.shown_row is not None and self.shown_row == self.pick.value:
+        self.take(self.shown_row)
+    listed = self.listed()
+    picked = self.pick.value if self.pick.value in listed else next(iter(listed), None)
+    refill(self.pick, [(self.label_of(i), i) for i in listed], picked)
+    if picked != self.shown_row:
+        self.show(picked)
 
-    def take(self, i: int):
-        "Take the controls over into a row; words without a letter are told and not taken."
-        entry = self.corrections.entries[i]
-        entry.dropped = self.drop.value
-        if (self.text.value.strip(), self.speaker.value) == (entry.text, entry.speaker):
-            return
-        try:
-            self.corrections.correct(i, self.text.value, self.speaker.value)
-        except ValueError as error:
-            self.message = str(error)
-
-    def show(self, i: int | None):
-        "Fill the controls with a row."
-        self.shown_row = i
-        if i is not None:
-            entry = self.corrections.entries[i]
-            self.text.value, self.speaker.value = entry.text, entry.speaker
-            self.drop.value = entry.dropped
-
-    def save(self):
-        "Write the table and say so."
-        try:
-            self.message = self.corrections.save()
-        except (ValueError, OSError) as error:
-            self.message = str(error)
-        self.update()
-
-    def still(self) -> str:
-        entries = self.corrections.entries
-        doubtful = sum(bool(doubts_in(e.row)) for e in entries)
-        dropped = sum(e.dropped for e in entries)
-        head = element("p", f"{len(entries)} rows, {doubtful} doubtful, {dropped} dropped")
-        head += element("p", self.message, " role='status'") if self.message else Html("")
-        i, folder = self.pick.value, self.corrections.file.parent
-        sound = Html("") if i is None else entry_sound(entries[i], folder)
-        return head + sound + entry_table(entries, self.listed()[:SHOWN])
+# %% ../../nbs/view/10_correction_table.ipynb #e3d5c0d0
+@patch
+def still(self: CorrectionTable) -> str:
+    entries = self.corrections.entries
+    doubtful = sum(bool(doubts_in(e.row)) for e in entries)
+    dropped = sum(e.dropped for e in entries)
+    head = element("p", f"{len(entries)} rows, {doubtful} doubtful, {dropped} dropped")
+    head += element("p", self.message, " role='status'") if self.message else Html("")
+    i, folder = self.pick.value, self.corrections.file.parent
+    sound = Html("") if i is None else entry_sound(entries[i], folder)
+    return head + sound + entry_table(entries, self.listed()[:SHOWN])
 
 # %% ../../nbs/view/10_correction_table.ipynb #22f218be
 def correction_table(

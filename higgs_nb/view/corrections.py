@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.files import file_sha256, load_json, within, write_json
 from ..core.locks import lock_directory
 from ..data.corpus import load_corpus
@@ -109,27 +111,17 @@ class Corrections:
         kept = [e.row for e in self.entries if not e.dropped]
         return {**self.top, "samples": kept, "dropped": [e.row for e in self.entries if e.dropped]}
 
-    def save(self) -> str:
-        "Write the table; returns what is to be known. `ValueError` if it must not be written."
-        fd = lock_folder(self.file.parent)
-        try:
-            if file_sha256(self.file) != self.digest:
-                raise ValueError(f"{self.file} has changed since it was read: open it again")
-            write_json(self.file, self.content())
-            self.digest = file_sha256(self.file)
-        finally:
-            os.close(fd)
-        return self.told()
-
-    def told(self) -> str:
-        "How many rows are kept, and what is wrong with them together."
-        dropped = sum(e.dropped for e in self.entries)
-        saved = f"saved: {len(self.entries) - dropped} rows, {dropped} dropped"
-        try:
-            split_corpus(load_corpus(self.file))
-        except CorpusError as error:
-            return f"{saved}; before training correct this: {error}"
-        return saved
+# %% ../../nbs/view/09_corrections.ipynb #a57db040
+@patch
+def told(self: Corrections) -> str:
+    "How many rows are kept, and what is wrong with them together."
+    dropped = sum(e.dropped for e in self.entries)
+    saved = f"saved: {len(self.entries) - dropped} rows, {dropped} dropped"
+    try:
+        split_corpus(load_corpus(self.file))
+    except CorpusError as error:
+        return f"{saved}; before training correct this: {error}"
+    return saved
 
 # %% ../../nbs/view/09_corrections.ipynb #082f2226
 def lock_folder(folder: Path) -> int:
@@ -138,3 +130,17 @@ def lock_folder(folder: Path) -> int:
         return lock_directory(folder)
     except BlockingIOError as error:
         raise ValueError(f"a run uses {folder}: save when it has ended") from error
+
+# %% ../../nbs/view/09_corrections.ipynb #e1ed3e89
+@patch
+def save(self: Corrections) -> str:
+    "Write the table; returns what is to be known. `ValueError` if it must not be written."
+    fd = lock_folder(self.file.parent)
+    try:
+        if file_sha256(self.file) != self.digest:
+            raise ValueError(f"{self.file} has changed since it was read: open it again")
+        write_json(self.file, self.content())
+        self.digest = file_sha256(self.file)
+    finally:
+        os.close(fd)
+    return self.told()

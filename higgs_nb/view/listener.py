@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from scipy.stats import binomtest
 
 from ..core.html import Html, element, table
-from ..speech.clips import Speech, player
+from ..speech.clips import Speech
+from ..speech.player import player
 from .panel import Panel, labelled
 
 # %% auto #0

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from ..core.html import Html, element
 from ..core.messages import in_html, shown
 from ..data.audio import load_audio
-from ..speech.clips import player
+from ..speech.player import player
 from .panel import Panel, labelled, picture, refill
 from .plots import LOG_NAMES, plot_losses, plot_scores, series
 from higgs_nb.view.run_files import (

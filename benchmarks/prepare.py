@@ -118,6 +118,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side")
     args = parser.parse_args()
     clips = args.clips or 80
+    known = ["git", "-C", str(HERE), "cat-file", "-e", f"{BEFORE}^{{commit}}"]
+    if subprocess.run(known, capture_output=True).returncode:
+        parser.error(f"the commit {BEFORE} is not here: fetch the whole history of the repository")
     git = ["git", "-C", str(HERE), "worktree"]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from ..data.balance import Balance
 from ..data.conversation import Conversation
 from ..data.drawn import DrawnDataset
-from ..data.references import ReferencePool, ReferenceShares, follow_training
+from ..data.references import OWN, ReferencePool, ReferenceShares, follow_training
 from ..data.samples import SampleDataset, sample_options
 from .corpus import RunCorpus
 from .inputs import Inputs
 from .settings import Settings
 
 # %% auto #0
-__all__ = ['shares_of', 'balance_of', 'Drawing', 'drawing_of']
+__all__ = ['shares_of', 'balance_of', 'check_pool', 'Drawing', 'drawing_of']
 
 # %% ../../nbs/tasks/21_drawing.ipynb #14b44ae5
 def shares_of(settings: Settings) -> ReferenceShares:  # of a run
@@ -47,6 +47,17 @@ def balance_of(settings: Settings) -> Balance:  # of a run
         )
     return Balance(*temperatures, settings.language_column)
 
+# %% ../../nbs/tasks/21_drawing.ipynb #4bc528e9
+def check_pool(pool: ReferencePool) -> ReferencePool:
+    "The pool; `ValueError` if no conversation could follow a clip."
+    if (pool.counts > 1).any() or (pool.kinds == OWN).any():
+        return pool
+    why = ", ".join(f"{count:,} conversations {what}" for what, count in pool.without().items())
+    raise ValueError(
+        f"reference_share asks for references, and no conversation has another clip of its "
+        f"speaker: {why}. Name the column of the speakers with speaker_column, or leave it out"
+    )
+
 # %% ../../nbs/tasks/21_drawing.ipynb #3a46a35c
 @dataclass
 class Drawing:
@@ -66,7 +77,7 @@ class Drawing:
         "Find the clips of each speaker; the corpus, its held-out sentences with references."
         if self.shares.is_off:
             return corpus
-        self.pool = ReferencePool(corpus.train, store)
+        self.pool = check_pool(ReferencePool(corpus.train, store))
         held = follow_training(corpus.held, corpus.train, self.pool, self.shares, self.seed)
         print(self.about_references())
         return replace(corpus, held=held)

@@ -60,7 +60,7 @@ def copy_floor(
     rate = (count + 3 * (count + 1).sqrt() + 3) / labels.clamp(min=1)
     return rate.clamp(max=1).log().mean().neg().item() + 0.0
 
-
+# %% ../../nbs/training/01_probe.ipynb #fa6fd02e
 def entropy(counts: Tensor) -> float:  # (values,)
     "Entropy of the shares that some counts are of their sum; nats."
     return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().item()

@@ -254,8 +254,9 @@ def test_a_folder_inside_a_repository(folders, tmp_path):
     base = cached(tmp_path, "some/base")
     (base / "processor_config.json").write_text(json.dumps(dict(audio_tokenizer=named)))
     code = """
-    from higgs_nb.data.codec import HiggsCodec, load_codec
+    from higgs_nb.data.codec import load_codec
     from higgs_nb.data.codec_pairs import codec_of_base
+    from higgs_nb.data.higgs_codec import HiggsCodec
     print(load_codec("k2-fsa/OmniVoice:audio_tokenizer").fingerprint)
     print(HiggsCodec.from_pretrained("k2-fsa/OmniVoice", subfolder="audio_tokenizer").fingerprint)
     print(codec_of_base("some/base"))

@@ -150,7 +150,7 @@ def test_what_is_missing_is_said_before_anything_is_read(tmp_path, monkeypatch, 
         return None if name == missing else SimpleNamespace()
 
     monkeypatch.setattr(pauses, "find_spec", find)
-    monkeypatch.setattr(transcribe, "find_spec", find)
+    monkeypatch.setattr(transcribe, "has_speaker_encoder", lambda: missing != "resemblyzer")
     sf.write(tmp_path / "a.wav", np.zeros(16000), 16000)
     with pytest.raises(ImportError, match=rf"{missing}.*pip install higgs_nb\[eval\]"):
         transcribe_recordings(tmp_path, tmp_path / "out")
@@ -160,7 +160,7 @@ def test_what_is_missing_is_said_before_anything_is_read(tmp_path, monkeypatch, 
 def test_one_speaker_needs_no_encoder(monkeypatch):
     from higgs_nb.tasks import transcribe
 
-    monkeypatch.setattr(transcribe, "find_spec", lambda name: None)
+    monkeypatch.setattr(transcribe, "has_speaker_encoder", lambda: False)
     assert voice_encoder(1) is None
     with pytest.raises(ImportError, match="speakers=1"):
         voice_encoder(0)

@@ -19,10 +19,9 @@ from tqdm.auto import tqdm
 
 from .directory import occupied
 from .record import output_of
-from .stop import StopSignals
+from .stop import STOP_FILE, TRY_AGAIN, StopSignals
 from .sweep_file import SweepRun
 from ..core.files import write_json
-from ..core.signals import STOP_FILE, TRY_AGAIN
 
 # %% auto #0
 __all__ = ['HIGGS_RUN', 'start_run', 'run_job', 'visible_gpus', 'worker_environments', 'local_workers', 'dask_workers',

@@ -17,11 +17,10 @@ from .directory import output_directory, process_directory
 from .execution import run
 from .notebooks import describe, run_notebooks
 from .parameters import read_parameters, split_assignments
-from .stop import StopSignals, in_thread
+from .stop import TRY_AGAIN, StopSignals, in_thread
 from .summary import record_of, summary_lines
 from .terminal import FollowedRun
 from ..core.messages import shown
-from ..core.signals import TRY_AGAIN
 from ..training.processes import launched
 
 # %% auto #0

@@ -3,17 +3,19 @@
     python benchmarks/corpus.py                  # all three; benchmarks/results/corpus.json
     python benchmarks/corpus.py --rows 10000     # of this size only, and no file
 
-A corpus is made as `prepare` leaves one, without its sound: `metadata.json`, a table of the same
-conversations, packs of random codes, 75 frames each, which is three seconds, and the digests of
-recordings. A new process does what `train` does with a corpus before its first step: it
-compares the table with `metadata.json`, divides it, reads all codes once and compares them with
-their checks, counts the tokens of all samples, packs the first epoch, collates its first batch,
-and describes the data for the checkpoints. Then a second process does the same but for the codes,
-which the first one of several reads for all, while the first still holds everything. Memory is
-counted in proportion: a page that both have mapped is half of each. It is counted before the
-description, which imports the libraries of a training, and again behind it.
-At 10,000 rows a third process reads the same rows from `metadata.json` and writes every
-sample for its length, as was done before there were tables.
+A corpus is made as `prepare` leaves one, without its sound: `metadata.json`, a table of the
+same conversations, packs of random codes, 75 frames each, which is three seconds, and the
+digests of recordings; with it, a tokenizer of 1024 tokens that was fitted to the words. A new
+process does what `train` does with a corpus before its first step: it compares the table with
+`metadata.json`, divides it, reads all codes once and compares them with their checks, counts
+the tokens of all samples, packs the first epoch, collates its first batch, and describes the
+data for the checkpoints. Then a second process does the same but for the codes, which the first
+one of several reads for all, while the first still holds everything. Memory is counted in
+proportion: a page that both have mapped is half of each. It is counted before the description,
+which imports the libraries of a training, and again behind it.
+
+At 10,000 rows a third process reads the same rows from `metadata.json` and writes every sample
+for its length, as was done before there were tables.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import numpy as np
 import psutil
 import torch
 from safetensors import __version__ as safetensors_version
+from transformers import PreTrainedTokenizerFast
 
 from higgs_nb.core.files import file_sha256, write_json
 from higgs_nb.data.audio import Audio
@@ -40,7 +43,7 @@ from higgs_nb.data.collator import PackedBatchSampler, PackedCollator
 from higgs_nb.data.conversation import tts_conversation
 from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_table import CorpusTable, in_columns, write_samples, write_table
-from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.prompt import AudioTokens, fit_tokenizer
 from higgs_nb.data.recording_digests import DIGESTS_FILE, path_key
 from higgs_nb.data.samples import SampleDataset
 
@@ -98,6 +101,8 @@ def make_corpus(folder: Path, rows: int) -> None:
     states = np.full((rows, 3), 1)
     columns = dict(keys=keys[order], digests=digests[order], states=states)
     write_columns(store.root / DIGESTS_FILE, columns)
+    texts = [c.transcript for c in conversations(min(rows, 2000))]
+    fit_tokenizer(texts).save_pretrained(folder / "tokenizer")
     metadata = write_samples(folder / "metadata.json", (c.to_dict() for c in conversations(rows)))
     write_table(folder, conversations(rows), of=file_sha256(metadata))
 
@@ -154,7 +159,7 @@ def first_batch(folder: Path, options: argparse.Namespace) -> dict:
 
     corpus, train = (open_json if options.in_memory else open_table)(folder)
     done("rows")
-    tokenizer = byte_tokenizer()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     tokens = AudioTokens.from_tokenizer(tokenizer, 1024, CODEBOOKS)
     store = CodeStore(folder / "codes", NoCodec())
     done("store")

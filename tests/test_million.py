@@ -128,7 +128,7 @@ def test_memory_grows_by_a_few_bytes_for_each_row(both):
 
     grown(4, 100)  # fills what is filled once
     without_batches, with_batches = ((grown(n, 9500) - grown(n, 4500)) / 5000 for n in (2, 4))
-    assert without_batches[0] < 24 and with_batches[0] < 80
+    assert without_batches[0] < 24 and with_batches[0] < 32
     assert max(without_batches[1], with_batches[1]) < 200
 
 

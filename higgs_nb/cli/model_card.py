@@ -11,7 +11,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..core.messages import in_markdown
-from ..data.conversation import Audio
+from ..data.code_store import frames_of
+from ..data.conversation import Audio, Conversation
+from ..data.corpus_table import in_columns
 from ..data.samples import SampleDataset
 from ..family import FAMILIES, HIGGS_V2, RANDOM_BASES, Family
 
@@ -22,9 +24,9 @@ __all__ = ['PACKAGED', 'LEGAL', 'CARD', 'NOT_STOCK', 'NO_STOCK', 'TITLES', 'SETT
            'card_header', 'training_summary', 'model_card']
 
 # %% ../../nbs/cli/15_model_card.ipynb #60f192b2
-def learned_clips(data: SampleDataset) -> list[Audio]:  # of a run
-    "The recordings that the assistant speaks in a data set."
-    return [recording for c in data.conversations for recording in c.targets]
+def learned_clips(conversations: list[Conversation]) -> list[Audio]:  # of a run
+    "The recordings that the assistant speaks in some conversations."
+    return [recording for c in conversations for recording in c.targets]
 
 # %% ../../nbs/cli/15_model_card.ipynb #c7790b03
 def corpus_summary(
@@ -37,12 +39,17 @@ def corpus_summary(
     """
     summary = {}
     for name, data in (("train", train), ("held_out", held_out)):
-        clips = learned_clips(data)
-        frames = sum(data.store.get(clip).shape[1] for clip in clips)
+        clips, frames, speakers = 0, 0, {None}
+        for columns in in_columns(data.conversations):
+            some = list(columns.conversations)
+            learned = learned_clips(some)
+            clips += len(learned)
+            frames += int(frames_of(learned, data.store).sum())
+            speakers.update(c.speaker for c in some)
         summary[name] = len(data)
-        summary[f"{name}_clips"] = len(clips)
+        summary[f"{name}_clips"] = clips
         summary[f"{name}_hours"] = frames / frame_rate / 3600
-        summary[f"{name}_speakers"] = len({c.speaker for c in data.conversations} - {None})
+        summary[f"{name}_speakers"] = len(speakers) - 1
     return summary
 
 # %% ../../nbs/cli/15_model_card.ipynb #32722ae7

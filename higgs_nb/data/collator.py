@@ -5,6 +5,7 @@
 # %% ../../nbs/data/20_collator.ipynb #382f7c65
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -22,7 +23,7 @@ from .whisper_inputs import whisper_inputs
 
 # %% auto #0
 __all__ = ['target_index', 'is_frame', 'pad_rows', 'PaddedCollator', 'PackedCollator', 'cumulative', 'first_fit_decreasing',
-           'check_fits', 'first_fit', 'pack_windows', 'PackedBatchSampler', 'divide_largest']
+           'check_fits', 'first_fit', 'pack_some', 'pack_windows', 'PackedBatchSampler', 'divide_largest']
 
 # %% ../../nbs/data/20_collator.ipynb #54e4bbe3
 def target_index(
@@ -203,16 +204,9 @@ def first_fit(
         rooms[every, rows[:, i]] -= lengths
     return rows
 
-# %% ../../nbs/data/20_collator.ipynb #523e3daf
-def pack_windows(
-    order: np.ndarray,  # (samples,) indices, shuffled
-    lengths: Sequence[int],  # tokens of each sample
-    window: int,  # samples packed together
-    budget: int,  # tokens of a row, at most
-) -> list[list[int]]:
-    "Rows of the samples in `order`, window by window, each as `first_fit_decreasing` packs it."
-    if not len(order):
-        return []
+# %% ../../nbs/data/20_collator.ipynb #da4760f3
+def pack_some(order: np.ndarray, lengths: Sequence[int], window: int, budget: int) -> list[array]:
+    "As `pack_windows`, of all windows at the same time."
     window = min(window, len(order))
     windows = np.pad(order, (0, -len(order) % window), constant_values=-1).reshape(-1, window)
     tokens = np.where(windows < 0, 0, np.asarray(lengths)[windows])
@@ -220,10 +214,25 @@ def pack_windows(
     windows, tokens = (np.take_along_axis(x, by_length, axis=1) for x in (windows, tokens))
     rows = first_fit(tokens, budget)
     rows += np.arange(len(windows))[:, None] * window  # no window has more rows than samples
-    samples, rows = windows[windows >= 0], rows[windows >= 0]
+    samples, rows = windows[windows >= 0].astype(np.int32), rows[windows >= 0]
     by_row = np.argsort(rows, kind="stable")
     borders = np.flatnonzero(np.diff(rows[by_row])) + 1
-    return [row.tolist() for row in np.split(samples[by_row], borders)]
+    return [array("i", row.tobytes()) for row in np.split(samples[by_row], borders)]
+
+# %% ../../nbs/data/20_collator.ipynb #523e3daf
+def pack_windows(
+    order: np.ndarray,  # (samples,) indices, shuffled
+    lengths: Sequence[int],  # tokens of each sample
+    window: int,  # samples packed together
+    budget: int,  # tokens of a row, at most
+) -> list[array]:
+    """Rows of the samples in `order`, window by window, each as `first_fit_decreasing` packs it; 4
+    bytes for each sample.
+    """
+    rows = []
+    for first in range(0, len(order), 64 * window):
+        rows += pack_some(order[first : first + 64 * window], lengths, window, budget)
+    return rows
 
 # %% ../../nbs/data/20_collator.ipynb #3e4ea2ad
 class PackedBatchSampler(torch.utils.data.Sampler):
@@ -252,7 +261,7 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         "Choose the epoch of the next iteration."
         self.epoch = epoch
 
-    def pack(self, order: np.ndarray) -> list[list[int]]:
+    def pack(self, order: np.ndarray) -> list[array]:
         "Rows of the samples in `order`, see `pack_windows`."
         return pack_windows(order, self.lengths, self.window, self.token_budget)
 
@@ -262,7 +271,7 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         samples = len(self.lengths)
         return (rng.permutation(samples) if self.shuffle else np.arange(samples)), rng
 
-    def batches(self, epoch: int) -> list[list[int]]:
+    def batches(self, epoch: int) -> list[array]:
         "The batches of an epoch, the same number in every epoch."
         order, rng = self.permutation(epoch)
         rows = self.pack(order)
@@ -279,7 +288,7 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         "Batches of an epoch."
         return len(self.pack(self.permutation(0)[0]))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[array]:
         return iter(self.batches(self.epoch))
 
     def __len__(self) -> int:
@@ -290,7 +299,7 @@ class PackedBatchSampler(torch.utils.data.Sampler):
         return sum(self.lengths) / (len(self) * self.token_budget)
 
 # %% ../../nbs/data/20_collator.ipynb #2e54a1ef
-def divide_largest(rows: list[list[int]]) -> None:
+def divide_largest(rows: list[array]) -> None:
     "Divide the row with most samples in two, in place."
     largest = max(range(len(rows)), key=lambda r: len(rows[r]))
     rows[largest : largest + 1] = [rows[largest][::2], rows[largest][1::2]]

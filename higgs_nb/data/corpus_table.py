@@ -146,9 +146,9 @@ def table_batches(path: Path) -> tuple[list[pa.RecordBatch], dict[str, str]]:
     return batches, metadata
 
 # %% ../../nbs/data/40_corpus_table.ipynb #1efe6b93
-def as_arrow(numbers: np.ndarray) -> pa.Array:  # (n,) int64
+def as_arrow(numbers: np.ndarray) -> pa.Array:  # (n,) int32
     "The same numbers, not copied."
-    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
+    return pa.Array.from_buffers(pa.int32(), len(numbers), [None, pa.py_buffer(numbers)])
 
 # %% ../../nbs/data/40_corpus_table.ipynb #ab55357f
 class CorpusTable(Sequence):
@@ -157,13 +157,14 @@ class CorpusTable(Sequence):
     def __init__(
         self,
         path: str | Path,  # of the table
-        rows: np.ndarray | None = None,  # (n,) numbers of the rows that it has; None: all
+        rows: np.ndarray | None = None,  # (n,) int32 numbers of the rows that it has; None: all
     ):
         self.path = Path(path)
         self.batches, self.metadata = table_batches(self.path)
         self.columns = [[batch.column(name) for name in SCHEMA.names] for batch in self.batches]
         self.forms = {}
-        self.rows = np.arange(sum(map(len, self.batches))) if rows is None else rows
+        everything = sum(map(len, self.batches))
+        self.rows = np.arange(everything, dtype=np.int32) if rows is None else rows
 
     def __getstate__(self) -> dict:
         return dict(path=self.path, rows=self.rows)
@@ -171,7 +172,7 @@ class CorpusTable(Sequence):
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
 
-    def part(self, rows: np.ndarray) -> CorpusTable:  # (n,) indices into this one
+    def part(self, rows: np.ndarray | slice) -> CorpusTable:  # (n,) indices into this one
         "The conversations with these indices; the table itself is shared."
         part = object.__new__(CorpusTable)
         part.__dict__.update(self.__dict__, rows=self.rows[rows])
@@ -182,7 +183,7 @@ class CorpusTable(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return self.part(np.arange(len(self))[index])
+            return self.part(index)
         row = int(self.rows[index])
         columns = self.columns[row // ROWS]
         return self.conversation(*(column[row % ROWS].as_py() for column in columns))
@@ -205,8 +206,9 @@ class CorpusTable(Sequence):
 
     def side(self, split: str | None) -> CorpusTable:  # "train", "held_out"; None: not stated
         "The conversations that state this split."
-        stated = [value == split for part in self.column("split") for value in part.to_pylist()]
-        return self.part(np.flatnonzero(np.array(stated, bool)))
+        values = (value for part in self.column("split") for value in part.to_pylist())
+        stated = np.fromiter((value == split for value in values), bool, len(self))
+        return self.part(np.flatnonzero(stated))
 
     def column(self, name: str) -> Iterator[pa.Array]:
         "A column of `SCHEMA`, for each run of rows that lie in one batch of the file."
@@ -215,7 +217,8 @@ class CorpusTable(Sequence):
         for first, end in zip(borders, borders[1:]):
             if first < end:
                 rows = self.rows[first:end]
-                yield self.columns[int(rows[0]) // ROWS][at].take(as_arrow(rows % ROWS))
+                rows_of_batch = as_arrow((rows % ROWS).astype(np.int32))
+                yield self.columns[int(rows[0]) // ROWS][at].take(rows_of_batch)
 
 # %% ../../nbs/data/40_corpus_table.ipynb #7247a4cf
 class Joined(Sequence):

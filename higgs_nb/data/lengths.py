@@ -101,8 +101,10 @@ def sample_lengths(
     "Tokens (conversations,) int64 of every sample, rows of codes included."
     forms, beginnings = {}, mark_beginnings(tokenizer)
     more = rows_beside_frames(tokens, delay)
-    lengths = [np.zeros(0, np.int64)]
+    lengths, first = np.zeros(len(conversations), np.int64), 0
     for columns in in_columns(conversations):
         rows = sums(store.frames(columns.recordings) + more, columns.recording_counts)
-        lengths.append(rows + prompt_tokens(columns, tokenizer, forms, beginnings))
-    return np.concatenate(lengths)
+        end = first + len(rows)
+        lengths[first:end] = rows + prompt_tokens(columns, tokenizer, forms, beginnings)
+        first = end
+    return lengths

@@ -309,7 +309,7 @@ class SampleDataset(torch.utils.data.Dataset):
         return expand(encoded, self.tokens, conversation.id, *options)
 
     @cached_property
-    def lengths(self) -> array[int]:
+    def lengths(self) -> array:
         "Tokens of every sample, rows of codes included, see `sample_lengths`; 4 bytes each."
         if not self.has_counted_frames:
             return array("i", (len(self[i]) for i in range(len(self))))

@@ -300,9 +300,9 @@ def test_a_plan_knows_that_samples_have_references():
 @pytest.fixture(scope="module")
 def two_speakers(tmp_path_factory):
     "A table of six clips of two speakers."
-    folder = write_recordings(tmp_path_factory.mktemp("two"), 6)
+    folder = write_recordings(tmp_path_factory.mktemp("two") / "recordings", 6)
     lines = ["file_name,text,speaker,locale"]
-    for i, file in enumerate(sorted(folder.glob("*.wav"))):
+    for i, file in enumerate(sorted(folder.glob("*.opus"))):
         text = file.with_suffix(".txt")
         speaker, locale = ("ann", "en") if i < 4 else ("bob", "fr")
         lines.append(f'{file.name},"{text.read_text().strip()}",{speaker},{locale}')

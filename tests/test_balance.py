@@ -265,6 +265,7 @@ def test_both_families_have_all_three_prompts(family):
 def test_a_drawn_run_resumes_to_the_bit(tmp_path):
     "Two processes, killed in the middle of an epoch; other shares are another run."
     options = dict(ranks=2, drawn=True, token_budget=330, max_steps=16, save_steps=5, eval_steps=8)
+    options |= dict(save_total_limit=5)
     assert run(tmp_path / "whole", **options) == [0, 0], said(tmp_path / "whole")
     killed = tmp_path / "killed"
     assert run(killed, die=(7, KILL), **options) == [-KILL, -KILL], said(killed)

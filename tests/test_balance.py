@@ -265,6 +265,7 @@ def test_both_families_have_all_three_prompts(family):
 def test_a_drawn_run_resumes_to_the_bit(tmp_path):
     "Two processes, killed in the middle of an epoch; other shares are another run."
     options = dict(ranks=2, drawn=True, token_budget=330, max_steps=16, save_steps=5, eval_steps=8)
+    options |= dict(save_total_limit=5)
     assert run(tmp_path / "whole", **options) == [0, 0], said(tmp_path / "whole")
     killed = tmp_path / "killed"
     assert run(killed, die=(7, KILL), **options) == [-KILL, -KILL], said(killed)
@@ -300,9 +301,9 @@ def test_a_plan_knows_that_samples_have_references():
 @pytest.fixture(scope="module")
 def two_speakers(tmp_path_factory):
     "A table of six clips of two speakers."
-    folder = write_recordings(tmp_path_factory.mktemp("two"), 6)
+    folder = write_recordings(tmp_path_factory.mktemp("two") / "recordings", 6)
     lines = ["file_name,text,speaker,locale"]
-    for i, file in enumerate(sorted(folder.glob("*.wav"))):
+    for i, file in enumerate(sorted(folder.glob("*.opus"))):
         text = file.with_suffix(".txt")
         speaker, locale = ("ann", "en") if i < 4 else ("bob", "fr")
         lines.append(f'{file.name},"{text.read_text().strip()}",{speaker},{locale}')

@@ -139,9 +139,9 @@ docs: $(SETUP)
 	rm -rf _docs && mv _proc/_docs _docs
 	@echo "the site is in _docs: $(PYTHON) -m http.server -d _docs"
 
-bench: $(SETUP)
+bench: $(SETUP) $(CODEC)/torchaudio
 	@ls benchmarks/*.py >/dev/null || { echo "make bench: no benchmark in benchmarks/" >&2; exit 1; }
-	@set -e; for benchmark in $(filter-out benchmarks/small_base.py benchmarks/gpu.py benchmarks/transcribe.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; $(TOOLS)/python "$$benchmark" $(ARGS); done
+	@set -e; for benchmark in $(filter-out benchmarks/small_base.py benchmarks/history.py benchmarks/gpu.py benchmarks/transcribe.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; PYTHONPATH="$$(mkdir -p $(CODEC) && cd $(CODEC) && pwd)" $(TOOLS)/python "$$benchmark" $(ARGS); done
 
 bench-transcribe: $(SETUP)
 	$(TOOLS)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[eval]"
@@ -150,6 +150,7 @@ bench-transcribe: $(SETUP)
 scores: $(SETUP)
 	$(TOOLS)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[eval]"
 	$(TOOLS)/python benchmarks/small_base.py $(ARGS)
+	$(TOOLS)/python benchmarks/history.py
 
 prepare: $(SETUP)
 	$(TOOLS)/nbdev_export

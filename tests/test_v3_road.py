@@ -3,6 +3,7 @@ interrupted and resumed, spoken, evaluated and exported. The cells of the run no
 in this process, which takes seconds where a kernel each would take minutes.
 """
 
+import math
 import shutil
 
 import matplotlib
@@ -18,20 +19,29 @@ from higgs_nb.checkpoint.validate import validate_checkpoint
 from higgs_nb.cli.notebooks import notebook_of
 from higgs_nb.cli.plan import plan_of, plan_values
 from higgs_nb.core.files import load_json
+from higgs_nb.data.audio import load_audio
+from higgs_nb.data.audit import audit
 from higgs_nb.data.codec import load_codec
+from higgs_nb.data.collator import PackedCollator
+from higgs_nb.data.conversation import tts_conversation
 from higgs_nb.data.corpus import load_corpus
+from higgs_nb.data.prompt import AudioTokens
+from higgs_nb.data.samples import encode_conversation, expand
 from higgs_nb.family import HIGGS_V3
-from higgs_nb.model.load import base_family, load_model, load_tokenizer
+from higgs_nb.model.load import base_family, load_config, load_model, load_tokenizer
 from higgs_nb.model.merge import merge_lora
 from higgs_nb.model.native import CODEC, is_native
 from higgs_nb.speech.generate import generate_speech
 from higgs_nb.speech.long import speak_texts
+from higgs_nb.speech.own_speech import reference_pair
 from higgs_nb.speech.stream import stream_speech
 from higgs_nb.training.plan import host_and_disk
 from higgs_nb.training.recipe import recipe_of
 from higgs_nb.view.codes_explorer import codes_explorer
 from higgs_nb.view.corpus_explorer import corpus_explorer
-from higgs_nb.view.monitor import run_monitor
+from higgs_nb.view.label_explorer import label_explorer
+from higgs_nb.view.monitor import VIEWS, plot_run, run_monitor
+from higgs_nb.view.run_files import read_log
 
 TABLE = "model.embed_audio_tokens"
 RECIPE = dict(codec="world", learning_rate=5e-3, warmup=1, rank=4, token_budget=512, epochs=0)
@@ -214,11 +224,52 @@ def test_an_exported_model_is_a_base_again(road, exported):
     assert base_family(merged) is HIGGS_V3
 
 
-def test_the_widgets_show_it(prepared, trained):
-    assert "step 4" in run_monitor(trained, follow=False).still()
+def test_the_explorers_show_it(prepared):
     conversations = load_corpus(prepared)
     assert "whispering" in corpus_explorer(conversations).still()
     assert "codebooks" in codes_explorer(conversations, load_codec("world")).still()
+
+
+def test_the_monitor_shows_it(trained):
+    "Every view has a picture, that of the losses has EOS in the place of text, and it is heard."
+    monitor = run_monitor(trained, follow=False)
+    newest = {key: value for entry in read_log(trained) for key, value in entry.items()}
+    assert "step 4" in monitor.still() and f"EOS {newest['end_loss']:.3f}" in monitor.still()
+    for view in VIEWS:
+        monitor.show.value = view
+        assert f"The {view} of train up to step 4" in monitor.still()
+    history = read_log(trained)
+    losses = plot_run(history, "losses", math.log(1026))
+    titles = [ax.get_title().split(" (")[0] for ax in losses.axes]
+    assert titles == ["audio", "EOS", "each codebook"]
+    [probe] = plot_run(history, "probe").axes
+    for figure in (losses.axes, [probe]):
+        drawn = [line for ax in figure for line in ax.lines if line.get_label()[0] != "_"]
+        assert len(drawn) >= 4 and all(len(line.get_ydata()) for line in drawn)
+    monitor.sample.value = monitor.sample.options[-1]
+    assert "<audio" in monitor.still()
+
+
+def test_the_labels_of_a_batch_are_walked_through(road, prepared):
+    "The last row of a clip has a code in the last codebook and EOS, which is learned, elsewhere."
+    base, codec = str(road / "base"), load_codec("world")
+    tokenizer = load_tokenizer(base)
+    tokens = AudioTokens.from_config(load_config(base, None), tokenizer)
+    other, talk = load_corpus(prepared)[:2]
+    voice = reference_pair(other)
+    heard = tts_conversation(talk.transcript, talk.audio[-1], id="heard", reference=voice)
+    samples = []
+    for c in (talk, heard):
+        codes = [codec.encode(load_audio(audio)) for audio in c.audio]
+        samples.append(expand(encode_conversation(c, tokenizer, codes), tokens, c.id))
+    batch = PackedCollator(tokens)(samples)
+    explorer = label_explorer(audit(batch, tokenizer, tokens))
+    for sample in (0, 1):
+        explorer.sample.value = sample
+        explorer.go(10**6)
+        assert "supervised" in explorer.still() and "1025" in explorer.still()
+        explorer.figure()
+    assert any(row["kind"] == "reference" for row in explorer.rows())
 
 
 def test_a_stream_is_the_clip(road):
@@ -230,3 +281,25 @@ def test_a_stream_is_the_clip(road):
     chunks = list(stream_speech(model, tokenizer, text, codec, chunk_s=0.2, **options))
     assert len(clip.pieces) == 2 and len(chunks) > 4
     assert torch.allclose(torch.cat(chunks), clip.waveform, atol=1e-4)
+
+
+def test_a_base_with_random_weights_takes_the_whole_road(tmp_path):
+    "`base=tiny_v3`: the run makes it, and nothing of it is under the licence of the release."
+    assert plan_of("tiny_v3", plan_values("tiny_v3", [])).fits(12)
+    given = dict(base="tiny_v3", device="cpu", max_clips=4, steps=2, eval_every=2, save_every=2)
+    given |= dict(speak=0, table=1, rank=2, max_speech_s=0.4, token_budget=512)
+    out = run("train", tmp_path / "train", **given)
+    record = load_json(out / "run.json")
+    assert record["finished"] and base_family(str(out / "base")) is HIGGS_V3
+    assert record["parameters"]["train_in_full"] == [TABLE, "model.embed_tokens"]
+    short = dict(run=str(out), max_frames=6, device="cpu")
+    [clip] = load_json(run("speak", tmp_path / "speak", text="Hold.", **short) / "speak.json")[
+        "clips"
+    ]
+    assert clip["seconds"] > 0
+    exported = run("export", tmp_path / "export", text="Hold.", **short)
+    assert base_family(str(exported / "merged")) is HIGGS_V3
+    assert HIGGS_V3.notice not in (exported / "merged" / "README.md").read_text()
+    assert not (exported / "merged" / "NOTICE").exists()
+    merged = dict(base=str(exported / "merged"), text="Hold.", max_frames=6, device="cpu")
+    assert run("speak", tmp_path / "again", **merged)

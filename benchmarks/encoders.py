@@ -19,10 +19,11 @@ import torch
 import transformers
 
 from higgs_nb.data.code_store import CodeStore
-from higgs_nb.data.codec import load_codec, tiny_higgs_codec
+from higgs_nb.data.codec import load_codec
 from higgs_nb.data.conversation import Audio
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.data.encoders import cores
+from higgs_nb.data.higgs_codec import tiny_higgs_codec
 
 RESULTS = Path(__file__).parent / "results" / "encoders.json"
 

@@ -27,7 +27,8 @@ from higgs_nb.data.codec import load_codec
 from higgs_nb.model.load import base_path, load_model
 from higgs_nb.speech.evaluate import evaluate
 from higgs_nb.speech.judges import Judges, default_judges
-from higgs_nb.speech.long import LongSpeech, speak_texts
+from higgs_nb.speech.long import speak_texts
+from higgs_nb.speech.long_text import LongSpeech
 from higgs_nb.speech.score import voice_of
 
 RESULTS = Path(__file__).parent / "results" / "history.json"

@@ -327,7 +327,7 @@ def test_a_run_that_draws(family, two_speakers, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     matplotlib.use("agg")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("higgs_nb.tasks.compare.missing_judges", lambda: ["all"])
+        patched.setattr("higgs_nb.tasks.speaking.missing_judges", lambda: ["all"])
         for cell in (c for c in nbformat.read(notebook_of("train"), 4).cells):
             if cell.cell_type == "code":
                 exec(compile(cell.source, "train", "exec"), namespace)

@@ -31,13 +31,12 @@ from higgs_nb.cli.machine import (
 from ..core.files import load_json
 from ..core.messages import shown
 from ..core.system import torchaudio_remedy
-from ..family import RANDOM_BASES
 
 # %% auto #0
 __all__ = ['FORMATS', 'BASE_FORMS', 'WEIGHTS', 'INDEX', 'can_read', 'check_audio', 'try_data', 'check_data', 'check_torchaudio',
-           'missing_parts_of_weights', 'missing_files', 'check_base_directory', 'ask_hub', 'check_cached', 'check_hub',
-           'check_kernel', 'check_notebooks', 'is_out_of_memory', 'memory_steps', 'memory_advice', 'one_line',
-           'print_findings', 'argument_parser', 'main']
+           'missing_parts_of_weights', 'missing_files', 'check_base_directory', 'ask_hub', 'check_cached', 'is_random',
+           'check_hub', 'check_kernel', 'check_notebooks', 'is_out_of_memory', 'memory_steps', 'memory_advice',
+           'one_line', 'print_findings', 'argument_parser', 'main']
 
 # %% ../../nbs/cli/20_doctor.ipynb #ccff738f
 FORMATS = (
@@ -217,10 +216,19 @@ def check_cached(base: str, config: str) -> Finding:  # its `config.json` in the
         return Finding("base", "problem", f"{error}", BASE_FORMS)
     return Finding("base", "ok", f"{base} is in the cache")
 
+# %% ../../nbs/cli/20_doctor.ipynb #4498e618
+def is_random(base: str) -> bool:
+    "Whether a base is made where it is used, as `tiny` is; what an older Python cannot know."
+    if check_python().state == "problem":
+        return False
+    from higgs_nb.family import RANDOM_BASES
+
+    return base in RANDOM_BASES
+
 # %% ../../nbs/cli/20_doctor.ipynb #ff1732a1
 def check_hub(base: str) -> Finding:  # as for `higgs_run train -p base=...`
     "A base is in the package, in a directory, in the cache, or on the hub."
-    if base in ("small", *RANDOM_BASES):
+    if base == "small" or is_random(base):
         return Finding("base", "ok", base)
     if Path(base).exists():
         return check_base_directory(Path(base))

@@ -53,7 +53,7 @@ class StopOnSignal:
     one ends this process at once.
     """
 
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = tuple(s for s in signal.Signals if s.name in ("SIGTERM", "SIGUSR1"))
     asked = None
 
     def __enter__(self):

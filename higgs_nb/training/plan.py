@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fastcore.basics import patch
@@ -71,11 +71,15 @@ class MemoryPlan:
     origin: str  # of the configuration
     config: PretrainedConfig
     settings: StepSettings
+    simulated: dict = field(default_factory=dict, repr=False, compare=False)  # see `with_settings`
 
     @cached_property
     def stages(self) -> dict[str, dict[str, int]]:
         "Stage -> bytes by kind when their sum is largest."
-        stages = simulate(self.config, self.settings)
+        settings = repr(self.settings)
+        if settings not in self.simulated:
+            self.simulated[settings] = simulate(self.config, self.settings)
+        stages = self.simulated[settings]
         generated = speaking_bytes(self.config, self.settings.dtype.itemsize)
         return stages | {"speaking": speaking_stage(stages["evaluation"], generated)}
 
@@ -109,7 +113,7 @@ def fits(self: MemoryPlan, card: float) -> bool:  # GB
 
 @patch
 def with_settings(self: MemoryPlan, **changes) -> MemoryPlan:
-    "The plan of another run."
+    "The plan of another run of the same model. What was simulated for either is known to both."
     return replace(self, settings=replace(self.settings, **changes))
 
 # %% ../../nbs/training/23_plan.ipynb #c525e236

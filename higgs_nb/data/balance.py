@@ -169,7 +169,7 @@ def _passes(sizes: np.ndarray, first: np.ndarray, end: np.ndarray):
     number = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count) + begin[group]
     return group, number
 
-
+# %% ../../nbs/data/47_balance.ipynb #1fc4231c
 def draw_epoch(
     groups: np.ndarray,  # (n,) of each conversation, from 0
     often: np.ndarray,  # (groups,) conversations of each in an epoch, about

@@ -108,7 +108,7 @@ def write_table(
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
     return folder / TABLE_FILE
 
-
+# %% ../../nbs/data/40_corpus_table.ipynb #2bcdac92
 def write_samples(
     path: Path,  # of the metadata.json
     samples: Iterable[dict],  # each as `Conversation.to_dict` gives it
@@ -284,7 +284,7 @@ def columns_of_table(table: CorpusTable) -> Columns:
         lists["recordings"][1],
     )
 
-
+# %% ../../nbs/data/40_corpus_table.ipynb #e2f2011d
 def in_columns(
     conversations: Sequence[Conversation],  # a list, a `CorpusTable`, or these joined
     size: int = 2**11,  # conversations at a time

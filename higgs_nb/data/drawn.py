@@ -234,7 +234,7 @@ def longest_others(pool: ReferencePool, added: np.ndarray) -> np.ndarray:
     most[may] = np.where(alone, 0, of_clip[chosen])
     return most
 
-
+# %% ../../nbs/data/49_drawn.ipynb #f56e2361
 def longest_samples(data: DrawnDataset, lengths: Lengths) -> np.ndarray:
     "Tokens (n,) of the longest sample that can be drawn of each conversation."
     most = np.zeros(len(lengths.without), np.int64)

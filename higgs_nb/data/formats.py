@@ -229,7 +229,7 @@ def _tables_of(
     tables = [parquet_table(folder, shards, choice, allow_outside)] if shards else []
     return tables + [FILES[f.suffix.lower()](f, choice, allow_outside) for f in others]
 
-
+# %% ../../nbs/data/35_formats.ipynb #6f687ec5
 def _no_tables(folder: Path, config: HubConfig, files: list[Path]) -> CorpusError:
     "An error about a configuration of which no file is read."
     names = ", ".join(shown(file.name) for file in files[:5])
@@ -238,7 +238,7 @@ def _no_tables(folder: Path, config: HubConfig, files: list[Path]) -> CorpusErro
     )
     return corpus_error(what, "unpack archives, and name the folder with the recordings")
 
-
+# %% ../../nbs/data/35_formats.ipynb #98355dd7
 def read_config(
     path: Path,  # of a data set
     configs: list[HubConfig],  # of its README

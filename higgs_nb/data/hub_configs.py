@@ -28,7 +28,7 @@ class HubConfig:
     splits: dict[str, tuple[str, ...]]  # split, empty: not stated -> patterns of its files
     is_default: bool = False
 
-
+# %% ../../nbs/data/50_hub_configs.ipynb #963ba7aa
 def _patterns(value) -> tuple[str, ...]:
     "One pattern or a list of them; `ValueError` for anything else."
     patterns = [value] if isinstance(value, str) else value
@@ -40,7 +40,7 @@ def _patterns(value) -> tuple[str, ...]:
             raise ValueError(f"the path {shown(pattern)[:80]!r} leads out of the data set")
     return tuple(patterns)
 
-
+# %% ../../nbs/data/50_hub_configs.ipynb #03dc97ba
 def _splits(value) -> dict[str, tuple[str, ...]]:
     "Split -> patterns, of any form of `data_files`; `ValueError` if it is none."
     if isinstance(value, dict):
@@ -67,7 +67,7 @@ def _config(entry) -> HubConfig:
     name = entry["config_name"]
     return HubConfig(name, placed, entry.get("default") is True or name == "default")
 
-
+# %% ../../nbs/data/50_hub_configs.ipynb #268c17a7
 MAX_README = 2**22  # bytes
 
 
@@ -80,7 +80,7 @@ def _front_matter(path: Path) -> str:
         return ""
     return "\n".join(lines[: [line.strip() for line in lines].index("---")])
 
-
+# %% ../../nbs/data/50_hub_configs.ipynb #209155e4
 def hub_configs(
     folder: Path,  # of a data set
 ) -> list[HubConfig]:
@@ -134,7 +134,7 @@ def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:  # both witho
             reached = {i + 1 for i in reached if i < len(parts) and fnmatchcase(parts[i], piece)}
     return len(parts) in reached
 
-
+# %% ../../nbs/data/50_hub_configs.ipynb #1912da28
 def config_files(
     folder: Path,  # of a data set
     files: Sequence[Path],  # all that it holds

@@ -34,7 +34,7 @@ def _below(folder: str, paths: pa.ChunkedArray) -> pa.ChunkedArray:
     joined = pc.binary_join_element_wise(folder, paths, "/")
     return pc.if_else(pc.starts_with(paths, "/"), paths, joined)
 
-
+# %% ../../nbs/data/51_joined_tables.ipynb #91d7ccd0
 def rerooted(
     table: RowTable,
     root: Path,  # a folder above that of the table
@@ -52,7 +52,7 @@ def rerooted(
         rows = _replaced(rows, "split", pa.scalar(side_of(split), pa.string()))
     return rows
 
-
+# %% ../../nbs/data/51_joined_tables.ipynb #6aedbdbe
 def _name_in(path: Path, split: str, table: RowTable) -> str:
     "What tells a table of a data set from the others."
     if table.path == path:

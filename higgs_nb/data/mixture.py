@@ -54,7 +54,7 @@ def _share(conversations: list[Conversation], weight: float, seed: int) -> list[
     drawn = {id(c) for c in sorted(conversations, key=place)[:count]}
     return [c for c in conversations for _ in range(times + (id(c) in drawn))]
 
-
+# %% ../../nbs/data/37_mixture.ipynb #e9ed7d36
 def _check_weights(weights: dict[str, float], names: list[str]) -> None:
     "`ValueError` unless the weights are those of corpora that there are."
     for name in weights:
@@ -63,7 +63,7 @@ def _check_weights(weights: dict[str, float], names: list[str]) -> None:
             asked = did_you_mean(str(name), names)
             raise ValueError(f"weights names the corpus {name!r}, and there is none{asked}: {held}")
 
-
+# %% ../../nbs/data/37_mixture.ipynb #8ffc59a7
 def weighted(
     conversations: list[Conversation],  # to train on
     weights: dict[str, float],  # times that each corpus counts, by name; those left out: 1

@@ -107,7 +107,7 @@ class Drawing:
         drawn = dict(balance=self.balance, shares=self.shares, pool=self.pool, besides=besides)
         return DrawnDataset(conversations, *options, **drawn, **reading)
 
-
+# %% ../../nbs/tasks/21_drawing.ipynb #c13d9283
 def drawing_of(settings: Settings) -> Drawing:  # of a run
     "How a run draws its samples; `ValueError` if its parameters do not fit together."
     return Drawing(balance_of(settings), shares_of(settings), settings.seed)

@@ -137,7 +137,7 @@ class CorpusStatistics:
             ax.spines[["top", "right"]].set_visible(False)
         return fig
 
-
+# %% ../../nbs/view/11_corpus_statistics.ipynb #eede275a
 def corpus_statistics(
     train: Sequence[Conversation],  # a list, a `CorpusTable`, or these joined
     held_out: Sequence[Conversation],  # likewise

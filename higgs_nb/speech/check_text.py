@@ -15,8 +15,8 @@ from .pauses import check_installed
 from .transcripts import Recogniser, Written
 
 # %% auto #0
-__all__ = ['OTHER_WORDS', 'NOT_SAID', 'NOT_WRITTEN', 'Place', 'letters_of', 'differences', 'Tolerance', 'misfit_of', 'ClipCheck',
-           'check_clip']
+__all__ = ['OTHER_WORDS', 'NOT_SAID', 'NOT_WRITTEN', 'Place', 'letters_of', 'takes_an_end', 'differences', 'Tolerance',
+           'misfit_of', 'ClipCheck', 'check_clip']
 
 # %% ../../nbs/speech/17_check_text.ipynb #68dace6e
 @dataclass(frozen=True)
@@ -36,6 +36,20 @@ class Place:
 def letters_of(text: str, normalise: Callable[[str], str] = str) -> str:
     "The letters and digits of a text in the form in which they are compared."
     return sentence_key(normalise(text)).replace(" ", "")
+
+# %% ../../nbs/speech/17_check_text.ipynb #7d1c5a37
+def takes_an_end(letters: str, start: int, end: int) -> bool:
+    "Whether `letters` without those from `start` to `end` are what is left without one end."
+    before, behind = letters[:start], letters[end:]
+    return before == letters[end - start : end] or behind == letters[start : start + len(behind)]
+
+
+def _place(text: str, heard: str, a: tuple[int, int], b: tuple[int, int]) -> Place:
+    lacking, said = text[slice(*a)], heard[slice(*b)]
+    if lacking and said:
+        return Place(lacking, said, a[0] == 0 or a[1] == len(text))
+    at_edge = takes_an_end(text, *a) if lacking else takes_an_end(heard, *b)
+    return Place(lacking, said, at_edge)
 
 # %% ../../nbs/speech/17_check_text.ipynb #9cb04c8f
 def differences(
@@ -60,11 +74,6 @@ def differences(
             spans.pop()
         spans.append((a, b))
     return [_place(text, heard, a, b) for a, b in spans]
-
-
-def _place(text: str, heard: str, a: tuple[int, int], b: tuple[int, int]) -> Place:
-    at_edge = a[0] == 0 or a[1] == len(text)
-    return Place(text[slice(*a)], heard[slice(*b)], at_edge)
 
 # %% ../../nbs/speech/17_check_text.ipynb #9f2c3998
 @dataclass(frozen=True)

@@ -488,6 +488,7 @@ def test_validator_sees_a_flipped_byte(trained, tmp_path, capsys):
     assert "adapter_model.safetensors" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sweep_of_training_runs(prepared, tmp_path):
     """Two ranks, and the notebook that compares them: a table with the losses, the better first,
     and curves.

@@ -102,6 +102,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_both_train_on_what_all_have_spoken(runs):
     record = load_json(runs / "whole" / "run.json")
     spoken, codes = rehearsal.load_spoken(runs / "whole" / rehearsal.SPOKEN)
@@ -113,6 +114,7 @@ def test_both_train_on_what_all_have_spoken(runs):
         assert f"{len(spoken)} utterances to rehearse" in text
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_bit(runs):
     whole, again = (
         load_file(runs / name / "adapter" / "adapter_model.safetensors")

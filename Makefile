@@ -82,7 +82,7 @@ test: $(SETUP) $(CODEC)/torchaudio
 	OMP_NUM_THREADS=1 PYTHONPATH="$$(mkdir -p $(CODEC) && cd $(CODEC) && pwd)" $(TOOLS)/pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(SETUP) $(CODEC)/torchaudio
-	OMP_NUM_THREADS=1 PYTHONPATH="$$(mkdir -p $(CODEC) && cd $(CODEC) && pwd)" $(TOOLS)/pytest -m slow -n $(WORKERS) --maxprocesses 4 $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH="$$(mkdir -p $(CODEC) && cd $(CODEC) && pwd)" $(TOOLS)/pytest -m slow -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 # Where bitsandbytes is installed, peft loads it with every start; so it lies apart.
 test-bits: $(SETUP)

@@ -71,7 +71,7 @@ class MemoryPlan:
     origin: str  # of the configuration
     config: PretrainedConfig
     settings: StepSettings
-    simulated: dict = field(default_factory=dict, repr=False, compare=False)  # see `with_settings`
+    simulated: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def stages(self) -> dict[str, dict[str, int]]:
@@ -114,7 +114,9 @@ def fits(self: MemoryPlan, card: float) -> bool:  # GB
 @patch
 def with_settings(self: MemoryPlan, **changes) -> MemoryPlan:
     "The plan of another run of the same model. What was simulated for either is known to both."
-    return replace(self, settings=replace(self.settings, **changes))
+    variant = replace(self, settings=replace(self.settings, **changes))
+    variant.simulated = self.simulated
+    return variant
 
 # %% ../../nbs/training/23_plan.ipynb #c525e236
 def host_and_disk(plan: MemoryPlan, keep: int = 2) -> dict[str, int]:  # checkpoints that stay

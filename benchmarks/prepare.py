@@ -133,7 +133,7 @@ def main():
         finally:
             subprocess.run([*git, "remove", "--force", str(before)], check=True)
     if not args.clips:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, shared with other programs"
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
         about = dict(clips=clips, rounds=args.rounds, before=BEFORE, machine=machine)
         about |= dict(python=platform.python_version(), torch=torch.__version__)
         write_json(RESULTS, dict(rows=rows, **about))

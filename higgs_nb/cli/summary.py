@@ -14,8 +14,8 @@ from ..core.messages import shown
 
 # %% auto #0
 __all__ = ['Rows', 'SPOKEN_METRICS', 'SUMMARIES', 'part_of', 'number_at', 'mapping_at', 'list_at', 'from_to', 'command',
-           'written', 'spoken_rows', 'loss_rows', 'train_rows', 'prepare_rows', 'evaluate_rows', 'export_rows',
-           'speak_rows', 'summary_lines', 'record_of']
+           'written', 'spoken_rows', 'loss_rows', 'clip_files', 'train_rows', 'prepare_rows', 'evaluate_rows',
+           'export_rows', 'speak_rows', 'summary_lines', 'record_of']
 
 # %% ../../nbs/cli/24_summary.ipynb #04a8997b
 def part_of(record, *keys):
@@ -70,10 +70,10 @@ def written(rows: Rows) -> list[str]:
     return [f"  {shown(name).ljust(width)}  {shown(text)}".rstrip() for name, text in rows]
 
 # %% ../../nbs/cli/24_summary.ipynb #3d12e8fb
-SPOKEN_METRICS = {  # of `before_and_after`: name in the summary, format
-    "stops %": ("stops by itself", "{:.0f}%"),
-    "WER %": ("word error rate", "{:.0f}%"),
-    "similarity": ("voice similarity", "{:.2f}"),
+SPOKEN_METRICS = {  # of `before_and_after`: name in the summary, format, what to expect
+    "stops %": ("stops by itself", "{:.0f}%", "100% is right"),
+    "WER %": ("words wrong", "{:.0f}%", "0% is right"),
+    "similarity": ("voice similarity", "{:.2f}", "one voice 0.8 or more, two about 0.5"),
 }
 
 
@@ -82,10 +82,13 @@ def spoken_rows(run: dict) -> Rows:  # what `run.json` of a training run holds
     arms = mapping_at(run, "before_and_after")
     groups = [str(arm).removeprefix("after") for arm in arms if str(arm).startswith("after")]
     rows = []
-    for metric, (name, form) in SPOKEN_METRICS.items():
+    for metric, (name, form, expected) in SPOKEN_METRICS.items():
+        found = []
         for group in groups:
             ends = [number_at(arms, f"{arm}{group}", metric, 0) for arm in ("before", "after")]
-            rows.append((name + group, from_to(*ends, form)))
+            if change := from_to(*ends, form):
+                found.append(f"{group.removeprefix(', ')} {change}".strip())
+        rows.append((name, f"{', '.join(found)} ({expected})" if found else ""))
     return rows
 
 # %% ../../nbs/cli/24_summary.ipynb #1f01ce3d
@@ -94,9 +97,24 @@ def loss_rows(run: dict) -> Rows:  # what `run.json` of a training run holds
     rows = []
     for part in ("audio", "text"):
         ends = [number_at(run, f"held_out_{part}_loss", end) for end in ("before", "after")]
-        rows.append((f"held-out {part} loss", from_to(*ends)))
+        change = from_to(*ends)
+        rows.append((f"held-out {part} loss", change and f"{change} (lower is better)"))
     rows.append(("training audio loss", from_to(None, number_at(run, "train_audio_loss"))))
-    return [*rows, ("offset probe", str(part_of(run, "verdict") or ""))]
+    verdict = part_of(run, "verdict_explained") or part_of(run, "verdict")
+    return [*rows, ("offset probe", str(verdict or ""))]
+
+# %% ../../nbs/cli/24_summary.ipynb #62464bf6
+def clip_files(out: Path) -> Rows:  # of a training run
+    "Its first sentence, after training and before, as files to listen to; the text beside it."
+    steps = sorted((out / "samples").glob("step-*/clips.json"))
+    ends = dict.fromkeys([*steps[-1:], *steps[:1]])  # one, if there is only one
+    rows = []
+    for name, file in zip(("listen", "before training"), ends):
+        clips = load_json(file)
+        sound, text = part_of(clips, 0, "file"), part_of(clips, 0, "text")
+        if isinstance(sound, str) and isinstance(text, str):
+            rows.append((name, f"{file.parent / Path(sound).name}: {text}"))
+    return rows or [("listen", str(out / "train.ipynb"))]
 
 
 def train_rows(run: dict, out: Path) -> Rows:
@@ -105,7 +123,7 @@ def train_rows(run: dict, out: Path) -> Rows:
         *loss_rows(run),
         *spoken_rows(run),
         ("adapter", str(out / "adapter")),
-        ("listen", f"{out / 'samples'}, {out / 'train.ipynb'}"),
+        *clip_files(out),
         ("next", command("speak", run=out, text="Thank you for calling.")),
         ("", command("evaluate", run=out)),
         ("", command("export", run=out)),

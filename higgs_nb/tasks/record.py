@@ -14,7 +14,7 @@ from ..core.messages import shown
 from .inputs import Inputs
 from .settings import Settings
 from ..training.loop import HiggsTrainer, TrainOutput
-from ..training.probe import OffsetProbe
+from ..training.probe import EXPLAIN, OffsetProbe
 
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'write_settings', 'before_after', 'median_speed', 'probe_losses', 'training_record',
@@ -92,6 +92,7 @@ def training_record(
         train_audio_loss=losses[-1],
         probe=probe_losses(probe),
         verdict=probe.verdict if probe else "nothing is held out",
+        verdict_explained=EXPLAIN[probe.verdict] if probe else None,
         training_seconds=round(result.metrics["train_runtime"], 1),
         tokens_per_second=median_speed(history),
         device=inputs.device,

@@ -16,7 +16,7 @@ from ..cli.directory import reading
 from ..core.files import file_sha256
 from ..core.messages import cut_list, plain_text
 from ..data.audio import load_audio
-from ..data.code_store import CodeStore, check_prepared
+from ..data.code_store import CodeStore
 from ..data.columns import Choice
 from ..data.conversation import Audio, Conversation
 from ..data.corpus import conversations_of, corpus_rows, embedded_corpus, load_corpus
@@ -25,6 +25,7 @@ from ..data.corpus_split import split_corpus
 from ..data.corpus_table import TABLE_FILE, CorpusTable, in_columns
 from ..data.formats import RowList, local_path
 from ..data.mixture import weighted
+from ..data.prepared_codes import check_prepared
 from ..data.row_table import RowTable
 from ..data.understood import understood
 from .inputs import Inputs

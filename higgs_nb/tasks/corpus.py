@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from ..data.file_readers import RowList
 
 from ..cli.directory import reading
 from ..core.files import file_sha256
@@ -23,7 +24,7 @@ from ..data.corpus import conversations_of, corpus_rows, embedded_corpus, load_c
 from ..data.corpus_check import CorpusReport, check_corpus
 from ..data.corpus_split import split_corpus
 from ..data.corpus_table import TABLE_FILE, CorpusTable, in_columns
-from ..data.formats import RowList, local_path
+from ..data.hub_corpus import local_path
 from ..data.mixture import weighted
 from ..data.prepared_codes import check_prepared
 from ..data.row_table import RowTable

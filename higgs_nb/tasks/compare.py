@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .run_corpus import RunCorpus
+from .sides import learned_recording
 
 from ..data.conversation import Conversation
 from ..speech.clips import Speech
@@ -17,7 +19,6 @@ from ..speech.evaluate import Evaluation, evaluate
 from ..speech.forced import greedy
 from ..speech.generate import generate_speech
 from ..speech.judges import Judges
-from .corpus import RunCorpus, learned_recording
 from .inputs import Inputs
 from .settings import Settings
 from .speaking import max_frames

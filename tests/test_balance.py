@@ -12,6 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from higgs_nb.cli.planned_run import plan_of, plan_values
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from miniature import write_recordings, write_v3_base
@@ -19,7 +20,6 @@ from resume_job import log, make_trainer, run, said, whole_state
 
 from higgs_nb.checkpoint.errors import CheckpointError
 from higgs_nb.cli.notebooks import notebook_of
-from higgs_nb.cli.plan import plan_of, plan_values
 from higgs_nb.core.files import load_json
 from higgs_nb.data.balance import Balance, draw_epoch, group_conversations, id_keys
 from higgs_nb.data.blocks import speech_task

@@ -18,9 +18,10 @@ from test_codec_store import Loudness
 from higgs_nb.data import recording_digests
 from higgs_nb.data.audio import load_audio
 from higgs_nb.data.code_packs import CodePack, PackFolder
-from higgs_nb.data.code_store import CodeStore, check_prepared
+from higgs_nb.data.code_store import CodeStore
 from higgs_nb.data.conversation import Audio
 from higgs_nb.data.dask_workers import dask_client
+from higgs_nb.data.prepared_codes import check_prepared
 
 CODEC = Loudness()
 

@@ -15,13 +15,14 @@ from tiny_codec import needs_torchaudio, tiny_higgs_codec
 
 from higgs_nb.data import codec as codec_module
 from higgs_nb.data.audio import load_audio
-from higgs_nb.data.code_store import CodeStore, check_prepared
+from higgs_nb.data.code_store import CodeStore
 from higgs_nb.data.codec import check_codec, load_codec
 from higgs_nb.data.codec_pairs import check_codec_fits, codec_of_base
 from higgs_nb.data.collator import PackedCollator
 from higgs_nb.data.conversation import Audio, tts_conversation
 from higgs_nb.data.corpus import embedded_corpus
 from higgs_nb.data.higgs_codec import HIGGS_CODEC, HIGGS_CODEC_COPY, HiggsCodec, is_training_only
+from higgs_nb.data.prepared_codes import check_prepared
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import SampleDataset
 from higgs_nb.model.model import HiggsAudioForTraining, tiny_config, tiny_model

@@ -19,6 +19,7 @@ import pytest
 import soundfile as sf
 import torch
 from datasets import Dataset, DatasetDict
+from higgs_nb.data.unreadable import NoTranscripts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,6 @@ from higgs_nb.data.conversation import Audio, tts_conversation
 from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_check import check_corpus
 from higgs_nb.data.corpus_split import split_corpus
-from higgs_nb.data.formats import NoTranscripts
 from higgs_nb.data.hub_configs import hub_configs
 from higgs_nb.data.mixture import weighted
 from higgs_nb.data.problems import CorpusError

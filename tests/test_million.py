@@ -17,8 +17,10 @@ from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_table import CorpusTable
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.samples import SampleDataset
-from higgs_nb.tasks import corpus as corpus_tasks
+from higgs_nb.tasks import large_corpus
+from higgs_nb.tasks.corpus import read_corpus
 from higgs_nb.tasks.settings import Settings
+from higgs_nb.tasks.sides import spoken
 from higgs_nb.training.batches import CollateOrBlank, Ids, Shard
 from higgs_nb.training.identity import describe_data
 
@@ -94,10 +96,10 @@ def test_a_table_is_described_as_its_rows_are(both):
 
 def begun(data):
     "What a run computes of its data before the first step."
-    spoken = corpus_tasks.spoken(data.conversations)
+    with_speech = spoken(data.conversations)
     sampler = PackedBatchSampler(data.lengths, 2048, seed=3)
     blank = CollateOrBlank(None, data)
-    return spoken, describe_data(data), sampler.batches(0), blank
+    return with_speech, describe_data(data), sampler.batches(0), blank
 
 
 def test_no_row_becomes_a_conversation_but_those_that_are_looked_at(both, monkeypatch):
@@ -159,19 +161,19 @@ def test_a_run_opens_a_large_corpus_by_its_table(made, monkeypatch, capsys):
     given = dict(data=str(folder), learn_references=False, max_clips=0, max_duration_s=30.0)
     settings = Settings("train", given, dict.fromkeys(given, "given"))
     inputs = SimpleNamespace(codec=module.NoCodec(), codec_name="made up")
-    assert corpus_tasks.large_table(settings) is None, "so small a corpus is read"
-    monkeypatch.setattr(corpus_tasks, "TABLE_FROM", ROWS)
-    corpus = corpus_tasks.read_corpus(settings, inputs)
+    assert large_corpus.large_table(settings) is None, "so small a corpus is read"
+    monkeypatch.setattr(large_corpus, "TABLE_FROM", ROWS)
+    corpus = read_corpus(settings, inputs)
     assert isinstance(corpus.train, CorpusTable) and isinstance(corpus.spoken_train, CorpusTable)
     assert (len(corpus.spoken_train), len(corpus.spoken_held)) == (9900, 100)
     store = CodeStore(folder / "codes", module.NoCodec())
     assert store.encode_all(corpus.recordings, False) == dict(clips=ROWS, hits=ROWS, misses=0)
     assert corpus.typical(store) in list(corpus.held)
-    few = corpus_tasks.read_table(corpus.report.table, replace_values(settings, max_clips=7))
+    few = large_corpus.read_table(corpus.report.table, replace_values(settings, max_clips=7))
     assert (len(few.train), len(few.held)) == (7, 7)
     with open(folder / "metadata.json", "a") as file:
         file.write(" ")
-    assert corpus_tasks.large_table(settings) is None
+    assert large_corpus.large_table(settings) is None
     assert "metadata.json has changed since corpus.arrow was made of it" in capsys.readouterr().out
 
 

@@ -37,9 +37,9 @@ from higgs_nb.cli.parameters import (
 from higgs_nb.cli.plain_yaml import load_yaml
 from higgs_nb.cli.record import surroundings
 from higgs_nb.cli.run import main as higgs_run
-from higgs_nb.cli.run import print_error
 from higgs_nb.cli.sweep import main as higgs_sweep
 from higgs_nb.cli.sweep_file import read_sweep
+from higgs_nb.core.messages import print_error
 from higgs_nb.family import HIGGS_V2
 from higgs_nb.training.recipe import recipe_of
 

@@ -5,116 +5,19 @@
 # %% ../../nbs/cli/11_jobs.ipynb #681a330b
 from __future__ import annotations
 
-import os
-import queue
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from .directory import occupied
-from .record import output_of
 from .stop import StopSignals
 from .sweep_file import SweepRun
-from ..core.files import write_json
 from ..core.signals import STOP_FILE, TRY_AGAIN
 
 # %% auto #0
-__all__ = ['HIGGS_RUN', 'start_run', 'run_job', 'visible_gpus', 'worker_environments', 'local_workers', 'dask_workers',
-           'stop_runs', 'exit_code', 'outcome', 'collect', 'run_jobs']
-
-# %% ../../nbs/cli/11_jobs.ipynb #3436545e
-HIGGS_RUN = "import sys; from higgs_nb.cli.run import main; sys.exit(main())"
-
-
-def start_run(r: SweepRun, environment: dict) -> int:  # variables that are added
-    "Execute a run with `higgs_run`; returns its exit code, negative if a signal ended it."
-    r.out.mkdir(parents=True, exist_ok=True)
-    given = r.out / "given.yaml"
-    write_json(given, r.parameters)
-    options = ["-f", given, "--out", r.out, "--verbose"]
-    command = [sys.executable, "-c", HIGGS_RUN, r.notebook, *options]
-    with open(r.out / "higgs_run.log", "a", encoding="utf-8") as log:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **environment},
-        )
-    return done.returncode
-
-# %% ../../nbs/cli/11_jobs.ipynb #ecc466f3
-def run_job(r: SweepRun, environment: dict | None = None) -> int:  # variables that are added
-    "Bring a run to its end unless it is done; returns the exit code of `higgs_run`."
-    while True:
-        while occupied(r.out):
-            time.sleep(0.5)
-        if r.state == "done":
-            return 0
-        code = start_run(r, environment or {})
-        another_was_faster = code == 2 and occupied(r.out)
-        if not another_was_faster:
-            return code
-
-# %% ../../nbs/cli/11_jobs.ipynb #7d950ccf
-def visible_gpus() -> list[str]:
-    "Names of the GPUs that may be used, as CUDA_VISIBLE_DEVICES takes them."
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [g for g in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if g]
-    listed = output_of("nvidia-smi", "-L") or ""
-    return [str(i) for i, _ in enumerate(listed.splitlines())]
-
-# %% ../../nbs/cli/11_jobs.ipynb #2189197d
-def worker_environments(jobs: int = 0) -> list[dict]:
-    """The variables of the environment that give each of `jobs` runs its part of this machine;
-    0: as many runs as there is room for.
-    """
-    gpus = visible_gpus()
-    cpus = os.cpu_count() or 1
-    jobs = jobs or len(gpus) or max(cpus // 4, 1)
-    shared = {}
-    if "OMP_NUM_THREADS" not in os.environ:
-        shared["OMP_NUM_THREADS"] = str(max(cpus // jobs, 1))
-    if not gpus:
-        return [shared] * jobs
-    return [{**shared, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs)]
-
-# %% ../../nbs/cli/11_jobs.ipynb #ed7ea71b
-@contextmanager
-def local_workers(jobs: int = 0) -> Iterator[Callable[[SweepRun], Future]]:
-    """Within `with`, a function that starts a run and returns its future; `jobs` runs execute
-    at a time on this machine.
-    """
-    free = queue.Queue()
-    for environment in worker_environments(jobs):
-        free.put(environment)
-
-    def run_in_part(r):
-        environment = free.get()
-        try:
-            return run_job(r, environment)
-        finally:
-            free.put(environment)
-
-    with ThreadPoolExecutor(free.qsize()) as pool:
-        yield lambda r: pool.submit(run_in_part, r)
-
-# %% ../../nbs/cli/11_jobs.ipynb #880260f8
-@contextmanager
-def dask_workers(address: str) -> Iterator[Callable[[SweepRun], Future]]:
-    "As `local_workers`, on the workers of a Dask scheduler, which see the same directories."
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise ValueError("--dask needs Dask: pip install 'higgs_nb[dask]'") from error
-    with Client(address) as client, client.get_executor(pure=False, retries=0) as pool:
-        yield lambda r: pool.submit(run_job, r)
+__all__ = ['stop_runs', 'exit_code', 'outcome', 'collect', 'run_jobs']
 
 # %% ../../nbs/cli/11_jobs.ipynb #977ef739
 def stop_runs(running: dict[Future, SweepRun]) -> None:

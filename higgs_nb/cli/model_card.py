@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..core.messages import in_markdown
-from ..data.code_store import frames_of
+from ..data.codes_by_path import frames_of
 from ..data.conversation import Audio, Conversation
 from ..data.corpus_table import in_columns
 from ..data.samples import SampleDataset

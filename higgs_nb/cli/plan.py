@@ -10,105 +10,16 @@ import json
 import sys
 import warnings
 
-from .lora_parameters import lora_of
-from .notebooks import defaults_of, parameters_of
-from .parameters import AUTO, check_parameters, read_pair, split_assignments
-from .run import print_error
-from ..core.messages import did_you_mean, shown
+from .parameters import split_assignments
+from .planned_run import MPS, OF_TRAIN, plan_of, plan_values
+from ..core.messages import print_error
 from ..family import RANDOM_BASES
-from ..model.load import base_family
 from ..training.advice import advice
 from ..training.cards import CardTable, compare_cards
-from ..training.plan import MemoryPlan, gigabytes, host_and_disk, plan_training, schedule
-from ..training.planned_model import ALLOWED
-from ..training.recipe import recipe_of
+from ..training.plan import MemoryPlan, gigabytes, host_and_disk, schedule
 
 # %% auto #0
-__all__ = ['OF_TRAIN', 'PRECISIONS', 'MPS', 'read_given', 'plan_values', 'planned_as', 'longest_s', 'plan_of', 'as_text',
-           'as_data', 'positive', 'count', 'argument_parser', 'main']
-
-# %% ../../nbs/cli/21_plan.ipynb #c3ba8de5
-OF_TRAIN = tuple(
-    """revision targets rank alpha dropout rslora dora rank_pattern train_in_full text_loss_weight
-    token_budget optimizer accumulate gradient_checkpointing precision bits device sharding
-    use_audio_out_self_attention whisper max_duration_s keep reference_share
-    reference_alone_share""".split()
-)
-
-# %% ../../nbs/cli/21_plan.ipynb #689154b6
-def read_given(pairs: list[list[str]]) -> dict:  # [key, text], of `-p`
-    "The parameters that were given; `ValueError` names one that is wrong or that no plan has."
-    known, given = parameters_of("train"), {}
-    for key, text in pairs:
-        if key in OF_TRAIN:
-            given[key] = read_pair(key, text, known[key])
-        elif key in known:
-            raise ValueError(f"{key} changes nothing about the memory of a run: leave it out")
-        else:
-            hint = did_you_mean(key, OF_TRAIN)
-            raise ValueError(f"a plan has no parameter {shown(key)!r}{hint}")
-    return check_parameters("train", given)
-
-# %% ../../nbs/cli/21_plan.ipynb #4d6efa81
-def plan_values(base: str, pairs: list[list[str]]) -> dict:  # [key, text], of `-p`
-    "All parameters of a plan; see `read_given` for errors."
-    defaults, recipe = defaults_of("train"), recipe_of(base)
-    values = {name: defaults[name] for name in OF_TRAIN} | read_given(pairs)
-    filled = {name for name, value in values.items() if value == AUTO and hasattr(recipe, name)}
-    return values | {name: getattr(recipe, name) for name in filled}
-
-# %% ../../nbs/cli/21_plan.ipynb #13d56549
-PRECISIONS = {"auto": "bf16", "bfloat16": "bf16", "float16": "bf16", "float32": "fp32"}
-MPS = (
-    "MPS has not been measured: this is the plan of a CPU. A Mac's GPU shares the memory of its "
-    "host, of which macOS lets it have a part, so leave a third of it free. A base is loaded in "
-    "float32 there; what saves memory is gradient_checkpointing=True and a smaller token_budget, "
-    "while bits and adamw_bnb_8bit need bitsandbytes, which was not tried there."
-)
-
-
-def planned_as(device: str, precision: str) -> tuple[str, str]:  # parameters of a run
-    "Device and precision that a plan follows; `ValueError` for a device that is not planned."
-    if device == "mps":
-        return "cpu", "fp32" if precision == AUTO else PRECISIONS[precision]
-    device = "cuda" if device == AUTO else device
-    if device not in ALLOWED["device"]:
-        raise ValueError(
-            f"device={device}: memory is planned on cuda and cpu, and on mps as on a CPU. Start "
-            "with a small token_budget there and watch what the first steps take"
-        )
-    return device, PRECISIONS[precision]
-
-# %% ../../nbs/cli/21_plan.ipynb #1bb141c2
-def longest_s(values: dict) -> float:  # of `plan_values`
-    "Seconds of speech of the longest sample: a clip, and the reference that it may follow."
-    has_reference = values["reference_share"] or values["reference_alone_share"]
-    return values["max_duration_s"] * (2 if has_reference else 1)
-
-# %% ../../nbs/cli/21_plan.ipynb #055804e8
-def plan_of(
-    base: str,
-    values: dict,  # of `plan_values`
-    processes: int = 1,  # one for each device
-) -> MemoryPlan:
-    "The plan of a run of `train`, for each of its processes."
-    same = ("token_budget", "accumulate", "gradient_checkpointing", "bits")
-    device, precision = planned_as(values["device"], values["precision"])
-    return plan_training(
-        base,
-        lora_of(values, base_family(base).architecture),
-        precision=precision,
-        optimizer=values["optimizer"],
-        device=device,
-        revision=values["revision"] or None,
-        use_audio_out_self_attention=values["use_audio_out_self_attention"] or None,
-        whisper=values["whisper"] or None,
-        text_loss=bool(values["text_loss_weight"]),
-        processes=processes,
-        sharding=values["sharding"],
-        max_duration_s=longest_s(values),
-        **{name: values[name] for name in same},
-    )
+__all__ = ['as_text', 'as_data', 'positive', 'count', 'argument_parser', 'main']
 
 # %% ../../nbs/cli/21_plan.ipynb #72a08b7f
 def as_text(plan: MemoryPlan, cards: CardTable, keep: int, args: argparse.Namespace) -> str:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from .ending import report_done, report_failure, report_stop, was_stopped
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -18,21 +19,13 @@ from .execution import run
 from .notebooks import describe, run_notebooks
 from .parameters import read_parameters, split_assignments
 from .stop import StopSignals, in_thread
-from .summary import record_of, summary_lines
 from .terminal import FollowedRun
 from ..core.launcher import launched
-from ..core.messages import shown
-from ..core.signals import TRY_AGAIN
+from ..core.messages import print_error, shown
 
 # %% auto #0
-__all__ = ['SEVERAL', 'MAX_INPUT', 'print_error', 'argument_parser', 'parse_arguments', 'chosen_directory', 'was_stopped',
-           'report_stop', 'report_failure', 'report_done', 'follow_run', 'with_standard_input', 'run_command',
-           'list_command', 'main']
-
-# %% ../../nbs/cli/09_run.ipynb #38837572
-def print_error(text: str) -> None:
-    "Print a message on the user's terminal, without control characters."
-    print("\n".join(map(shown, text.split("\n"))), file=sys.stderr)
+__all__ = ['SEVERAL', 'MAX_INPUT', 'argument_parser', 'parse_arguments', 'chosen_directory', 'follow_run', 'with_standard_input',
+           'run_command', 'list_command', 'main']
 
 # %% ../../nbs/cli/09_run.ipynb #de62f7e8
 def argument_parser() -> argparse.ArgumentParser:
@@ -92,49 +85,6 @@ def chosen_directory(args: argparse.Namespace, given: dict) -> Path:  # paramete
         raise ValueError(f"--out {args.out} and -p out={given['out']}: leave one out")
     out = output_directory(args.out or given.get("out") or f"runs/{Path(args.name).stem}")
     return process_directory(out, rank)
-
-# %% ../../nbs/cli/09_run.ipynb #b19364a2
-def was_stopped(error: Exception, stop: StopSignals) -> bool:
-    "Whether an error of a run means that it was asked to stop."
-    is_preempted = getattr(error, "ename", None) == "Preempted"
-    return is_preempted or (stop.asked is not None and isinstance(error, DeadKernelError))
-
-# %% ../../nbs/cli/09_run.ipynb #f7b685e4
-def report_stop(args: argparse.Namespace, error: Exception, stop: StopSignals) -> int:
-    "Print that a run has stopped and how to resume it; returns the exit code."
-    reason = stop.asked or "as asked"
-    print_error(
-        f"{Path(args.name).stem} stopped before its end, {reason}: the same command goes on"
-    )
-    if getattr(error, "evalue", ""):
-        print_error(f"  {error.evalue}")
-    print_error(f"  to resume: {args.command}")
-    return TRY_AGAIN
-
-# %% ../../nbs/cli/09_run.ipynb #81337f65
-def report_failure(args: argparse.Namespace, error: Exception, stage: str) -> int:
-    "Print why a run failed; returns the exit code."
-    where = f"{Path(args.name).stem} failed at {stage!r}"
-    if not isinstance(error, PapermillExecutionError):
-        print_error(f"{where}: {error}")
-        return 1
-    if args.verbose:
-        print_error(str(error))  # with the traceback
-    print_error(f"{where}, in cell [{error.exec_count}] of the executed notebook:")
-    print_error(f"{error.ename}: {error.evalue}")
-    return 1
-
-# %% ../../nbs/cli/09_run.ipynb #8034d888
-def report_done(executed: Path) -> int:  # notebook, in the directory of the run
-    "Print what a run has made; returns the exit code."
-    name, out = executed.stem, executed.parent
-    print(f"{shown(name)} is done: {shown(str(executed))}")
-    try:
-        lines = summary_lines(record_of(name, out), name, out)
-    except (ValueError, OSError) as error:
-        lines = [f"  no summary: {shown(str(error))}"]
-    print("".join(f"{line}\n" for line in lines), end="")
-    return 0
 
 # %% ../../nbs/cli/09_run.ipynb #9959d674
 def follow_run(

@@ -13,12 +13,12 @@ from pathlib import Path
 from papermill.exceptions import PapermillExecutionError
 
 from .execution import run
-from .jobs import dask_workers, local_workers, run_jobs
-from .run import print_error
+from .jobs import run_jobs
 from .slurm import slurm_script
 from .sweep_file import SweepRun, read_sweep
+from .workers import dask_workers, local_workers
 from ..core.files import write_whole
-from ..core.messages import shown
+from ..core.messages import print_error, shown
 from ..core.signals import TRY_AGAIN
 
 # %% auto #0

@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import html
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable
 
 # %% auto #0
-__all__ = ['REORDERING', 'shown', 'plain_text', 'visible', 'in_html', 'in_markdown', 'cut_list', 'did_you_mean',
+__all__ = ['REORDERING', 'shown', 'print_error', 'plain_text', 'visible', 'in_html', 'in_markdown', 'cut_list', 'did_you_mean',
            'weight_problems']
 
 # %% ../../nbs/core/01_messages.ipynb #f4d9404d
@@ -26,6 +27,11 @@ def _escaped(character: str) -> str:
 def shown(text: str) -> str:
     "`text` for a terminal: control characters, line breaks and half surrogates become escapes."
     return "".join(map(_escaped, text))
+
+# %% ../../nbs/core/01_messages.ipynb #38837572
+def print_error(text: str) -> None:
+    "Print a message on the user's terminal, without control characters."
+    print("\n".join(map(shown, text.split("\n"))), file=sys.stderr)
 
 # %% ../../nbs/core/01_messages.ipynb #6958ff8c
 def plain_text(

@@ -24,7 +24,7 @@ from .problems import AudioError, Problem
 # %% auto #0
 __all__ = ['CUT_OR_RAISE', 'MAKE_READABLE', 'SUBTYPES', 'TO_WAV', 'SILENT_DB', 'MAX_MIX_LOSS_DB', 'END_BELOW_DB',
            'PAUSE_BELOW_DB', 'OUTLIER_BELOW_DB', 'audio_error', 'as_audio', 'stored_sha256', 'decode', 'read_audio',
-           'level_db', 'to_mono', 'load_audio', 'loud_frames', 'silent_share', 'trim_end']
+           'level_db', 'to_mono', 'load_audio', 'seconds_of', 'loud_frames', 'silent_share', 'trim_end']
 
 # %% ../../nbs/data/05_audio.ipynb #c56e62ba
 def audio_error(
@@ -271,6 +271,15 @@ def load_audio(
         what = f"holds no samples at {sampling_rate} Hz"
         raise audio_error(audio, what, "record it again or take it out")
     return np.ascontiguousarray(wave, dtype=np.float32)
+
+# %% ../../nbs/data/05_audio.ipynb #b72c523c
+def seconds_of(audio: Audio) -> float:
+    "Length of a recording by its header, in s; 0 if it has none, and decoding it raises the error."
+    file = audio.path if audio.raw is None else io.BytesIO(audio.raw)
+    try:
+        return sf.info(file).duration
+    except (sf.LibsndfileError, OSError):
+        return 0.0
 
 # %% ../../nbs/data/05_audio.ipynb #a66aeaf8
 # dB below the loudest frame from which on a frame is silent ...

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from ..core.files import write_whole
 from ..core.messages import shown
 
 # %% auto #0
-__all__ = ['NUMPY_TYPES', 'PACK_FORMAT', 'PACK_REMEDY', 'INDEX_REMEDY', 'INDEX_FROM', 'mapped_tensors', 'code_check', 'pack_name',
-           'write_pack', 'check_maker', 'check_table', 'CodePack', 'index_name', 'index_of', 'columns_digest',
-           'read_columns', 'write_columns', 'PackFolder']
+__all__ = ['NUMPY_TYPES', 'PACK_FORMAT', 'PACK_REMEDY', 'INDEX_REMEDY', 'INDEX_FROM', 'mapped_tensors', 'code_check', 'as_digest',
+           'as_checks', 'pack_name', 'write_pack', 'check_maker', 'check_table', 'CodePack', 'index_name', 'index_of',
+           'columns_digest', 'read_columns', 'write_columns', 'PackFolder']
 
 # %% ../../nbs/data/38_code_packs.ipynb #994d0320
 NUMPY_TYPES = {"U8": "u1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
@@ -58,6 +58,16 @@ def code_check(digest: bytes, codes: np.ndarray) -> bytes:  # codes: (frames, co
     "16 bytes that tell whether codes changed, or belong to another recording."
     return hashlib.sha256(digest + codes.tobytes()).digest()[:16]
 
+# %% ../../nbs/data/38_code_packs.ipynb #25ed4653
+def as_digest(digest: bytes) -> np.ndarray:
+    "A digest (bytes,) uint8 of its bytes."
+    return np.frombuffer(digest, np.uint8)
+
+
+def as_checks(checks: Iterable[bytes]) -> np.ndarray:
+    "Checks (recordings, 16) uint8 of their bytes."
+    return as_digest(b"".join(checks)).reshape(-1, 16)
+
 # %% ../../nbs/data/38_code_packs.ipynb #f90f6f10
 def pack_name(digests: Sequence[bytes]) -> str:  # 32 bytes of each recording, in order
     "The file name of the pack of these recordings."
@@ -76,8 +86,8 @@ def write_pack(
     tensors = dict(
         codes=np.concatenate(by_frame),
         frames=np.array([len(clip) for clip in by_frame], np.int32),
-        digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
-        checks=np.frombuffer(b"".join(checks), np.uint8).reshape(-1, 16),
+        digests=as_digest(b"".join(digests)).reshape(-1, 32),
+        checks=as_checks(checks),
     )
     content = save(tensors, {PACK_FORMAT: fingerprint})  # one entry, for several have no order
     path = folder / pack_name(digests)

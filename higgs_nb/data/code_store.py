@@ -5,102 +5,35 @@
 # %% ../../nbs/data/15_code_store.ipynb #92ff08b7
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 import torch
 from fastcore.basics import patch
-from torch import Tensor
 
 from ..core.events import tqdm
-from ..core.files import load_json, write_whole
-from ..core.messages import shown
-from .audio import load_audio, trim_end
-from .code_packs import CodePack, PackFolder, code_check, write_pack
-from .codec import Codec, checked_codes
+from .audio import load_audio, seconds_of, trim_end
+from higgs_nb.data.code_files import (
+    check_made_by,
+    is_writable,
+    loose_files,
+    make_folder,
+    read_codes,
+    remove_unfinished,
+    writable_folder,
+    write_codes,
+)
+from .code_packs import CodePack, PackFolder, as_digest, code_check, write_pack
+from .codec import Codec
 from .conversation import Audio
 from .encoders import encoders, in_order, number_of_workers
+from .prepared_codes import stored_fingerprints
 from .recording_digests import RecordingDigests
 
 # %% auto #0
-__all__ = ['LOOSE', 'DELETE_IT', 'STORED', 'BAR', 'file_digest', 'write_codes', 'check_made_by', 'read_codes', 'writable_folder',
-           'make_folder', 'CodeStore', 'holds_codes', 'stored_fingerprints', 'noted_codec', 'check_prepared',
-           'as_digest', 'as_checks', 'seconds_of', 'frames_of', 'checks_of', 'Codes']
-
-# %% ../../nbs/data/15_code_store.ipynb #cf648803
-LOOSE = re.compile(r"[0-9a-f]{64}\.npy")
-
-
-def file_digest(path: Path, content: bytes) -> bytes:
-    "sha256 (32 bytes) of what a file of codes holds, and of its name."
-    return hashlib.sha256(path.name.encode() + content).digest()
-
-# %% ../../nbs/data/15_code_store.ipynb #1bef1ddb
-def write_codes(path: Path, codes: np.ndarray) -> None:
-    "Write codes (codebooks, frames) to a file, durably; `OSError` names the path."
-    file = io.BytesIO()
-    np.save(file, codes, allow_pickle=False)
-    content = file.getvalue()
-    try:
-        write_whole(path, content + file_digest(path, content))
-    except OSError as error:
-        problem = f"the codes could not be stored ({error.strerror}); make room and run again"
-        raise OSError(error.errno, problem, str(path)) from error
-
-# %% ../../nbs/data/15_code_store.ipynb #edaeada5
-DELETE_IT = "delete it, and the next run encodes the recording again"
-
-
-def check_made_by(codes: np.ndarray, codec: Codec, dtype: np.dtype, path: Path) -> np.ndarray:
-    "Stored codes (codebooks, frames); `ValueError` names where they are if `codec` made others."
-    if codes.dtype != dtype or len(codes) != codec.num_codebooks:
-        expected = f"{codec.num_codebooks} codebooks of {np.dtype(dtype)}"
-        raise ValueError(f"{path}: holds {codes.shape} {codes.dtype}, not {expected}; {DELETE_IT}")
-    try:
-        return checked_codes(codes, codec).numpy().astype(dtype)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; {DELETE_IT}") from error
-
-# %% ../../nbs/data/15_code_store.ipynb #7ee13441
-def read_codes(path: Path, codec: Codec, dtype: np.dtype) -> np.ndarray:
-    "Stored codes (codebooks, frames); `ValueError` names the file if they are not of this codec."
-    data = path.read_bytes()
-    content, digest = data[:-32], data[-32:]
-    if digest != file_digest(path, content):
-        changed = "was changed after it was written, or belongs to another recording"
-        raise ValueError(f"{path}: {changed}; {DELETE_IT}")
-    return check_made_by(np.load(io.BytesIO(content), allow_pickle=False), codec, dtype, path)
-
-# %% ../../nbs/data/15_code_store.ipynb #7fcd8e4a
-def writable_folder(root: Path, fallback: Path | None, name: str) -> Path:
-    "Folder `name` for new codes: in `root` if that can be written to, else in `fallback`."
-    if fallback is None:
-        return root / name
-    existing = root / name
-    while not existing.exists():
-        existing = existing.parent
-    return (root if os.access(existing, os.W_OK) else fallback) / name
-
-# %% ../../nbs/data/15_code_store.ipynb #5e0b2715
-def make_folder(folder: Path) -> None:
-    "Make the folder of a code store; `OSError` says how to give another one."
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        problem = f"{folder.parent}: is a file, the code store needs a folder"
-        raise NotADirectoryError(problem) from error
-    except OSError as error:
-        remedy = "give a folder that can be written to, or a fallback"
-        problem = f"the codes cannot be stored ({error.strerror}); {remedy}"
-        raise OSError(error.errno, problem, str(folder)) from error
+__all__ = ['BAR', 'CodeStore']
 
 # %% ../../nbs/data/15_code_store.ipynb #cee90f18
 class CodeStore:
@@ -214,51 +147,6 @@ class CodeStore:
         "What another process needs, which is not the codes in memory."
         return {**self.__dict__, "_memory": {}}
 
-# %% ../../nbs/data/15_code_store.ipynb #ce104b09
-STORED = re.compile(r"([0-9a-f]{16})-v\d+(-end-[\d.e+-]+s)?")  # a folder of `CodeStore`
-
-
-def holds_codes(folder: Path) -> bool:
-    "Whether there are codes in a folder, in packs or in files of their own."
-    return any(folder.glob("*.npy")) or any(folder.glob("codes-*.safetensors"))
-
-
-def stored_fingerprints(root: str | Path) -> list[str]:
-    "The first 16 digits of the fingerprints of the codecs whose codes are in `root`."
-    folders = Path(root).iterdir() if Path(root).is_dir() else ()
-    matches = [STORED.fullmatch(folder.name) for folder in folders if holds_codes(folder)]
-    return sorted({match[1] for match in matches if match})
-
-
-def noted_codec(directory: str | Path) -> tuple[str, str] | None:
-    "Name and fingerprint of the codec in the `run.json` of a prepared directory, if there are any."
-    file = Path(directory) / "run.json"
-    run = load_json(file) if file.is_file() else None
-    noted = run.get("codec") if isinstance(run, dict) else None
-    if not isinstance(noted, dict) or not isinstance(noted.get("fingerprint"), str):
-        return None
-    return str(noted.get("name")), noted["fingerprint"]
-
-# %% ../../nbs/data/15_code_store.ipynb #948bea27
-def check_prepared(
-    directory: str | Path,  # that `prepare` made, or a corpus; its codes are in `codes`
-    codec: Codec,  # of the run
-    name: str | Path = "its codec",  # of `codec`, for the error
-    reencode: bool = False,  # True: another codec may encode every recording again
-) -> None:
-    "`ValueError` names both codecs if the codes of a prepared directory are of another codec."
-    stored = stored_fingerprints(Path(directory) / "codes")
-    noted = noted_codec(directory) or ((None, stored[0]) if stored else None)
-    if reencode or noted is None or codec.fingerprint[:16] in (noted[1][:16], *stored):
-        return
-    other, fingerprint = noted
-    called = f" {shown(other)!r}" if other else ""
-    raise ValueError(
-        f"{directory} was encoded by another codec:{called} ({shown(fingerprint[:16])}), and this "
-        f"run has {str(name)!r} ({codec.fingerprint[:16]}). Give the run the codec of "
-        f"{directory}, or prepare the corpus again with this one"
-    )
-
 # %% ../../nbs/data/15_code_store.ipynb #93e6c338
 @patch
 def find_packed(self: CodeStore, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -280,16 +168,6 @@ def frames(self: CodeStore, recordings: Sequence[Audio]) -> np.ndarray:
     for i in np.flatnonzero(folders < 0).tolist():
         lengths[i] = self.get(recordings[i]).shape[1]
     return lengths
-
-# %% ../../nbs/data/15_code_store.ipynb #82bafa20
-def as_digest(digest: bytes) -> np.ndarray:
-    "A digest (bytes,) uint8 of its bytes."
-    return np.frombuffer(digest, np.uint8)
-
-
-def as_checks(checks: Iterable[bytes]) -> np.ndarray:
-    "Checks (recordings, 16) uint8 of their bytes."
-    return as_digest(b"".join(checks)).reshape(-1, 16)
 
 # %% ../../nbs/data/15_code_store.ipynb #bbdda5aa
 @patch
@@ -325,27 +203,16 @@ def pack(self: CodeStore, digests: Sequence[bytes]) -> None:
 def remove_packed(self: CodeStore) -> None:
     "Remove files of `new_folder` whose codes are in one of its packs."
     packs = self.packs[-1]
-    files = [file for file in self.new_folder.glob("*.npy") if LOOSE.fullmatch(file.name)]
+    files = loose_files(self.new_folder)
     digests = b"".join(bytes.fromhex(file.stem) for file in files)
     positions = packs.find(np.frombuffer(digests, np.uint8).reshape(-1, 32))
     for file, position in zip(files, positions.tolist()):
         if position >= 0:
             packs.codes(position)  # raises an error if they are damaged
             file.unlink(missing_ok=True)
-    for file in self.new_folder.glob(".*.npy.*.new"):  # nobody writes for an hour
-        if time.time() - file.stat().st_mtime > 3600:
-            file.unlink(missing_ok=True)
+    remove_unfinished(self.new_folder)
 
 # %% ../../nbs/data/15_code_store.ipynb #7f842aff
-def seconds_of(audio: Audio) -> float:
-    "Length of a recording by its header, in s; 0 if it has none, and encoding it raises the error."
-    file = audio.path if audio.raw is None else io.BytesIO(audio.raw)
-    try:
-        return sf.info(file).duration
-    except (sf.LibsndfileError, OSError):
-        return 0.0
-
-
 BAR = (
     "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s "
     "[{elapsed}<{remaining}, {rate_noinv_fmt}]"
@@ -439,7 +306,7 @@ def encode_all(
     clips = {self.file_of(as_digest(digest)): audio for digest, audio in loose.items()}
     new = {path: audio for path, audio in clips.items() if not path.exists()}
     encoded = self.encode_new(new, count, progress, workers, scheduler) if new else iter(())
-    writable = os.access(self.new_folder, os.W_OK)
+    writable = is_writable(self.new_folder)
     ours = [path for path in clips if writable and path.parent == self.new_folder]
     for part in (ours[k : k + self.per_pack] for k in range(0, len(ours), self.per_pack)):
         list(islice(encoded, sum(path in new for path in part)))
@@ -453,53 +320,3 @@ def encode_all(
     self.hits += hits
     self.misses += len(new)
     return dict(clips=count, hits=hits, misses=len(new))
-
-# %% ../../nbs/data/15_code_store.ipynb #0fd1de27
-def frames_of(recordings: Sequence[Audio], store) -> np.ndarray:
-    "Frames (recordings,) int64 of each, from an object with `frames`, or with `get` alone."
-    if hasattr(store, "frames"):
-        return store.frames(recordings)
-    return np.array([store.get(audio).shape[1] for audio in recordings], np.int64)
-
-
-def checks_of(recordings: Sequence[Audio], store) -> np.ndarray:
-    "Checks (recordings, 16) uint8 of their codes, from an object with `checks`, or `get` alone."
-    if hasattr(store, "checks"):
-        return store.checks(recordings)
-    return as_checks(code_check(b"", store.get(audio).T.numpy()) for audio in recordings)
-
-# %% ../../nbs/data/15_code_store.ipynb #ae998e4a
-class Codes:
-    "Codes by path, and those of every other recording from a store."
-
-    def __init__(
-        self,
-        codes: Mapping[str, Tensor],  # (codebooks, frames) each
-        store,  # a `CodeStore`, or an object with its `get`
-    ):
-        self.codes = codes
-        self.store = store
-
-    def get(self, audio: Audio) -> Tensor:
-        "Codes (codebooks, frames) int64 of a recording."
-        return self.codes[audio.path] if audio.path in self.codes else self.store.get(audio)
-
-    def frames(self, recordings: Sequence[Audio]) -> np.ndarray:
-        "Frames (recordings,) int64 of each."
-        lengths = np.zeros(len(recordings), np.int64)
-        others = [i for i, audio in enumerate(recordings) if audio.path not in self.codes]
-        if others:
-            lengths[others] = frames_of([recordings[i] for i in others], self.store)
-        for i in set(range(len(recordings))) - set(others):
-            lengths[i] = self.codes[recordings[i].path].shape[1]
-        return lengths
-
-    def checks(self, recordings: Sequence[Audio]) -> np.ndarray:
-        "Checks (recordings, 16) uint8 of their codes."
-        checks = np.zeros((len(recordings), 16), np.uint8)
-        others = [i for i, audio in enumerate(recordings) if audio.path not in self.codes]
-        if others:
-            checks[others] = checks_of([recordings[i] for i in others], self.store)
-        for i in set(range(len(recordings))) - set(others):
-            checks[i] = as_digest(code_check(b"", self.codes[recordings[i].path].T.numpy()))
-        return checks

@@ -5,258 +5,24 @@
 # %% ../../nbs/data/35_formats.ipynb #99489b0c
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core.messages import shown
+from .config_tables import read_config
+from .file_readers import FILES, RowList, read_json
+from .folder_table import is_wordless, look_into, other_table, own_table
+from .unreadable import no_reader, no_transcripts
+
 from .arrow_tables import parquet_table, saved_splits, saved_table
-from .columns import GUESS, OR_METADATA, Choice
-from .corpus_files import AUDIO_SUFFIXES, Row, check_path, path_meant
-from .corpus_folder import Listing, folder_rows, list_folder, table_note
-from .hub_configs import HubConfig, chosen_config, config_files, hub_configs
-from .hub_corpus import HUB, hub_folder, is_address
-from .joined_tables import join_tables
-from .json_tables import is_other_table, is_swift, json_table, rows_of_json, swift_talk
+from .columns import GUESS, Choice
+from .corpus_folder import folder_rows
+from .hub_configs import hub_configs
+from .hub_corpus import local_path
 from .kaldi import is_kaldi, kaldi_table
 from .libri import libri_reader
-from .other_sound import OTHER_SUFFIXES
-from .plain_row import side_of
-from .problems import CorpusError, Problem, collect_problems, corpus_error
 from .row_table import RowTable
-from .text_tables import sovits_table, text_table
 
 # %% auto #0
-__all__ = ['Reader', 'FILES', 'PREFERRED', 'REMEDIES', 'OTHER_FILES', 'RowList', 'read_json', 'Found', 'look_into',
-           'NoTranscripts', 'no_transcripts', 'joined_rows', 'read_config', 'read_folder', 'readable', 'no_reader',
-           'local_path', 'open_rows']
-
-# %% ../../nbs/data/35_formats.ipynb #43514e09
-@dataclass
-class RowList:
-    "Rows under our own names, as they were read, and the problems among them."
-
-    format: str
-    path: Path
-    items: list[Row | Problem]
-    columns: dict[str, str] = field(default_factory=dict)  # nothing is guessed
-    remarks: list[str] = field(default_factory=list)
-
-    @property
-    def problems(self) -> list[Problem]:
-        "What could not be read."
-        return [item for item in self.items if isinstance(item, Problem)]
-
-    def __len__(self):
-        return len(self.items) - len(self.problems)
-
-    def __iter__(self) -> Iterator[Row | Problem]:
-        return iter(self.items)
-
-# %% ../../nbs/data/35_formats.ipynb #dfc73bd0
-def _without_swift(items: list[Row | Problem]) -> Iterator[Row | Problem]:
-    "The rows, with records of ms-swift as ChatML."
-    for item in items:
-        if isinstance(item, Problem) or not is_swift(item.value):
-            yield item
-            continue
-        out = []
-        with collect_problems(out, item.source):
-            out.append(Row(swift_talk(item.value), item.path, item.line, item.root))
-        yield from out
-
-# %% ../../nbs/data/35_formats.ipynb #b62da727
-def read_json(
-    path: Path,  # .json or .jsonl
-    choice: Choice = GUESS,  # columns that the user names
-    allow_outside: bool = False,  # paths may lead out of the folder
-) -> RowTable | RowList:
-    "Rows of JSON: ours, ChatML, records of ms-swift, or a table under other names."
-    if path.name == "metadata.json" and not choice.named():
-        return RowList("metadata.json", path, rows_of_json(path))
-    items = rows_of_json(path)
-    if is_other_table(items, choice):
-        return json_table(path, items, choice)
-    values = [item.value for item in items if isinstance(item, Row)]
-    if any(map(is_swift, values)):
-        return RowList("records of ms-swift", path, list(_without_swift(items)))
-    talks = any(isinstance(value, dict) and "messages" in value for value in values)
-    return RowList("ChatML" if talks else "rows of JSON under our names", path, items)
-
-# %% ../../nbs/data/35_formats.ipynb #247ea6dc
-Reader = Callable[[Path, Choice, bool], RowTable | RowList]  # (path, choice, allow_outside)
-
-
-def _read_text_table(path: Path, choice: Choice, allow_outside: bool) -> RowTable:
-    return text_table(path, choice)
-
-
-def _read_list(path: Path, choice: Choice, allow_outside: bool) -> RowTable:
-    return sovits_table(path, choice)
-
-
-def _read_parquet(path: Path, choice: Choice, allow_outside: bool) -> RowTable:
-    return parquet_table(path, [path], choice, allow_outside)
-
-
-FILES: dict[str, Reader] = {  # by suffix
-    ".json": read_json,
-    ".jsonl": read_json,
-    ".csv": _read_text_table,
-    ".tsv": _read_text_table,
-    ".txt": _read_text_table,
-    ".list": _read_list,
-    ".parquet": _read_parquet,
-}
-
-# %% ../../nbs/data/35_formats.ipynb #37d62773
-@dataclass(frozen=True)
-class Found:
-    "What a folder holds, for those that recognise it."
-
-    path: Path
-    listing: Listing  # of it and the folders in it
-    paired: bool  # most recordings have a .txt of their own
-
-    def top(self, *suffixes: str) -> list[Path]:
-        "The files with one of the suffixes in the folder itself."
-        return [f for f in self.listing.with_suffix(suffixes) if f.parent == self.path]
-
-
-def look_into(path: Path, allow_outside: bool) -> Found:
-    "List a folder."
-    listing = list_folder(path, allow_outside)
-    recordings, known = listing.recordings, set(listing.files)
-    with_text = sum(recording.with_suffix(".txt") in known for recording in recordings)
-    return Found(path, listing, 2 * with_text >= len(recordings) > 0)
-
-# %% ../../nbs/data/35_formats.ipynb #5ecf3e76
-PREFERRED = tuple(f"metadata.{suffix}" for suffix in ("jsonl", "csv", "tsv", "parquet"))
-PREFERRED += ("validated.tsv", "train.tsv")
-
-
-def _the_table(found: Found, tables: list[Path]) -> Path | None:
-    "The table of a folder: the preferred one, or the only one. `CorpusError` if there are several."
-    preferred = [found.path / name for name in PREFERRED if found.path / name in tables]
-    if preferred or len(tables) == 1:
-        return (preferred or tables)[0]
-    if tables:
-        names = ", ".join(table.name for table in tables[:20])
-        raise corpus_error(f"{found.path} holds {names}", "name the one to read")
-    return None
-
-
-def _manifests(found: Found) -> list[Path]:
-    "The files of JSON in a folder that are tables: each is read, to see."
-    recordings = found.listing.recordings
-    files = found.top(".json")
-    if not recordings and not found.top(".txt"):
-        return files
-    return [path for path in files if is_other_table(rows_of_json(path))]
-
-# %% ../../nbs/data/35_formats.ipynb #98309126
-def _own_table(found: Found) -> Path | None:
-    own = found.path / "metadata.json"
-    return own if own.is_file() else _the_table(found, found.top(".jsonl"))
-
-
-def _other_table(found: Found) -> Path | None:
-    "The table of a folder that is none of pairs."
-    if found.paired:
-        return None
-    tables = found.top(".csv", ".tsv", ".list")
-    return _the_table(found, tables or _manifests(found))
-
-# %% ../../nbs/data/35_formats.ipynb #c586b8ab
-class NoTranscripts(CorpusError):
-    "A folder or a file with recordings and no words; `recordings` are their paths."
-
-    recordings: list[Path] = []
-
-
-def no_transcripts(
-    path: Path,  # of a corpus
-    recordings: list[Path],  # in it
-) -> NoTranscripts:
-    "A `NoTranscripts`, to be raised."
-    what = f"{path} holds {len(recordings):,} recordings and no words to any of them"
-    remedy = (
-        f"write the words of each into a .txt of the same name beside it, {OR_METADATA}, or have "
-        f"them written down: higgs_run prepare -p data={path} -p transcribe=yes"
-    )
-    error = NoTranscripts(Problem(what, remedy))
-    error.recordings = recordings
-    return error
-
-
-def _is_wordless(found: Found) -> bool:
-    "Whether a folder has recordings, and nothing that could hold their words."
-    recordings = found.listing.recordings
-    texts = found.listing.with_suffix([".txt"])
-    tables = [path for path in found.listing.files if table_note(path)]
-    return bool(recordings) and not texts and not tables and not found.listing.problems
-
-# %% ../../nbs/data/35_formats.ipynb #669cdb52
-def joined_rows(
-    tables: list[tuple[str, RowTable | RowList]],  # split, empty: not stated; and its rows
-    path: Path,  # of the data set
-) -> RowTable | RowList:
-    "The rows of all. `CorpusError` if they have different forms."
-    kinds = {type(table) for _, table in tables}
-    if kinds == {RowTable}:
-        return join_tables(tables, path)
-    if kinds != {RowList}:
-        names = ", ".join(f"{table.path.name} is {table.format}" for _, table in tables[:5])
-        raise corpus_error(f"{path} has tables of different forms: {names}", "name one of them")
-    items = []
-    for split, table in tables:
-        for item in table.items:
-            side = side_of(split)
-            if side and isinstance(item, Row) and isinstance(item.value, dict):
-                item = replace(item, value=dict(split=side) | item.value)
-            items.append(item)
-    return RowList(tables[0][1].format, path, items)
-
-# %% ../../nbs/data/35_formats.ipynb #8bc1b41d
-def _tables_of(
-    folder: Path, files: list[Path], choice: Choice, allow_outside: bool
-) -> list[RowTable | RowList]:
-    "The tables among some files of a data set, read; those of Parquet as one."
-    shards = [file for file in files if file.suffix.lower() == ".parquet"]
-    others = [file for file in files if file.suffix.lower() in set(FILES) - {".parquet", ".txt"}]
-    for file in others:
-        check_path(folder, file, allow_outside)
-    tables = [parquet_table(folder, shards, choice, allow_outside)] if shards else []
-    return tables + [FILES[f.suffix.lower()](f, choice, allow_outside) for f in others]
-
-# %% ../../nbs/data/35_formats.ipynb #6f687ec5
-def _no_tables(folder: Path, config: HubConfig, files: list[Path]) -> CorpusError:
-    "An error about a configuration of which no file is read."
-    names = ", ".join(shown(file.name) for file in files[:5])
-    what = (
-        f"the configuration {shown(config.name)!r} of {folder} has no table that is read: {names}"
-    )
-    return corpus_error(what, "unpack archives, and name the folder with the recordings")
-
-# %% ../../nbs/data/35_formats.ipynb #98355dd7
-def read_config(
-    path: Path,  # of a data set
-    configs: list[HubConfig],  # of its README
-    choice: Choice,  # the configuration, and columns that the user names
-    allow_outside: bool = False,  # paths may lead out of the folder
-) -> RowTable | RowList:
-    "The rows of a configuration. `CorpusError` if it is not clear which, or it has no table."
-    config = chosen_config(path, configs, choice.config)
-    listing, tables = list_folder(path, allow_outside), []
-    found = config_files(path, listing.files, config)
-    for split, files in found.items():
-        tables += [(split, table) for table in _tables_of(path, files, choice, allow_outside)]
-    if not tables:
-        raise _no_tables(path, config, [file for files in found.values() for file in files])
-    out = joined_rows(tables, path)
-    out.problems.extend(listing.problems)
-    out.remarks.append(f"configuration {config.name} of {len(configs)} in README.md")
-    return out
+__all__ = ['read_folder', 'open_rows']
 
 # %% ../../nbs/data/35_formats.ipynb #4d0ad89c
 def read_folder(
@@ -275,76 +41,21 @@ def read_folder(
     if is_kaldi(path):
         return kaldi_table(path, choice)
     found = look_into(path, allow_outside)
-    if own := _own_table(found):
+    if own := own_table(found):
         return read_json(own, choice, allow_outside)
     if shards := found.listing.with_suffix([".parquet"]):
         return parquet_table(path, shards, choice, allow_outside)
-    if other := _other_table(found):
+    if other := other_table(found):
         return FILES[other.suffix.lower()](other, choice, allow_outside)
     if read_libri := libri_reader(found.listing):
         out = read_libri(path, found.listing, allow_outside)
         out.problems.extend(found.listing.problems)
         return out
-    if _is_wordless(found):
+    if is_wordless(found):
         raise no_transcripts(path, found.listing.recordings)
     return RowList("pairs of a recording and a .txt", path, list(folder_rows(path, allow_outside)))
 
-# %% ../../nbs/data/35_formats.ipynb #a7092768
-REMEDIES = {
-    "subtitles": "write a NeMo manifest with its words, offsets and durations",
-    "an alignment": "write a NeMo manifest with its words, offsets and durations",
-    "transcripts under another suffix": "rename them to .txt, beside a recording of the same name",
-    "a list of transcripts": "write it as a .csv with the header file_name,text",
-}
-OTHER_FILES = {
-    (".zip", ".tar", ".gz", ".tgz", ".bz2", ".7z", ".rar"): (
-        "an archive",
-        "unpack it, and name the folder",
-    ),
-    (".xlsx", ".xls", ".ods"): ("a spreadsheet", "save its sheet as CSV in UTF-8"),
-    (".db", ".sqlite", ".sqlite3"): ("a database", "export its rows as CSV"),
-    (".pkl", ".pickle", ".pt", ".npy"): (
-        "a file that could run code",
-        "export its rows as CSV or JSON",
-    ),
-    (".yaml", ".yml", ".xml"): ("a description", "write its rows as CSV or JSON"),
-    (".py", ".sh"): ("a program, which is never run", "name the corpus that it makes"),
-}
-
-# %% ../../nbs/data/35_formats.ipynb #9b62ce15
-def readable() -> str:
-    "What can be read, for errors."
-    others = ", ".join(suffix for suffix in FILES if suffix not in (".json", ".jsonl", ".txt"))
-    return f"folder, .json or .jsonl, and not a {others} or {HUB} address either"
-
-# %% ../../nbs/data/35_formats.ipynb #61186037
-def no_reader(
-    path: Path,  # that is not read
-) -> CorpusError:
-    "An error about a path that is not read, with what would read it."
-    if not path.exists():
-        what = f"{path} does not exist and is not a {readable()}{path_meant(path)}"
-        return corpus_error(what, "correct the path")
-    suffix = path.suffix.lower()
-    if suffix in (*AUDIO_SUFFIXES, *OTHER_SUFFIXES):
-        return no_transcripts(path, [path])
-    for suffixes, (what, remedy) in OTHER_FILES.items():
-        if suffix in suffixes:
-            return corpus_error(f"{path} is {what}; it is not a {readable()}", remedy)
-    note = table_note(path)
-    what = f"{path} is {note or 'a file of another form'}; it is not a {readable()}"
-    return corpus_error(
-        what, REMEDIES.get(note, "name one of these") + f", {OR_METADATA}" * bool(note)
-    )
-
 # %% ../../nbs/data/35_formats.ipynb #546e9c01
-def local_path(
-    path: str | Path,  # of a corpus
-) -> Path:
-    "The path, or the folder that a data set of the hub was downloaded to."
-    return hub_folder(path) if is_address(path) else Path(path).expanduser()
-
-
 def open_rows(
     path: str | Path,  # a folder, a file, or an address such as hf://owner/name@revision
     choice: Choice = GUESS,  # columns that the user names

@@ -15,7 +15,7 @@ from ..core.messages import shown
 from .problems import CorpusError, corpus_error
 
 # %% auto #0
-__all__ = ['HUB', 'ADDRESS', 'NOT_NEEDED', 'Address', 'is_address', 'parse_address', 'hub_folder']
+__all__ = ['HUB', 'ADDRESS', 'NOT_NEEDED', 'Address', 'is_address', 'parse_address', 'hub_folder', 'local_path']
 
 # %% ../../nbs/data/34_hub_corpus.ipynb #3431cbd1
 HUB = "hf://"
@@ -93,3 +93,10 @@ def hub_folder(
         what = f"the data set {address.id} has no {address.folder[:80]!r} at {root.name}"
         raise corpus_error(what, "correct the folder")
     return folder
+
+# %% ../../nbs/data/34_hub_corpus.ipynb #52c49f00
+def local_path(
+    path: str | Path,  # of a corpus
+) -> Path:
+    "The path, or the folder that a data set of the hub was downloaded to."
+    return hub_folder(path) if is_address(path) else Path(path).expanduser()

@@ -12,12 +12,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .corpus_files import Row
+from .file_readers import RowList
 from .plain_row import side_of
 from .problems import corpus_error
 from .row_table import RowTable
 
 # %% auto #0
-__all__ = ['rerooted', 'join_tables']
+__all__ = ['rerooted', 'join_tables', 'joined_rows']
 
 # %% ../../nbs/data/51_joined_tables.ipynb #c2c1244d
 def _replaced(rows: pa.Table, name: str, values) -> pa.Table:
@@ -92,3 +94,24 @@ def join_tables(
         remarks=list(dict.fromkeys(remark for _, table in tables for remark in table.remarks)),
         opener=next((table.opener for _, table in tables if table.opener), None),
     )
+
+# %% ../../nbs/data/51_joined_tables.ipynb #669cdb52
+def joined_rows(
+    tables: list[tuple[str, RowTable | RowList]],  # split, empty: not stated; and its rows
+    path: Path,  # of the data set
+) -> RowTable | RowList:
+    "The rows of all. `CorpusError` if they have different forms."
+    kinds = {type(table) for _, table in tables}
+    if kinds == {RowTable}:
+        return join_tables(tables, path)
+    if kinds != {RowList}:
+        names = ", ".join(f"{table.path.name} is {table.format}" for _, table in tables[:5])
+        raise corpus_error(f"{path} has tables of different forms: {names}", "name one of them")
+    items = []
+    for split, table in tables:
+        for item in table.items:
+            side = side_of(split)
+            if side and isinstance(item, Row) and isinstance(item.value, dict):
+                item = replace(item, value=dict(split=side) | item.value)
+            items.append(item)
+    return RowList(tables[0][1].format, path, items)

@@ -9,11 +9,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from .file_readers import RowList
+
 from ..core.html import Html, table
 from ..core.messages import in_html, shown
 from .columns import Choice
 from .corpus_files import Row
-from .formats import RowList, open_rows
+from .formats import open_rows
 from .row_table import RowTable
 
 # %% auto #0

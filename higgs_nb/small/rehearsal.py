@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
 from ..core.events import tqdm
-from ..data.code_store import Codes
+from ..data.codes_by_path import Codes
 from ..data.conversation import Audio, Conversation, tts_conversation
 from ..model.load import base_path
 from .world_codec import WorldCodec

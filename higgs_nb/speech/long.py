@@ -11,8 +11,8 @@ from pathlib import Path
 from ..core.events import tqdm
 from ..core.files import safe_name, within
 from ..core.messages import shown
-from ..data.code_store import Codes
 from ..data.codec import Codec
+from ..data.codes_by_path import Codes
 from ..data.prompt import family_of_tokenizer
 from .clips import Speech
 from .generate import generate_speech

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.messages import shown
-from ..data.code_store import Codes
+from ..data.codes_by_path import Codes
 from ..data.conversation import Audio, Conversation, tts_conversation
 from .clips import Speech
 from .sentences import pieces

@@ -12,8 +12,8 @@ import torch
 from IPython import display
 from torch import Tensor
 
-from ..data.code_store import Codes
 from ..data.codec import Codec
+from ..data.codes_by_path import Codes
 from ..data.prompt import family_of_tokenizer
 from ..model.tokenizer import check_tokenizer
 from .clips import Speech

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 
 from ..data.conversation import Conversation
 from ..speech.clips import Speech
@@ -17,14 +16,21 @@ from ..speech.evaluate import Evaluation, evaluate
 from ..speech.forced import greedy
 from ..speech.generate import generate_speech
 from ..speech.judges import Judges
-from .corpus import RunCorpus, learned_recording
 from .inputs import Inputs
+from .run_corpus import RunCorpus
 from .settings import Settings
+from .sides import learned_recording
 from .speaking import max_frames
 from ..training.speak import SpeechCallback
 
 # %% auto #0
-__all__ = ['Comparison', 'recording_clips', 'before_and_after_clips']
+__all__ = ['recording_clips', 'Comparison', 'before_and_after_clips']
+
+# %% ../../nbs/tasks/05_compare.ipynb #41332bce
+def recording_clips(conversations: list[Conversation], waves: dict) -> list[Speech]:
+    "The recordings of conversations as clips to judge; `waves`: id -> (samples,) at 24 kHz."
+    none = torch.zeros(0, 0, dtype=torch.long)
+    return [Speech(c.id, c.transcript, none, None, 24000, waves[c.id]) for c in conversations]
 
 # %% ../../nbs/tasks/05_compare.ipynb #e6d27f6d
 @dataclass
@@ -55,25 +61,17 @@ class Comparison:
         )
         return [replace(clip, text=c.transcript) for clip, c in zip(clips, sentences)]
 
-# %% ../../nbs/tasks/05_compare.ipynb #41332bce
-def recording_clips(conversations: list[Conversation], waves: dict) -> list[Speech]:
-    "The recordings of conversations as clips to judge; `waves`: id -> (samples,) at 24 kHz."
-    none = torch.zeros(0, 0, dtype=torch.long)
-    return [Speech(c.id, c.transcript, none, None, 24000, waves[c.id]) for c in conversations]
-
-# %% ../../nbs/tasks/05_compare.ipynb #1dcc73b0
-@patch
-def run(self: Comparison, groups: dict[str, list[Conversation]], corpus: RunCorpus) -> Evaluation:
-    "Every group before and after training, beside the recordings."
-    recorded = [c for group in groups.values() for c in group if learned_recording(c)]
-    waves = {c.id: torch.as_tensor(corpus.wave_of(c)) for c in recorded}
-    arms = {"recordings": recording_clips(recorded, waves)}
-    for name, group in groups.items():
-        with self.model.disable_adapter():
-            arms[f"before{name}"] = self.speak(group)
-        arms[f"after{name}"] = self.speak(group)
-    seconds = {id: len(wave) / 24000 for id, wave in waves.items()}
-    return evaluate(arms, self.judges, self.voice, recorded_s=seconds, players=0)
+    def run(self, groups: dict[str, list[Conversation]], corpus: RunCorpus) -> Evaluation:
+        "Every group before and after training, beside the recordings."
+        recorded = [c for group in groups.values() for c in group if learned_recording(c)]
+        waves = {c.id: torch.as_tensor(corpus.wave_of(c)) for c in recorded}
+        arms = {"recordings": recording_clips(recorded, waves)}
+        for name, group in groups.items():
+            with self.model.disable_adapter():
+                arms[f"before{name}"] = self.speak(group)
+            arms[f"after{name}"] = self.speak(group)
+        seconds = {id: len(wave) / 24000 for id, wave in waves.items()}
+        return evaluate(arms, self.judges, self.voice, recorded_s=seconds, players=0)
 
 # %% ../../nbs/tasks/05_compare.ipynb #97ad44e4
 def before_and_after_clips(

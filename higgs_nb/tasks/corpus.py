@@ -5,223 +5,22 @@
 # %% ../../nbs/tasks/03_corpus.ipynb #a2a11516
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import matplotlib.pyplot as plt
-import numpy as np
-
 from ..cli.directory import reading
-from ..core.files import file_sha256
-from ..core.messages import cut_list, plain_text
-from ..data.audio import load_audio
-from ..data.code_store import CodeStore, check_prepared
-from ..data.columns import Choice
-from ..data.conversation import Audio, Conversation
-from ..data.corpus import conversations_of, corpus_rows, embedded_corpus, load_corpus
-from ..data.corpus_check import CorpusReport, check_corpus
+from ..data.corpus import conversations_of, embedded_corpus
+from ..data.corpus_check import check_corpus
 from ..data.corpus_split import split_corpus
-from ..data.corpus_table import TABLE_FILE, CorpusTable, in_columns
-from ..data.formats import RowList, local_path
+from ..data.hub_corpus import local_path
 from ..data.mixture import weighted
-from ..data.row_table import RowTable
-from ..data.understood import understood
+from ..data.prepared_codes import check_prepared
 from .inputs import Inputs
+from .large_corpus import large_table, read_table
+from .rows import rows_of_run
+from .run_corpus import RunCorpus, check_sides
 from .settings import Settings
-from ..view.plots import plot_codes, plot_waveform
+from .sides import keep_apart, with_references
 
 # %% auto #0
-__all__ = ['TABLE_FROM', 'NOTHING_HELD', 'learned_recording', 'digests_of', 'keep_apart', 'with_references', 'spoken',
-           'large_table', 'TableReport', 'RunCorpus', 'read_table', 'check_sides', 'chosen_columns', 'rows_of_run',
-           'read_corpus', 'open_store', 'plot_clip']
-
-# %% ../../nbs/tasks/03_corpus.ipynb #c9726201
-def learned_recording(conversation: Conversation) -> Audio | None:
-    "The last recording that the model learns to speak; None in a text-only conversation."
-    turns = conversation.messages[conversation.start_index or 0 :]
-    learned = tuple(m for m in turns if m.role == "assistant")
-    return next(reversed(replace(conversation, messages=learned).audio), None)
-
-# %% ../../nbs/tasks/03_corpus.ipynb #ea5010db
-def digests_of(report: CorpusReport) -> dict[str, set[str]]:
-    "Conversation id -> digests of the recordings that are learned."
-    found = {}
-    for row in report.rows:
-        if row.trained:
-            found.setdefault(row.id, set()).add(row.digest)
-    return found
-
-
-def keep_apart(
-    train: list[Conversation], held: list[Conversation], report: CorpusReport
-) -> tuple[list[Conversation], list[Conversation]]:
-    "Both sides, with every conversation whose recording is on both sides trained."
-    digests = digests_of(report)
-    while True:
-        trained = set().union(*(digests.get(c.id, set()) for c in train))
-        twice = [c for c in held if digests.get(c.id, set()) & trained]
-        if not twice:
-            return train, held
-        names = ", ".join(cut_list(c.id for c in twice))
-        print(f"a recording is held out and trained under other words, so it is trained: {names}")
-        train, held = train + twice, [c for c in held if c not in twice]
-
-# %% ../../nbs/tasks/03_corpus.ipynb #68c4f574
-def with_references(conversations: list[Conversation]) -> list[Conversation]:
-    "The conversations, with the assistant's first turns learned as well."
-    return [replace(c, start_index=0) for c in conversations]
-
-# %% ../../nbs/tasks/03_corpus.ipynb #5eeff5e3
-def spoken(conversations: Sequence[Conversation]) -> Sequence[Conversation]:
-    "Those of some conversations that have a recording to learn."
-    if not isinstance(conversations, CorpusTable):
-        return [c for c in conversations if learned_recording(c)]
-    has, spoken_rows = {}, bytearray()
-    for part in conversations.column("form"):
-        for i, form in enumerate(part.to_pylist(), len(spoken_rows)):
-            if form not in has:
-                has[form] = bool(learned_recording(conversations[i]))
-            spoken_rows.append(has[form])
-    return conversations.part(np.flatnonzero(np.frombuffer(spoken_rows, np.uint8)))
-
-# %% ../../nbs/tasks/03_corpus.ipynb #1755ad08
-TABLE_FROM = 20_000  # conversations
-
-
-def large_table(settings: Settings) -> CorpusTable | None:
-    "The table of a large corpus that `prepare` made; None for every other corpus."
-    path, source = Path(settings.data) / TABLE_FILE, Path(settings.data) / "metadata.json"
-    if settings.learn_references or settings.values.get("weights"):
-        return None  # these choose among conversations, which takes all of them
-    if not path.is_file() or not source.is_file():
-        return None
-    table = CorpusTable(path)
-    if len(table) < TABLE_FROM:
-        return None
-    if table.metadata.get("of") != file_sha256(source):
-        print(f"{source} has changed since {path.name} was made of it, so all of it is read")
-        return None
-    return table
-
-# %% ../../nbs/tasks/03_corpus.ipynb #ff035c53
-@dataclass(repr=False)
-class TableReport:
-    "What is known of a corpus that `prepare` has checked."
-
-    table: CorpusTable
-
-    def plot(self, ax=None):
-        "The histogram of the lengths of texts, of up to 10,000 conversations."
-        if ax is None:
-            _, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
-        step = max(1, len(self.table) // 10_000)
-        ax.hist([len(c.transcript) for c in self.table[::step]], bins=40)
-        ax.set(xlabel="characters of a transcript", ylabel="conversations")
-        return ax
-
-    def __repr__(self):
-        return f"{len(self.table):,} conversations, checked when they were prepared"
-
-    def _repr_html_(self):
-        return f"<pre>{self}</pre>"
-
-# %% ../../nbs/tasks/03_corpus.ipynb #a0335a55
-@dataclass
-class RunCorpus:
-    "The conversations of a run, and what the check found."
-
-    train: Sequence[Conversation]  # a list, or a part of a `CorpusTable`
-    held: Sequence[Conversation]  # held out
-    report: CorpusReport | TableReport
-    max_duration_s: float  # longest recording
-
-    @property
-    def spoken_train(self) -> Sequence[Conversation]:
-        "Those to train on that have a recording."
-        return spoken(self.train)
-
-    @property
-    def spoken_held(self) -> Sequence[Conversation]:
-        "Those held out that have a recording."
-        return spoken(self.held)
-
-    @property
-    def recordings(self) -> Iterator[Audio]:
-        "All recordings, those of prompts included."
-        for side in (self.train, self.held):
-            for columns in in_columns(side):
-                yield from columns.recordings
-
-    def wave_of(self, conversation: Conversation) -> np.ndarray:
-        "The learned recording of a conversation, (samples,) at 24 kHz."
-        return load_audio(learned_recording(conversation), 24000, self.max_duration_s)
-
-    def typical(self, store: CodeStore) -> Conversation:
-        "A conversation of about three seconds, held out if there are any."
-        clips = self.spoken_held or self.spoken_train
-        clips = clips[:1000] if isinstance(clips, CorpusTable) else clips
-        frames = store.frames([learned_recording(c) for c in clips])
-        return clips[int(np.argmin(np.abs(frames - 75)))]
-
-    def __repr__(self):
-        sides = f"{len(self.train)} conversations to train on, {len(self.held)} held out"
-        return f"{self.report}\n{sides}"
-
-    def _repr_html_(self):
-        sides = f"{len(self.train)} conversations to train on, {len(self.held)} held out"
-        return f"{self.report._repr_html_()}<p>{sides}</p>"
-
-# %% ../../nbs/tasks/03_corpus.ipynb #807e79d5
-def read_table(table: CorpusTable, settings: Settings) -> RunCorpus:
-    "The corpus of a run from a table, divided as `prepare` has done it."
-    limit = settings.max_clips or None
-    train, held = (table.side(split)[:limit] for split in ("train", "held_out"))
-    return RunCorpus(train, held, TableReport(table), settings.max_duration_s)
-
-# %% ../../nbs/tasks/03_corpus.ipynb #841cde61
-NOTHING_HELD = (
-    "there is no evaluation, no offset probe, no early stopping, no choice of the best checkpoint, "
-    "and no held-out sentence is spoken; to have them, add sentences, mark some as split "
-    '"held_out", or raise held_out'
-)
-
-
-def check_sides(corpus: RunCorpus) -> RunCorpus:
-    """The corpus without held-out conversations if none has a recording, which is said;
-    `ValueError` if there is nothing to train on.
-    """
-    if not corpus.train:
-        raise ValueError(
-            f"no conversation is left to train on, all {len(corpus.held)} are held out: mark some "
-            'as split "train", or lower held_out'
-        )
-    if not corpus.spoken_train:
-        raise ValueError(
-            f"none of the {len(corpus.train)} conversations to train on has a recording in an "
-            "assistant turn: the model has no speech to learn"
-        )
-    if not corpus.spoken_held:
-        count = len(corpus.held)
-        why = f"none of the {count} held-out conversations has a recording"
-        print(f"{why if count else 'nothing is held out'}: {NOTHING_HELD}")
-        corpus = replace(corpus, held=[])
-    return corpus
-
-# %% ../../nbs/tasks/03_corpus.ipynb #73c1771b
-def chosen_columns(settings: Settings) -> Choice:  # of a run
-    "The columns and the configuration that a run names."
-    roles = ("text", "audio", "speaker")
-    columns = (settings.values.get(f"{role}_column", "") for role in roles)
-    return Choice(*columns, settings.values.get("config", ""))
-
-
-def rows_of_run(settings: Settings, source: Path) -> RowTable | RowList:
-    "The rows of the corpus at `source`; what was guessed of it is printed."
-    rows = corpus_rows(source, chosen_columns(settings), settings.allow_outside)
-    if rows.columns:
-        print(understood(source, rows))
-    return rows
+__all__ = ['read_corpus']
 
 # %% ../../nbs/tasks/03_corpus.ipynb #0a05fab8
 def read_corpus(
@@ -248,28 +47,3 @@ def read_corpus(
     if settings.learn_references:
         train = with_references(train)
     return check_sides(RunCorpus(train, held, report, settings.max_duration_s))
-
-# %% ../../nbs/tasks/03_corpus.ipynb #93bdea5b
-def open_store(
-    settings: Settings,  # of the run
-    inputs: Inputs,  # of `open_inputs`
-    out: Path,  # directory of the run, for codes that the corpus does not bring
-) -> CodeStore:
-    "The codes of a corpus: those that it brings, and those that are computed in the run."
-    brought = Path(settings.data) / "codes" if settings.data else None
-    folder = brought if brought and brought.is_dir() else out / "codes"
-    keep_s = None if settings.end_silence < 0 else settings.end_silence
-    return CodeStore(folder, inputs.codec, settings.max_duration_s, keep_s, fallback=out / "codes")
-
-# %% ../../nbs/tasks/03_corpus.ipynb #93721b03
-def plot_clip(
-    corpus: RunCorpus,  # of `read_corpus`
-    conversation: Conversation,  # whose recording is drawn
-    store: CodeStore,  # codes of the recordings
-    frame_rate: float,  # of the codes, frames per second
-):
-    "Draw the waveform and the codes of a conversation's recording."
-    _, (top, bottom) = plt.subplots(2, 1, figsize=(8, 2.6), sharex=True, layout="constrained")
-    title = plain_text(conversation.id)
-    plot_waveform(corpus.wave_of(conversation), ax=top).set(title=title, xlabel="")
-    plot_codes(store.get(learned_recording(conversation)), frame_rate, ax=bottom)

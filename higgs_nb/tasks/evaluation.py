@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
+from .sides import keep_apart
 
 from ..cli.directory import occupy, output_directory, set_aside
 from ..cli.parameters import parameters
@@ -19,7 +20,6 @@ from ..data.corpus_split import split_corpus
 from ..data.references import ReferencePool, ReferenceShares, follow_training
 from ..speech.judges import Judges, default_judges
 from ..speech.leaks import check_leaks
-from .corpus import keep_apart
 from .record import read_record
 from .settings import Settings, given_settings
 

@@ -5,7 +5,8 @@
 # %% ../../nbs/tasks/18_memory.ipynb #6cc3d48b
 from __future__ import annotations
 
-from ..cli.plan import MPS, plan_of
+from ..cli.planned_run import MPS, plan_of
+
 from ..core.launcher import launched
 from .inputs import Inputs
 from .settings import Settings

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..core.launcher import launched
-from ..data.code_store import Codes
+from ..data.codes_by_path import Codes
 from ..data.conversation import Conversation
 from ..family import family_of
 from ..model.load import base_path

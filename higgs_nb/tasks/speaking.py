@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from .run_corpus import RunCorpus
 
 from ..core.launcher import launched
 from ..data.conversation import Conversation, tts_conversation
@@ -15,7 +16,6 @@ from ..family import RANDOM_BASES
 from ..model.load import base_path
 from ..speech.judges import Judges, default_judges, missing_judges
 from ..speech.score import voice_of
-from .corpus import RunCorpus
 from .inputs import Inputs
 from .settings import Settings
 from ..training.loop import HiggsTrainer

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checkpoint.base import base_of
 from ..checkpoint.peft_config import adapter_config
-from ..data.code_store import checks_of
+from ..data.codes_by_path import checks_of
 from ..data.conversation import Audio, Conversation
 from ..data.corpus_table import CorpusTable, in_columns
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fastcore.basics import patch
@@ -71,15 +71,11 @@ class MemoryPlan:
     origin: str  # of the configuration
     config: PretrainedConfig
     settings: StepSettings
-    simulated: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def stages(self) -> dict[str, dict[str, int]]:
         "Stage -> bytes by kind when their sum is largest."
-        settings = repr(self.settings)
-        if settings not in self.simulated:
-            self.simulated[settings] = simulate(self.config, self.settings)
-        stages = self.simulated[settings]
+        stages = simulate(self.config, self.settings)
         generated = speaking_bytes(self.config, self.settings.dtype.itemsize)
         return stages | {"speaking": speaking_stage(stages["evaluation"], generated)}
 
@@ -113,10 +109,8 @@ def fits(self: MemoryPlan, card: float) -> bool:  # GB
 
 @patch
 def with_settings(self: MemoryPlan, **changes) -> MemoryPlan:
-    "The plan of another run of the same model. What was simulated for either is known to both."
-    variant = replace(self, settings=replace(self.settings, **changes))
-    variant.simulated = self.simulated
-    return variant
+    "The plan of another run of the same model."
+    return replace(self, settings=replace(self.settings, **changes))
 
 # %% ../../nbs/training/23_plan.ipynb #c525e236
 def host_and_disk(plan: MemoryPlan, keep: int = 2) -> dict[str, int]:  # checkpoints that stay

@@ -26,7 +26,7 @@ from .stand_ins import CUBLAS, DeviceArithmetic, flash_workspace, optimizer_stat
 from .worst_batch import worst_batch
 
 # %% auto #0
-__all__ = ['GATHERED', 'BLOCK', 'FEW', 'place_of', 'StageHooks', 'divided_parameters', 'hold_exchange', 'hold_state',
+__all__ = ['GATHERED', 'BLOCK', 'FEW', 'SIMULATED', 'place_of', 'StageHooks', 'divided_parameters', 'hold_exchange', 'hold_state',
            'watch_gradients', 'take_step', 'take_look', 'simulate_layers', 'extend', 'simulate']
 
 # %% ../../nbs/training/21_simulate.ipynb #2dfe20b4
@@ -178,10 +178,16 @@ def extend(few: dict, more: dict, layers: int) -> dict[str, dict[str, int]]:
     }
 
 # %% ../../nbs/training/21_simulate.ipynb #0f8a881d
+SIMULATED: dict[tuple[str, str], dict] = {}  # configuration and settings -> what `simulate` gave
+
+
 def simulate(config: PretrainedConfig, settings: StepSettings) -> dict[str, dict[str, int]]:
     "Stage -> bytes by kind when their sum is largest; `ValueError` for what cannot be planned."
     check_settings(settings)
-    if config.num_hidden_layers <= FEW[1]:
-        return simulate_layers(config, settings, config.num_hidden_layers)
-    few, more = (simulate_layers(config, settings, n) for n in FEW)
-    return extend(few, more, config.num_hidden_layers)
+    key = (config.to_json_string(use_diff=False), repr(settings))
+    if key not in SIMULATED:
+        layers = config.num_hidden_layers
+        counts = FEW if layers > FEW[1] else (layers,)
+        found = [simulate_layers(config, settings, n) for n in counts]
+        SIMULATED[key] = extend(*found, layers) if len(found) > 1 else found[0]
+    return SIMULATED[key]

@@ -12,7 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from higgs_nb.cli.planned_run import plan_of, plan_values
+from higgs_nb.data.sample_dataset import SampleDataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from miniature import write_recordings, write_v3_base
@@ -20,6 +20,7 @@ from resume_job import log, make_trainer, run, said, whole_state
 
 from higgs_nb.checkpoint.errors import CheckpointError
 from higgs_nb.cli.notebooks import notebook_of
+from higgs_nb.cli.planned_run import plan_of, plan_values
 from higgs_nb.core.files import load_json
 from higgs_nb.data.balance import Balance, draw_epoch, group_conversations, id_keys
 from higgs_nb.data.blocks import speech_task
@@ -39,7 +40,6 @@ from higgs_nb.data.drawn import (
 from higgs_nb.data.lengths import sample_lengths
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.references import ReferencePool, ReferenceShares, follow, follow_training
-from higgs_nb.data.samples import SampleDataset
 from higgs_nb.family import HIGGS_V2, HIGGS_V3
 from higgs_nb.tasks.evaluation import Division
 from higgs_nb.training.batches import Shard

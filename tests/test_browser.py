@@ -76,7 +76,7 @@ from higgs_nb.data.codec import load_codec
 from higgs_nb.data.collator import PackedCollator
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
-from higgs_nb.data.samples import SampleDataset
+from higgs_nb.data.sample_dataset import SampleDataset
 from higgs_nb.model.model import tiny_config
 from higgs_nb.speech.clips import Speech
 from higgs_nb.view.codes_explorer import codes_explorer

@@ -273,7 +273,9 @@ def load_audio(
     return np.ascontiguousarray(wave, dtype=np.float32)
 
 # %% ../../nbs/data/05_audio.ipynb #b72c523c
-def seconds_of(audio: Audio) -> float:
+def seconds_of(
+    audio: Audio,  # a file or its bytes; need not be readable
+) -> float:
     "Length of a recording by its header, in s; 0 if it has none, and decoding it raises the error."
     file = audio.path if audio.raw is None else io.BytesIO(audio.raw)
     try:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from fastcore.basics import patch
+from .sample_dataset import SampleDataset
 
 from higgs_nb.data.balance import (
     EVEN,
@@ -36,7 +37,7 @@ from higgs_nb.data.references import (
     own_reference,
     spoken_pair,
 )
-from .samples import Sample, SampleDataset
+from .samples import Sample
 
 # %% auto #0
 __all__ = ['AS_IT_IS', 'WITHOUT', 'WITH_WORDS', 'ALONE', 'SPARE', 'Drawn', 'Epoch', 'times_before', 'DrawnDataset',

@@ -5,10 +5,7 @@
 # %% ../../nbs/data/19_samples.ipynb #772ac999
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -16,24 +13,15 @@ import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
-from .audio import load_audio
 from .blocks import write_prompt
-from .conversation import Audio, Conversation
+from .conversation import Conversation
 from .delay import IGNORE, delay_pattern
-from .lengths import sample_lengths
 from .prompt import AudioTokens
-from higgs_nb.data.whisper_inputs import (
-    at_rate,
-    code_bounds,
-    in_chunks,
-    whisper_extractor,
-    whisper_frames,
-)
+from .whisper_inputs import at_rate, code_bounds, in_chunks, whisper_frames
 
 # %% auto #0
 __all__ = ['Encoded', 'encode_conversation', 'Sample', 'Clip', 'write_clip', 'check_codes', 'divide_references',
-           'check_waveforms', 'write_clips', 'expand', 'join_rows', 'sample_options', 'encode_with', 'recordings',
-           'SampleDataset']
+           'check_waveforms', 'write_clips', 'expand', 'join_rows']
 
 # %% ../../nbs/data/19_samples.ipynb #ff84572b
 @dataclass
@@ -231,95 +219,3 @@ def join_rows(clips: list[Clip], num_codebooks: int) -> tuple[Tensor, Tensor]:
     none = torch.zeros(0, num_codebooks, dtype=torch.long)
     audio_ids = torch.cat([none, *(clip.audio_ids for clip in clips)])
     return audio_ids, torch.cat([none, *(clip.audio_labels for clip in clips)])
-
-# %% ../../nbs/data/19_samples.ipynb #d79cf2cb
-def sample_options(config) -> dict:  # of a model, a `HiggsAudioV2Config`
-    """How a checkpoint reads recordings, as arguments of `SampleDataset` and `expand`; settings
-    that the config lacks are as in the released checkpoint.
-    """
-    return dict(
-        delay=getattr(config, "use_delay_pattern", True),
-        extractor=whisper_extractor(config),
-        audio_in_codes=getattr(config, "encode_audio_in_tokens", True),
-    )
-
-# %% ../../nbs/data/19_samples.ipynb #c33cbe02
-def encode_with(
-    conversation: Conversation,
-    tokenizer,  # a fast tokenizer with the special tokens of its family
-    store,  # a `CodeStore`, or an object with its `get`
-    extractor: WhisperFeatureExtractor | None = None,  # None: no waveforms
-) -> Encoded:
-    "`encode_conversation` with codes from a store, and the waveforms that an extractor needs."
-    waveforms = {}
-    if extractor is not None:
-        rate = extractor.sampling_rate
-        for i, (audio, is_reference) in enumerate(recordings(conversation)):
-            if is_reference:
-                waveforms[i] = (load_audio(audio, rate, None), rate)
-    codes = [store.get(audio) for audio in conversation.audio]
-    return encode_conversation(conversation, tokenizer, codes, waveforms)
-
-# %% ../../nbs/data/19_samples.ipynb #b016c199
-def recordings(conversation: Conversation) -> Iterator[tuple[Audio, bool]]:
-    "The recordings of a conversation, in order, and whether each is a reference."
-    for message in conversation.messages:
-        for part in message.content:
-            if isinstance(part, Audio):
-                yield part, message.role != "assistant"
-
-# %% ../../nbs/data/19_samples.ipynb #ca4ca6db
-class SampleDataset(torch.utils.data.Dataset):
-    """Conversations as `Sample`s. `store` gives the codes of a recording: `get(Audio) ->
-    (codebooks, frames)`, see `higgs_nb.data.code_store.CodeStore`.
-    """
-
-    def __init__(
-        self,
-        # as `load_corpus` gives them, or a `CorpusTable`, of which each is made when asked for
-        conversations: Sequence[Conversation],
-        tokenizer,  # a fast tokenizer with the special tokens of its family
-        store,  # gives the codes of recordings: a `CodeStore`
-        tokens: AudioTokens,  # placeholders, BOS and EOS of the model
-        delay: bool = True,  # of the codebooks, as the checkpoint was trained
-        extractor: WhisperFeatureExtractor | None = None,  # of the model, if it has a tower
-        audio_in_codes: bool = True,  # False: references have no codes
-    ):
-        is_made_on_demand = isinstance(conversations, Sequence) and not isinstance(
-            conversations, (list, tuple)
-        )
-        self.conversations = conversations if is_made_on_demand else list(conversations)
-        self.tokenizer = tokenizer
-        self.store = store
-        self.tokens = tokens
-        self.delay = delay
-        self.extractor = extractor
-        self.audio_in_codes = audio_in_codes
-
-    def __len__(self):
-        return len(self.conversations)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.sample_of(self.conversations[index])
-
-    def sample_of(self, conversation: Conversation) -> Sample:
-        "A conversation with the codes of its recordings, written out."
-        encoded = encode_with(conversation, self.tokenizer, self.store, self.extractor)
-        options = (self.delay, self.audio_in_codes, self.extractor)
-        return expand(encoded, self.tokens, conversation.id, *options)
-
-    @cached_property
-    def lengths(self) -> array:
-        "Tokens of every sample, rows of codes included, see `sample_lengths`; 4 bytes each."
-        if not self.has_counted_frames:
-            return array("i", (len(self[i]) for i in range(len(self))))
-        if len(self):
-            self[0]  # raises an error if the codes are not for this model
-        options = (self.tokenizer, self.store, self.tokens, self.delay)
-        lengths = sample_lengths(self.conversations, *options)
-        return array("i", lengths.astype(np.int32).tobytes())
-
-    @property
-    def has_counted_frames(self) -> bool:
-        "Whether lengths follow from numbers of frames, which the store has, and words alone."
-        return hasattr(self.store, "frames") and self.audio_in_codes and self.extractor is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from ..data.sample_dataset import encode_with, sample_options
 from torch import Tensor
 
 from ..data.audio import load_audio
@@ -15,7 +16,7 @@ from ..data.codec import Codec
 from ..data.collator import PaddedCollator
 from ..data.conversation import Audio, Conversation, Text, tts_conversation
 from ..data.prompt import AudioTokens
-from ..data.samples import Sample, encode_with, expand, sample_options
+from ..data.samples import Sample, expand
 
 # %% auto #0
 __all__ = ['without_answer', 'prompt_of', 'Encoder', 'as_conversations', 'prompts_of', 'asked_text']

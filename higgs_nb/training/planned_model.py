@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from fastcore.basics import patch
 from peft import LoraConfig
 from transformers import PretrainedConfig
 
@@ -57,11 +56,10 @@ class StepSettings:
         "The dtype of autocast, as a run sets it."
         return self.dtype if self.device == "cuda" and self.precision == "bf16" else None
 
-# %% ../../nbs/training/20_planned_model.ipynb #092c8bcc
-@patch(as_prop=True)
-def samples(self: StepSettings) -> tuple[int, ...]:
-    "Tokens of each sample of the batch."
-    return self.lengths or worst_lengths(self.token_budget, self.max_duration_s)
+    @property
+    def samples(self) -> tuple[int, ...]:
+        "Tokens of each sample of the batch; without given lengths, of the worst one of the run."
+        return self.lengths or worst_lengths(self.token_budget, self.max_duration_s)
 
 # %% ../../nbs/training/20_planned_model.ipynb #56fd6b3f
 def check_divided(settings: StepSettings) -> None:

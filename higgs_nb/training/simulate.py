@@ -15,7 +15,7 @@ from ..checkpoint.base import base_of
 from ..model.device import as_if_on
 from ..model.loss import codebook_loss_sums
 from .batches import supervised_cells
-from .counter import KINDS, MemoryCounter
+from .counter import MemoryCounter
 from higgs_nb.training.planned_model import (
     StepSettings,
     check_settings,

@@ -5,7 +5,6 @@
 # %% ../../nbs/cli/07_stop.ipynb #903c9ce8
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -13,9 +12,12 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from ..core.signals import STOP_FILE, TRY_AGAIN, StopOnSignal, write_from_handler
+from ..core.system import unix_module
+
+signal = unix_module("signal")  # SIGUSR1
 
 # %% auto #0
-__all__ = ['StopSignals', 'remove_stop_file', 'in_thread']
+__all__ = ['signal', 'StopSignals', 'remove_stop_file', 'in_thread']
 
 # %% ../../nbs/cli/07_stop.ipynb #7990a4d6
 class StopSignals(StopOnSignal):

@@ -34,7 +34,7 @@ def is_command() -> bool:
 
 # %% ../../nbs/core/03_system.ipynb #7141b1b3
 def unix_module(name: str) -> ModuleType:
-    """The module `fcntl` or `resource`. On a system without all of `missing_parts` an
+    """The module `fcntl`, `resource` or `signal`. On a system without all of `missing_parts` an
     `ImportError`, or, in one of our commands, the same sentence and exit code 2.
     """
     missing = missing_parts()

@@ -235,6 +235,7 @@ def test_processes_make_the_same_packs(tmp_path, workers):
     assert content(tmp_path / "codes") == content(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_lost_worker_of_dask_loses_nothing(tmp_path):
     "Two workers, one of them killed in the middle: the same store, byte for byte, as one process."
     distributed = pytest.importorskip("distributed")

@@ -236,6 +236,7 @@ def test_padding_changes_codes_and_equal_lengths_do_not(higgs):
 
 
 @needs_torchaudio
+@pytest.mark.slow
 def test_an_error_in_a_process_names_the_recording(higgs, tmp_path):
     "As without processes, with its type; what was encoded before is stored."
     (tmp_path / "text.wav").write_text("no sound")
@@ -284,6 +285,7 @@ def has_ended(process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+@pytest.mark.slow
 def test_no_process_outlives_the_run(tmp_path, number):
     "Each is in a recording that takes a minute."
     script = tmp_path / "slow.py"

@@ -132,6 +132,7 @@ def killed(f, fatal: int, strike) -> bool:
     return status == signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_at_every_write_fsync_and_rename(tmp_path):
     run, kills = tmp_path / "run", []
     save(run, 1)

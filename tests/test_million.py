@@ -57,6 +57,7 @@ def test_conversations_are_the_same(both):
     assert list(Ids(table.conversations)) == [c.id for c in listed.conversations]
 
 
+@pytest.mark.slow
 def test_lengths_and_the_order_of_every_epoch_are_the_same(both):
     table, listed = both
     assert table.has_counted_frames and not listed.has_counted_frames

@@ -71,6 +71,7 @@ def speak_in(processes):
         return [one.result(timeout=300) for one in started]
 
 
+@pytest.mark.slow
 def test_each_process_speaks_its_share():
     "Of five requests, three and two; both get all five, and the codes that one process gets."
     names = [f"rehearsal/{i}" for i in range(5)]

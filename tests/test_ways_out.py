@@ -397,6 +397,7 @@ def peak_of(what: str, folder: Path) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read in /proc")
+@pytest.mark.slow
 def test_no_model_is_in_memory_where_one_is_written(tmp_path):
     """Merging, both layouts, and converting take a fraction of the base; loading it takes all of
     it, so that a copy that is held would be seen.

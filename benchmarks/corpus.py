@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from higgs_nb.data.sample_dataset import SampleDataset
 from safetensors import __version__ as safetensors_version
 from transformers import PreTrainedTokenizerFast
 
@@ -46,6 +45,7 @@ from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_table import CorpusTable, in_columns, write_samples, write_table
 from higgs_nb.data.prompt import AudioTokens, fit_tokenizer
 from higgs_nb.data.recording_digests import DIGESTS_FILE, path_key
+from higgs_nb.data.sample_dataset import SampleDataset
 
 FRAMES, CODEBOOKS, BUDGET, SEED = 75, 8, 4096, 1
 SIZES = (10_000, 100_000, 1_000_000)

@@ -25,13 +25,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from higgs_nb.data.sample_dataset import SampleDataset, sample_options
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import HiggsAudioV2Config, PretrainedConfig, WhisperConfig
 
 from higgs_nb.data.conversation import Audio, tts_conversation
 from higgs_nb.data.prompt import byte_tokenizer
+from higgs_nb.data.sample_dataset import SampleDataset, sample_options
 from higgs_nb.family import HIGGS_V3, family_of
 from higgs_nb.model.classes import CLASSES
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config

@@ -45,7 +45,6 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from higgs_nb.data.sample_dataset import SampleDataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     HiggsAudioV2Config,
@@ -59,6 +58,7 @@ from transformers import (
 from higgs_nb.data.collator import PaddedCollator
 from higgs_nb.data.delay import IGNORE, delay_pattern
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.sample_dataset import SampleDataset
 from higgs_nb.data.samples import Sample
 from higgs_nb.family import HIGGS_V2
 from higgs_nb.model.lora import apply_lora, create_lora_config

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import transformers
 from conftest import fork_server
-from higgs_nb.data.sample_dataset import SampleDataset
 from transformers import BitsAndBytesConfig
 
 from higgs_nb.data.balance import Balance
@@ -23,6 +22,7 @@ from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.drawn import DrawnDataset
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.references import ReferenceShares
+from higgs_nb.data.sample_dataset import SampleDataset
 from higgs_nb.model.load import load_model
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import HiggsAudioForTraining, tiny_config

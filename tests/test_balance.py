@@ -12,7 +12,6 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from higgs_nb.data.sample_dataset import SampleDataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from miniature import write_recordings, write_v3_base
@@ -40,6 +39,7 @@ from higgs_nb.data.drawn import (
 from higgs_nb.data.lengths import sample_lengths
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
 from higgs_nb.data.references import ReferencePool, ReferenceShares, follow, follow_training
+from higgs_nb.data.sample_dataset import SampleDataset
 from higgs_nb.family import HIGGS_V2, HIGGS_V3
 from higgs_nb.tasks.evaluation import Division
 from higgs_nb.training.batches import Shard

@@ -10,7 +10,6 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from higgs_nb.data.sample_dataset import SampleDataset
 from safetensors.torch import load_file, save_file
 from tiny_codec import needs_torchaudio, tiny_higgs_codec
 
@@ -25,6 +24,7 @@ from higgs_nb.data.corpus import embedded_corpus
 from higgs_nb.data.higgs_codec import HIGGS_CODEC, HIGGS_CODEC_COPY, HiggsCodec, is_training_only
 from higgs_nb.data.prepared_codes import check_prepared
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.sample_dataset import SampleDataset
 from higgs_nb.model.model import HiggsAudioForTraining, tiny_config, tiny_model
 
 CLIPS = sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[:3]

@@ -12,7 +12,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from higgs_nb.data.sample_dataset import SampleDataset
 from tiny_codec import needs_torchaudio, tiny_higgs_codec
 
 from higgs_nb.data import codec as codec_module
@@ -26,6 +25,7 @@ from higgs_nb.data.corpus import embedded_corpus
 from higgs_nb.data.delay import undelay
 from higgs_nb.data.problems import AudioError
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.sample_dataset import SampleDataset
 
 CLIPS = sorted((embedded_corpus() / "audio").glob("conf-*.opus"))[:3]
 

@@ -19,7 +19,6 @@ import pytest
 import soundfile as sf
 import torch
 from datasets import Dataset, DatasetDict
-from higgs_nb.data.unreadable import NoTranscripts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +36,7 @@ from higgs_nb.data.hub_configs import hub_configs
 from higgs_nb.data.mixture import weighted
 from higgs_nb.data.problems import CorpusError
 from higgs_nb.data.understood import preview_corpus
+from higgs_nb.data.unreadable import NoTranscripts
 
 WORDS = ["Yes, of course.", 'She said "no" twice.', "Über 3 | 4 of them."]
 NAMES = ["84_1_000001_000000", "84_1_000002_000000", "91_1_000001_000000"]

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_script
-from higgs_nb.data.sample_dataset import SampleDataset
 
 from higgs_nb.data.code_store import CodeStore
 from higgs_nb.data.collator import PackedBatchSampler, PackedCollator
 from higgs_nb.data.corpus import load_corpus
 from higgs_nb.data.corpus_table import CorpusTable
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.sample_dataset import SampleDataset
 from higgs_nb.tasks import large_corpus
 from higgs_nb.tasks.corpus import read_corpus
 from higgs_nb.tasks.settings import Settings

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from higgs_nb.data.sample_dataset import SampleDataset
 from transformers import HiggsAudioV2ForConditionalGeneration, WhisperConfig, WhisperModel
 
 from higgs_nb.checkpoint.adapter import adapter_tensors, load_lora_adapters, save_lora_adapters
@@ -20,6 +19,7 @@ from higgs_nb.checkpoint.errors import CheckpointError
 from higgs_nb.data.collator import PackedCollator
 from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.sample_dataset import SampleDataset
 from higgs_nb.data.samples import encode_conversation, expand
 from higgs_nb.data.whisper_inputs import whisper_extractor
 from higgs_nb.model.load import load_model

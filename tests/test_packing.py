@@ -5,13 +5,13 @@ goes on where it stopped.
 import soundfile
 import torch
 from accelerate import skip_first_batches
-from higgs_nb.data.sample_dataset import SampleDataset
 from torch.utils.data import DataLoader
 
 from higgs_nb.data.collator import PackedBatchSampler, PackedCollator
 from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.data.corpus_split import split_corpus
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.sample_dataset import SampleDataset
 from higgs_nb.model.model import tiny_config
 
 

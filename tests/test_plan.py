@@ -14,11 +14,11 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, load_script
-from higgs_nb.cli.planned_run import MPS, plan_of, plan_values
 from transformers import HiggsAudioV2Config, WhisperConfig
 
 from higgs_nb.cli.notebooks import parameters_of
 from higgs_nb.cli.plan import main
+from higgs_nb.cli.planned_run import MPS, plan_of, plan_values
 from higgs_nb.family import HIGGS_V2
 from higgs_nb.model.lora import HEADS, create_lora_config
 from higgs_nb.training.advice import advice, as_parameters, changes, check_plan

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from higgs_nb.data.sample_dataset import SampleDataset
 from resume_job import Melodies, log, sentence
 from safetensors.torch import save_file
 from transformers import HiggsAudioV2Config
@@ -20,6 +19,7 @@ from transformers import HiggsAudioV2Config
 from higgs_nb.checkpoint.repair import main as higgs_validate
 from higgs_nb.checkpoint.validate import list_checkpoints
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.sample_dataset import SampleDataset
 from higgs_nb.model.load import load_model
 from higgs_nb.model.lora import apply_lora, create_lora_config
 from higgs_nb.model.model import HiggsAudioForTraining, tiny_config

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-from higgs_nb.cli.planned_run import plan_of, plan_values
 from llama_tokenizer import ENTRIES, llama_tokenizer
 from miniature import write_base, write_recordings
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from higgs_nb.checkpoint.validate import validate_checkpoint
 from higgs_nb.cli.notebooks import defaults_of
 from higgs_nb.cli.plan import main as higgs_plan
+from higgs_nb.cli.planned_run import plan_of, plan_values
 from higgs_nb.cli.run import main as higgs_run
 from higgs_nb.core.files import load_json, write_json
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer

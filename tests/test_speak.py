@@ -13,7 +13,6 @@ import warnings
 import pytest
 import soundfile
 import torch
-from higgs_nb.tasks.asked import asked_texts, asked_voice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +30,7 @@ from higgs_nb.speech.sentences import pieces, sentences
 from higgs_nb.speech.stream import stream_speech
 from higgs_nb.speech.stream_clip import ChunkDecoder
 from higgs_nb.speech.texts import SpokenText, read_texts
+from higgs_nb.tasks.asked import asked_texts, asked_voice
 from higgs_nb.tasks.speaker import find_speaker, load_speaker
 
 DRAWN = dict(do_sample=True, temperature=0.9, top_k=50)

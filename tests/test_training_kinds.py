@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from higgs_nb.data.sample_dataset import SampleDataset
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig, get_peft_model
@@ -34,6 +33,7 @@ from higgs_nb.checkpoint.validate import list_checkpoints, validate_checkpoint
 from higgs_nb.data.collator import PackedCollator, PaddedCollator
 from higgs_nb.data.conversation import Conversation
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer, fit_tokenizer
+from higgs_nb.data.sample_dataset import SampleDataset
 from higgs_nb.model.load import load_model
 from higgs_nb.model.lora import EMBEDDINGS, HEADS, apply_lora, create_lora_config
 from higgs_nb.model.merge import merge_lora

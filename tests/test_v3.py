@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from higgs_nb.data.sample_dataset import SampleDataset, sample_options
 from safetensors.torch import load_file, save_file
 from test_fused import traced
 from transformers import Qwen3Model
@@ -20,6 +19,7 @@ from higgs_nb.data.conversation import Audio, tts_conversation
 from higgs_nb.data.delay import IGNORE, undelay
 from higgs_nb.data.label_checks import LabelError
 from higgs_nb.data.prompt import AudioTokens, byte_tokenizer
+from higgs_nb.data.sample_dataset import SampleDataset, sample_options
 from higgs_nb.data.samples import encode_conversation, expand
 from higgs_nb.family import HIGGS_V3
 from higgs_nb.model.load import load_model

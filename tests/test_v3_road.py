@@ -10,7 +10,6 @@ import matplotlib
 import nbformat
 import pytest
 import torch
-from higgs_nb.cli.planned_run import plan_of, plan_values
 from miniature import write_recordings, write_v3_base
 from safetensors.torch import load_file
 from transformers.utils import logging
@@ -18,6 +17,7 @@ from transformers.utils import logging
 from higgs_nb.checkpoint.adapter import load_lora_adapters
 from higgs_nb.checkpoint.validate import validate_checkpoint
 from higgs_nb.cli.notebooks import notebook_of
+from higgs_nb.cli.planned_run import plan_of, plan_values
 from higgs_nb.core.files import load_json
 from higgs_nb.data.audio import load_audio
 from higgs_nb.data.audit import audit

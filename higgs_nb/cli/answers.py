@@ -9,7 +9,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from ..data.sample_dataset import sample_options
 from torch import Tensor, nn
 
 from ..checkpoint.base import base_of
@@ -17,6 +16,7 @@ from ..checkpoint.errors import CheckpointError
 from ..data.collator import PaddedCollator
 from ..data.conversation import tts_conversation
 from ..data.prompt import AudioTokens
+from ..data.sample_dataset import sample_options
 from ..data.samples import Sample, write_clip
 from ..speech.generate import generate_speech
 from ..speech.prompts import prompt_of

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..data.sample_dataset import SampleDataset
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..core.messages import in_markdown
 from ..data.codes_by_path import frames_of
 from ..data.conversation import Audio, Conversation
 from ..data.corpus_table import in_columns
+from ..data.sample_dataset import SampleDataset
 from ..family import FAMILIES, HIGGS_V2, RANDOM_BASES, Family
 
 # %% auto #0

@@ -10,11 +10,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from .ending import report_done, report_failure, report_stop, was_stopped
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from .directory import output_directory, process_directory
+from .ending import report_done, report_failure, report_stop, was_stopped
 from .execution import run
 from .notebooks import describe, run_notebooks
 from .parameters import read_parameters, split_assignments

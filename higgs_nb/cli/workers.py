@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from .run_process import run_job
-
 from .record import output_of
+from .run_process import run_job
 from .sweep_file import SweepRun
 
 # %% auto #0

@@ -10,8 +10,6 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from .file_readers import RowList
-
 from ..core.files import check_plain
 from ..core.messages import shown
 from .columns import GUESS, Choice
@@ -19,6 +17,7 @@ from .conversation import Conversation
 from .conversation_check import structure_problems
 from .corpus_files import Row, check_path
 from .corpus_rows import chatml_conversation, table_conversation
+from .file_readers import RowList
 from .formats import open_rows
 from .problems import CorpusError, Problem, collect_problems, corpus_error
 from .row_table import RowTable

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 from fastcore.basics import patch
-from .sample_dataset import SampleDataset
 
 from higgs_nb.data.balance import (
     EVEN,
@@ -37,6 +36,7 @@ from higgs_nb.data.references import (
     own_reference,
     spoken_pair,
 )
+from .sample_dataset import SampleDataset
 from .samples import Sample
 
 # %% auto #0

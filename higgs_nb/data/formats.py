@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .config_tables import read_config
-from .file_readers import FILES, RowList, read_json
-from .folder_table import is_wordless, look_into, other_table, own_table
-from .unreadable import no_reader, no_transcripts
-
 from .arrow_tables import parquet_table, saved_splits, saved_table
 from .columns import GUESS, Choice
+from .config_tables import read_config
 from .corpus_folder import folder_rows
+from .file_readers import FILES, RowList, read_json
+from .folder_table import is_wordless, look_into, other_table, own_table
 from .hub_configs import hub_configs
 from .hub_corpus import local_path
 from .kaldi import is_kaldi, kaldi_table
 from .libri import libri_reader
 from .row_table import RowTable
+from .unreadable import no_reader, no_transcripts
 
 # %% auto #0
 __all__ = ['read_folder', 'open_rows']

@@ -9,12 +9,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .file_readers import RowList
-
 from ..core.html import Html, table
 from ..core.messages import in_html, shown
 from .columns import Choice
 from .corpus_files import Row
+from .file_readers import RowList
 from .formats import open_rows
 from .row_table import RowTable
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .file_readers import FILES
-
 from .columns import OR_METADATA
 from .corpus_files import AUDIO_SUFFIXES, path_meant
 from .corpus_folder import table_note
+from .file_readers import FILES
 from .hub_corpus import HUB
 from .other_sound import OTHER_SUFFIXES
 from .problems import CorpusError, Problem, corpus_error

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from ..data.sample_dataset import encode_with, sample_options
 from torch import Tensor
 
 from ..data.audio import load_audio
@@ -16,6 +15,7 @@ from ..data.codec import Codec
 from ..data.collator import PaddedCollator
 from ..data.conversation import Audio, Conversation, Text, tts_conversation
 from ..data.prompt import AudioTokens
+from ..data.sample_dataset import encode_with, sample_options
 from ..data.samples import Sample, expand
 
 # %% auto #0

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from .sides import learned_recording
 from tqdm.auto import tqdm
 
 from ..core.html import table
@@ -22,6 +21,7 @@ from ..speech.judges import RATE, has_speaker_encoder, normaliser_of, speaker_en
 from ..speech.speakers import far_from_speaker
 from ..speech.transcripts import Recogniser, open_whisper, recogniser_of, spoken_language
 from ..speech.written import WordStore, Writing
+from .sides import learned_recording
 
 # %% auto #0
 __all__ = ['FAR', 'NO_ENCODER', 'TextRow', 'TextReport', 'TextClip', 'kept_words', 'clip_languages', 'check_texts']

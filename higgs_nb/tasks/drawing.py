@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..data.sample_dataset import SampleDataset, sample_options
-
 from ..data.balance import Balance
 from ..data.conversation import Conversation
 from ..data.drawn import DrawnDataset
 from ..data.references import OWN, ReferencePool, ReferenceShares, follow_training
+from ..data.sample_dataset import SampleDataset, sample_options
 from .inputs import Inputs
 from .run_corpus import RunCorpus
 from .settings import Settings

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
-from .sides import keep_apart
 
 from ..cli.directory import occupy, output_directory, set_aside
 from ..cli.parameters import parameters
@@ -22,6 +21,7 @@ from ..speech.judges import Judges, default_judges
 from ..speech.leaks import check_leaks
 from .record import read_record
 from .settings import Settings, given_settings
+from .sides import keep_apart
 
 # %% auto #0
 __all__ = ['begin_evaluation', 'open_listeners', 'Division', 'division_of', 'lines_of', 'Material', 'read_material']

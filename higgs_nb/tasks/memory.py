@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from ..cli.planned_run import MPS, plan_of
-
 from ..core.launcher import launched
 from .inputs import Inputs
 from .settings import Settings

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
-from .sides import learned_recording, spoken
 
 from ..data.audio import load_audio
 from ..data.code_store import CodeStore
 from ..data.conversation import Audio, Conversation
 from ..data.corpus_check import CorpusReport
 from ..data.corpus_table import CorpusTable, in_columns
+from .sides import learned_recording, spoken
 
 # %% auto #0
 __all__ = ['NOTHING_HELD', 'TableReport', 'RunCorpus', 'check_sides']

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from .run_corpus import RunCorpus
 
 from ..core.launcher import launched
 from ..data.conversation import Conversation, tts_conversation
@@ -17,6 +16,7 @@ from ..model.load import base_path
 from ..speech.judges import Judges, default_judges, missing_judges
 from ..speech.score import voice_of
 from .inputs import Inputs
+from .run_corpus import RunCorpus
 from .settings import Settings
 from ..training.loop import HiggsTrainer
 from ..training.speak import ScoreCallback, SpeechCallback

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..data.sample_dataset import SampleDataset, sample_options
-
 from ..checkpoint.errors import CheckpointError
 from ..cli.doctor import memory_advice
+from ..data.sample_dataset import SampleDataset, sample_options
 from .inputs import Inputs
 from .settings import Settings
 from ..training.arguments import HiggsTrainingArguments

@@ -57,7 +57,7 @@ SMALL = {
     "fit_codec.ipynb": dict(
         corpus=str(embedded_corpus()), out="codec", codebook_size=16, width=24, steps=60, clips=8
     ),
-    "prepare.ipynb": dict(out="prepared", max_clips=40),
+    "prepare.ipynb": dict(out="prepared", max_clips=24),
     "compare.ipynb": dict(out="compare"),  # of a sweep
     "pretrain.ipynb": dict(
         voices="codes.safetensors",
@@ -91,12 +91,12 @@ SMALL = {
     "train.ipynb": dict(
         out="run",
         base="tiny",
-        steps=60,
-        max_clips=40,
-        token_budget=1024,
+        steps=40,
+        max_clips=24,
+        token_budget=768,
         learning_rate=0.003,
-        eval_every=30,
-        save_every=30,
+        eval_every=20,
+        save_every=20,
         warmup=5,
         speak=1,
         table=2,
@@ -265,7 +265,7 @@ def test_what_a_run_leaves(prepared, trained):
     assert (
         run["tokens_per_second"] > 0
         and run["versions"]["torch"]
-        and run["parameters"]["steps"] == 60
+        and run["parameters"]["steps"] == 40
     )
     assert sorted(p.name for p in trained.glob("checkpoint-*")) == [
         "checkpoint-30",
@@ -277,7 +277,7 @@ def test_what_a_run_leaves(prepared, trained):
     noted = json.loads((trained / "environment.jsonl").read_text())
     assert (
         noted["parameters"]["seed"] == 0
-        and noted["parameters"]["steps"] == 60
+        and noted["parameters"]["steps"] == 40
         and noted["versions"]["torch"] == run["versions"]["torch"]
         and "package" in noted["git"]
     )

@@ -5,6 +5,7 @@ published. Here these links become links to notebooks, links inside signatures b
 text, and each figure gets a description, the sentence before it.
 """
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
-PROC = Path("_proc")
+PROC = Path("_proc").resolve()  # a chapter may go into another folder
 SIGNATURE = re.compile(r"```python.*?```", re.DOTALL)
 LINKED_NAME = re.compile(r"\[(`[^`]*`)\]\([^)\s]*\)")
 
@@ -68,13 +69,14 @@ def prepare(notebook: dict) -> None:
 
 def main() -> None:
     refresh_quarto_yml()
-    proc_nbs(force=True)
+    proc_nbs(force=True, n_workers=0)
     site = re.search(r'site-url: "(.*)"', (PROC / "nbdev.yml").read_text())[1]
     pages = chapters()
     for path in PROC.rglob("*.ipynb"):
         notebook = json.loads(local_links(path.read_text(encoding="utf-8"), site, pages))
         prepare(notebook)
         path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+    gc.freeze()  # at its end, each shell that nbdev has opened collects garbage once: minutes
 
 
 if __name__ == "__main__":

@@ -167,24 +167,22 @@ def test_two_processes_train_what_one_would(tmp_path):
             assert all(abs(x[k] - y[k]) < 1e-5 for k in x if "loss" in k), (x, y)
 
 
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    *("--main_process_port", "0", "--num_cpu_threads_per_process", "1"),
+]
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run"),
+    *("--standalone", "--nproc-per-node", "2"),
+]
+
+
 @pytest.mark.parametrize(
     "launcher",
     [
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            "0",
-            "--num_cpu_threads_per_process",
-            "1",
-        ],
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        pytest.param(ACCELERATE, id="accelerate launch", marks=pytest.mark.slow),
+        pytest.param(TORCHRUN, id="torchrun"),
     ],
-    ids=["accelerate launch", "torchrun"],
 )
 def test_launchers(tmp_path, launcher):
     (tmp_path / "script.py").write_text(
@@ -210,6 +208,7 @@ def test_launchers(tmp_path, launcher):
     assert len((whole_state(tmp_path / "run" / "checkpoint-4")[0])["processes"]) == 2
 
 
+@pytest.mark.slow
 def test_two_hosts_of_which_one_is_asked_to_stop(tmp_path):
     """Two launchers with a process each, as on two hosts: a signal to one lets both save, stop and
     say 75; started again, they go on where they were.

@@ -133,6 +133,7 @@ def test_a_run_that_fails_does_not_hold_up_the_others(sweep, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_task_of_a_slurm_array_that_is_preempted(sweep, tmp_path):
     """The script that is for sbatch, run by bash: a signal stops the run with 75 and queues the
     task again; the next time it ends with 0.
@@ -163,6 +164,7 @@ def test_a_task_of_a_slurm_array_that_is_preempted(sweep, tmp_path):
     assert sweep.diary() == Counter({"begin 2": 2, "end 2": 1})
 
 
+@pytest.mark.slow
 def test_on_dask(sweep, tmp_path):
     "Workers of a scheduler conduct the runs."
     file = sweep([1, 2], seconds=0.0)

@@ -18,8 +18,8 @@ define HELP
 make train         train an adapter on the recordings in the package; runs/train holds it and the executed notebook
 make codec         install what the codec of the released model needs
 make base          pretrain the small base, in hours; needs the speech that nbs/runs/voices.ipynb makes in runs/voices
-make test          run every notebook and the tests, but for the slow ones
-make test-slow     test what needs whole runs of several processes: killed, resumed, swept, divided
+make test          run the notebooks and the tests, but for the slow ones
+make test-slow     test what takes long: runs that are killed, resumed, swept or divided, three tutorials
 make test-bits     test quantised bases and 8-bit optimizers, with bitsandbytes beside the virtual environment
 make test-newest   test with the newest transformers, peft and accelerate that settings.ini allows
 make test-released train the released configuration with random weights: 7 minutes, 24 GB of memory, 14 GB of disk

@@ -12,6 +12,7 @@ from conftest import ROOT
 from higgs_nb.speech.judges import missing_judges
 
 NEEDS_EVAL = ("from_an_interview.ipynb",)
+LONG = ("a_new_language.ipynb", "from_common_voice.ipynb", "read_a_run.ipynb")
 SMALL = {  # tutorial: its parameters here; what it makes goes into the test's folder, where it runs
     "a_new_language.ipynb": dict(out="run", steps=2, texts=2, max_clips=2),
     "from_common_voice.ipynb": dict(out="run", max_clips=2),
@@ -33,7 +34,12 @@ def test_every_group_has_a_file_and_chapters():
             assert chapters(folder), f"nbs/{folder} has no chapters: take it out of GROUPS"
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+TUTORIALS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in sorted(SMALL)
+]
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
 def test_tutorial(name, tmp_path):
     if name in NEEDS_EVAL and missing_judges():
         pytest.skip("the extra eval is not installed")

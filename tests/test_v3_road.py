@@ -283,6 +283,7 @@ def test_a_stream_is_the_clip(road):
     assert torch.allclose(torch.cat(chunks), clip.waveform, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_base_with_random_weights_takes_the_whole_road(tmp_path):
     "`base=tiny_v3`: the run makes it, and nothing of it is under the licence of the release."
     assert plan_of("tiny_v3", plan_values("tiny_v3", [])).fits(12)

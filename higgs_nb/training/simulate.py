@@ -5,10 +5,11 @@
 # %% ../../nbs/training/21_simulate.ipynb #5388a265
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
 from ..checkpoint.base import base_of
@@ -26,8 +27,8 @@ from .stand_ins import CUBLAS, DeviceArithmetic, flash_workspace, optimizer_stat
 from .worst_batch import worst_batch
 
 # %% auto #0
-__all__ = ['GATHERED', 'BLOCK', 'FEW', 'SIMULATED', 'place_of', 'StageHooks', 'divided_parameters', 'hold_exchange', 'hold_state',
-           'watch_gradients', 'take_step', 'take_look', 'simulate_layers', 'extend', 'simulate']
+__all__ = ['GATHERED', 'BLOCK', 'PEAKS', 'FEW', 'place_of', 'StageHooks', 'divided_parameters', 'hold_exchange', 'hold_state',
+           'watch_gradients', 'take_step', 'take_look', 'peaks_of_step', 'simulate_layers', 'extend', 'simulate']
 
 # %% ../../nbs/training/21_simulate.ipynb #2dfe20b4
 def place_of(i: int, layers: int) -> str:
@@ -87,8 +88,8 @@ def hold_exchange(
     counter.add("workspace", GATHERED * layer)
 
 # %% ../../nbs/training/21_simulate.ipynb #dbd71caa
-def hold_state(model: nn.Module, settings: StepSettings, counter: MemoryCounter) -> list[Tensor]:
-    "Count parameters, buffers and the state of the optimizer; returns that state."
+def hold_state(model: nn.Module, settings: StepSettings, counter: MemoryCounter) -> None:
+    "Count parameters and buffers."
     divided = divided_parameters(model, settings)
     for p in model.parameters():
         kind = "adapters" if settings.lora and p.requires_grad else "weights"
@@ -96,10 +97,6 @@ def hold_state(model: nn.Module, settings: StepSettings, counter: MemoryCounter)
     hold_exchange(model, settings, counter, sum(p.nbytes for p in divided))
     for buffer in model.buffers():
         counter.hold(buffer, "weights")
-    state = optimizer_state(model, settings.optimizer)
-    for tensor in state:
-        counter.hold(tensor, "optimizer")
-    return state
 
 # %% ../../nbs/training/21_simulate.ipynb #03b84715
 def watch_gradients(model: nn.Module, settings: StepSettings, counter: MemoryCounter) -> None:
@@ -147,23 +144,36 @@ def take_look(model, batch: dict, settings: StepSettings, hooks: StageHooks) -> 
 BLOCK = {"cuda": 512, "cpu": 1}  # bytes that an allocator rounds up to
 
 
-def simulate_layers(
-    config: PretrainedConfig, settings: StepSettings, layers: int
-) -> dict[str, dict[str, int]]:
-    "Stage -> bytes by kind when their sum is largest, of a model with `layers` layers."
-    model = shapes_of_model(config, settings, layers)
+def peaks_of_step(model: nn.Module, config: PretrainedConfig, settings: StepSettings) -> dict:
+    "Stage -> bytes by kind when their sum is largest, without the state of the optimizer."
     counter = MemoryCounter(BLOCK[settings.device], flash_workspace)
     counter.add("workspace", CUBLAS if settings.device == "cuda" else 0)
     hooks = StageHooks(counter, base_of(model).model.layers)
-    state = hold_state(model, settings, counter)
+    hold_state(model, settings, counter)
     watch_gradients(model, settings, counter)
     batch = worst_batch(config, settings.samples)
     with counter:
         on_device = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in batch.items()}
         take_step(model, on_device, settings, hooks)
         take_look(model, on_device, settings, hooks)
-    del state
     return counter.peaks
+
+# %% ../../nbs/training/21_simulate.ipynb #8e5b6c38
+PEAKS: dict[tuple, dict] = {}  # configuration, settings and layers -> `peaks_of_step`
+
+
+def simulate_layers(
+    config: PretrainedConfig, settings: StepSettings, layers: int
+) -> dict[str, dict[str, int]]:
+    "Stage -> bytes by kind when their sum is largest, of a model with `layers` layers."
+    model, block = shapes_of_model(config, settings, layers), BLOCK[settings.device]
+    state = optimizer_state(model, settings.optimizer)
+    size = sum(-(-tensor.nbytes // block) * block for tensor in state)
+    step = repr(replace(settings, optimizer=""))
+    key = (config.to_json_string(use_diff=False), step, layers)
+    if key not in PEAKS:
+        PEAKS[key] = peaks_of_step(model, config, settings)
+    return {stage: kinds | dict(optimizer=size) for stage, kinds in PEAKS[key].items()}
 
 # %% ../../nbs/training/21_simulate.ipynb #f5e98871
 FEW = (3, 4)  # layers of the models that are simulated
@@ -178,16 +188,10 @@ def extend(few: dict, more: dict, layers: int) -> dict[str, dict[str, int]]:
     }
 
 # %% ../../nbs/training/21_simulate.ipynb #0f8a881d
-SIMULATED: dict[tuple[str, str], dict] = {}  # configuration and settings -> what `simulate` gave
-
-
 def simulate(config: PretrainedConfig, settings: StepSettings) -> dict[str, dict[str, int]]:
     "Stage -> bytes by kind when their sum is largest; `ValueError` for what cannot be planned."
     check_settings(settings)
-    key = (config.to_json_string(use_diff=False), repr(settings))
-    if key not in SIMULATED:
-        layers = config.num_hidden_layers
-        counts = FEW if layers > FEW[1] else (layers,)
-        found = [simulate_layers(config, settings, n) for n in counts]
-        SIMULATED[key] = extend(*found, layers) if len(found) > 1 else found[0]
-    return SIMULATED[key]
+    if config.num_hidden_layers <= FEW[1]:
+        return simulate_layers(config, settings, config.num_hidden_layers)
+    few, more = (simulate_layers(config, settings, n) for n in FEW)
+    return extend(few, more, config.num_hidden_layers)

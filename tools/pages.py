@@ -9,8 +9,9 @@ import json
 import re
 from pathlib import Path
 
+from nbdev import serve
 from nbdev.quarto import refresh_quarto_yml
-from nbdev.serve import proc_nbs
+from shells import Pages
 
 PROC = Path("_proc")
 SIGNATURE = re.compile(r"```python.*?```", re.DOTALL)
@@ -68,7 +69,8 @@ def prepare(notebook: dict) -> None:
 
 def main() -> None:
     refresh_quarto_yml()
-    proc_nbs(force=True)
+    serve.FilterDefaults = Pages  # which proc_nbs takes from its module
+    serve.proc_nbs(force=True, n_workers=1)  # a second would import torch and transformers again
     site = re.search(r'site-url: "(.*)"', (PROC / "nbdev.yml").read_text())[1]
     pages = chapters()
     for path in PROC.rglob("*.ipynb"):

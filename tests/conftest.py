@@ -14,7 +14,7 @@ BIN = Path(sys.executable).parent
 PRELOADED = [  # what the fork server imports, once for all processes that it forks
     *("resume_job", "transformers.generation", "scipy.signal", "scipy.stats", "soundfile"),
     *("matplotlib.pyplot", "IPython", "ipywidgets", "nbdev.test", "papermill", "pydantic"),
-    *("higgs_nb.tasks.training", "ipykernel.kernelapp", "kernels"),
+    *("higgs_nb.tasks.training", "ipykernel.kernelapp", "kernels", "frozen"),
 ]
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from conftest import ROOT, committed, fork_server
+from kernels import fork_kernels, tests_address
 from nbdev.test import nbdev_test
 
 GROUPS = {  # file of tests -> folders of nbs
@@ -33,8 +34,9 @@ def others():
     return [file for file in found if file.parts[1] not in (*grouped, "runs")]
 
 
-def run_here(notebook, printed, environment):
+def run_here(notebook, printed, environment, tests):
     "Run a notebook in this process; what it prints goes to the file `printed`."
+    fork_kernels(tests)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
@@ -48,7 +50,8 @@ def run_here(notebook, printed, environment):
 def run_chapter(notebook, folder):
     "Run a notebook; a failure shows what it printed, which a file in `folder` holds."
     printed = Path(folder, "printed")
-    child = fork_server().Process(target=run_here, args=(notebook, printed, dict(os.environ)))
+    given = (notebook, printed, dict(os.environ), tests_address())
+    child = fork_server().Process(target=run_here, args=given)
     child.start()
     try:
         child.join()

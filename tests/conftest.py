@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,10 @@ from jupyter_client.provisioning import KernelProvisionerFactory
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-FORKED = "forked-provisioner"  # how Jupyter knows the class in `kernels`
 PRELOADED = [  # what the fork server imports, once for all processes that it forks
     *("resume_job", "transformers.generation", "scipy.signal", "scipy.stats", "soundfile"),
     *("matplotlib.pyplot", "IPython", "ipywidgets", "nbdev.test", "papermill", "pydantic"),
-    *("higgs_nb.tasks.training", "ipykernel.kernelapp", "kernels"),
+    *("higgs_nb.tasks.training", "ipykernel.kernelapp", "kernels", "frozen"),
 ]
 
 
@@ -34,10 +32,9 @@ def fork_server():
 @pytest.fixture(scope="session", autouse=True)
 def forked_kernels():
     "The kernels of runs that tests start in their own process are forked: see `kernels`."
-    factory = KernelProvisionerFactory.instance()
-    group = KernelProvisionerFactory.GROUP_NAME
-    factory.provisioners[FORKED] = EntryPoint(FORKED, "kernels:ForkedProvisioner", group)
-    factory.default_provisioner_name = FORKED
+    from kernels import fork_kernels
+
+    fork_kernels()
 
 
 @pytest.fixture

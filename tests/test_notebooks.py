@@ -2,6 +2,8 @@
 are in `test_chapters_*.py`.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import papermill
@@ -9,6 +11,7 @@ import pytest
 from chapters import GROUPS, chapters, others, run_chapter
 from conftest import ROOT
 
+from higgs_nb.data.corpus import embedded_corpus
 from higgs_nb.speech.judges import missing_judges
 
 NEEDS_EVAL = ("from_an_interview.ipynb",)
@@ -34,6 +37,22 @@ def test_every_group_has_a_file_and_chapters():
             assert chapters(folder), f"nbs/{folder} has no chapters: take it out of GROUPS"
 
 
+EXCERPTS = {"a_new_language.ipynb": "june", "your_voice.ipynb": "allison"}  # tutorial: its corpus
+
+
+def excerpt(corpus, folder, clips=24):
+    "Some recordings of the package in a folder: a run checks all that it is given."
+    held = json.loads((embedded_corpus(corpus) / "metadata.json").read_text(encoding="utf-8"))
+    step = len(held["samples"]) // clips
+    held["samples"] = held["samples"][::step]
+    for sample in held["samples"]:
+        file = folder / sample["audio_file"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(embedded_corpus(corpus) / sample["audio_file"], file)
+    (folder / "metadata.json").write_text(json.dumps(held), encoding="utf-8")
+    return str(folder)
+
+
 TUTORIALS = [
     pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in sorted(SMALL)
 ]
@@ -43,10 +62,13 @@ TUTORIALS = [
 def test_tutorial(name, tmp_path):
     if name in NEEDS_EVAL and missing_judges():
         pytest.skip("the extra eval is not installed")
+    given = dict(SMALL[name])
+    if name in EXCERPTS:
+        given["recordings"] = excerpt(EXCERPTS[name], tmp_path / "recordings")
     papermill.execute_notebook(
         ROOT / "nbs/tutorials" / name,
         tmp_path / name,
-        parameters=SMALL[name],
+        parameters=given,
         cwd=tmp_path,
         progress_bar=False,
     )

@@ -24,7 +24,13 @@ from ..checkpoint.whole_model import is_stock
 __all__ = ['REPLY', 'Reply', 'in_fresh_process', 'ask_about', 'ask']
 
 # %% ../../nbs/cli/17_fresh_process.ipynb #cbc795de
-REPLY = "import sys; from higgs_nb.cli.reply import reply; reply(sys.argv[1])"
+REPLY = """import gc, sys
+gc.disable()
+from higgs_nb.cli.reply import reply
+gc.freeze()
+gc.enable()
+reply(sys.argv[1])
+"""
 
 
 @dataclass(frozen=True)

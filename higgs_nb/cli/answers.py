@@ -17,7 +17,7 @@ from ..data.collator import PaddedCollator
 from ..data.conversation import tts_conversation
 from ..data.prompt import AudioTokens
 from ..data.sample_dataset import sample_options
-from ..data.samples import Sample, write_clip
+from ..data.samples import Sample, write_clips
 from ..speech.generate import generate_speech
 from ..speech.prompts import prompt_of
 
@@ -42,7 +42,7 @@ def question(
     options: dict,  # of `sample_options`
 ) -> Sample:
     "The prompt that asks for `text`, followed by random codes."
-    clip = write_clip(random_codes(tokens), 0, tokens, options["delay"])
+    clip = write_clips([random_codes(tokens)], tokens, options["delay"])
     prompt = prompt_of(tts_conversation(text, id="export"), tokenizer, tokens, **options)
     return dataclasses.replace(
         prompt,

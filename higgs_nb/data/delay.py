@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..family import HIGGS_V2, DelayForm
@@ -16,24 +16,9 @@ from ..family import HIGGS_V2, DelayForm
 IGNORE = -100  # label of what is not supervised, as in torch.nn.functional.cross_entropy
 
 # %% auto #0
-__all__ = ['IGNORE', 'delay_clip', 'delay_pattern', 'undelay', 'first_true']
+__all__ = ['IGNORE', 'delay_pattern', 'delay_clip', 'undelay', 'first_true']
 
 # %% ../../nbs/data/16_delay.ipynb #5a1b5f36
-def delay_clip(
-    codes: Tensor,  # (codebooks, frames)
-    bos: int,  # code that opens a clip
-    eos: int,  # code that ends a clip
-    form: DelayForm = HIGGS_V2.delay,  # of the family
-) -> tuple[Tensor, Tensor]:
-    "The rows of one clip: `(audio_ids, audio_labels)`, both (rows, codebooks)."
-    codebooks, frames = codes.shape
-    wrapped = F.pad(F.pad(codes, (1, 0), value=bos), (0, 1), value=eos)
-    rows = torch.arange(form.rows(frames, codebooks))
-    entry = rows[:, None] - form.shift * torch.arange(codebooks)
-    audio_ids = wrapped.t().gather(0, (entry - form.opening + 1).clamp(0, frames + 1))
-    return audio_ids, audio_ids.where(form.is_labelled(entry, frames), IGNORE)
-
-# %% ../../nbs/data/16_delay.ipynb #244f0f97
 def delay_pattern(
     codes: Tensor,  # (codebooks, frames), clips one after the other
     lengths: Tensor,  # (clips,) frames of each clip
@@ -42,13 +27,27 @@ def delay_pattern(
     delay: bool = True,  # False: wrap without shifting
     form: DelayForm = HIGGS_V2.delay,  # of the family
 ) -> tuple[Tensor, Tensor]:
-    "`(audio_ids, audio_labels)` of all clips, both (rows, codebooks) int64; see `delay_clip`."
+    "`(audio_ids, audio_labels)` of all clips, both (rows, codebooks) int64."
     form = form if delay else replace(form, shift=0)
-    codes = codes.long()
-    clips = [delay_clip(clip, bos, eos, form) for clip in codes.split(lengths.tolist(), dim=1)]
-    none = (codes.new_zeros(0, len(codes)),) * 2
-    audio_ids, audio_labels = zip(none, *clips, strict=True)
-    return torch.cat(audio_ids), torch.cat(audio_labels)
+    codes, lengths = codes.numpy(), lengths.numpy()
+    rows = form.rows(lengths, len(codes))
+    row = np.arange(rows.sum()) - (rows.cumsum() - rows).repeat(rows)  # in its clip
+    entry = row - form.shift * np.arange(len(codes))[:, None]  # (codebooks, rows)
+    frames = lengths.repeat(rows)
+    audio_ids = np.where(entry < form.opening, bos, eos)
+    audio_ids[form.is_code(entry, frames)] = codes.reshape(-1)  # codebook by codebook
+    labels = np.where(form.is_labelled(entry, frames), audio_ids, IGNORE)
+    return torch.from_numpy(audio_ids.T), torch.from_numpy(labels.T)
+
+# %% ../../nbs/data/16_delay.ipynb #b8be1c18
+def delay_clip(
+    codes: Tensor,  # (codebooks, frames)
+    bos: int,  # code that opens a clip
+    eos: int,  # code that ends a clip
+    form: DelayForm = HIGGS_V2.delay,  # of the family
+) -> tuple[Tensor, Tensor]:
+    "The rows of one clip: `(audio_ids, audio_labels)`, both (rows, codebooks)."
+    return delay_pattern(codes, torch.tensor([codes.shape[1]]), bos, eos, form=form)
 
 # %% ../../nbs/data/16_delay.ipynb #9bb4c49e
 def undelay(

@@ -5,7 +5,7 @@
 # %% ../../nbs/data/19_samples.ipynb #772ac999
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +20,8 @@ from .prompt import AudioTokens
 from .whisper_inputs import at_rate, code_bounds, in_chunks, whisper_frames
 
 # %% auto #0
-__all__ = ['Encoded', 'encode_conversation', 'Sample', 'Clip', 'write_clip', 'check_codes', 'divide_references',
-           'check_waveforms', 'write_clips', 'expand', 'join_rows']
+__all__ = ['Encoded', 'encode_conversation', 'Sample', 'Clips', 'placeholder_runs', 'write_clips', 'check_codes',
+           'divide_references', 'check_waveforms', 'count_features', 'expand']
 
 # %% ../../nbs/data/19_samples.ipynb #ff84572b
 @dataclass
@@ -34,11 +34,11 @@ class Encoded:
     # (samples,) and Hz of each reference recording, for a Whisper tower
     waveforms: list[tuple[np.ndarray, int]] = field(default_factory=list)
 
-    def placeholders(self, tokens: AudioTokens) -> tuple[Tensor, Tensor]:
+    def placeholders(self, tokens: AudioTokens) -> tuple[np.ndarray, np.ndarray]:
         "Positions (recordings,) of the placeholders, and whether the assistant speaks each."
-        is_audio = (self.input_ids == tokens.audio_in) | (self.input_ids == tokens.audio_out)
-        positions = is_audio.nonzero().flatten()
-        return positions, self.input_ids[positions] == tokens.audio_out
+        ids = self.input_ids.numpy()
+        positions = np.flatnonzero((ids == tokens.audio_in) | (ids == tokens.audio_out))
+        return positions, ids[positions] == tokens.audio_out
 
 # %% ../../nbs/data/19_samples.ipynb #a0d4f401
 def encode_conversation(
@@ -81,30 +81,45 @@ class Sample:
         return len(self.input_ids)
 
 # %% ../../nbs/data/19_samples.ipynb #ae827ee6
-class Clip(NamedTuple):
-    "A recording, written out."
+class Clips(NamedTuple):
+    "Recordings, written out."
 
-    ids: Tensor  # (positions,) first of Whisper's features, then of the rows of codes
-    audio_ids: Tensor  # (rows, codebooks)
-    audio_labels: Tensor  # (rows, codebooks), if the assistant learns to speak it
+    ids: Tensor  # (positions,) of each, first of Whisper's features, then of the rows of codes
+    lengths: Tensor  # (recordings,) positions of each
+    audio_ids: Tensor  # (rows, codebooks) of those with codes
+    audio_labels: Tensor  # (rows, codebooks), if the assistant learns to speak them
 
 # %% ../../nbs/data/19_samples.ipynb #085e5b6a
-def write_clip(
-    codes: Tensor | None,  # (codebooks, frames); None: only features
-    features: int,  # of Whisper
+def placeholder_runs(
+    rows: np.ndarray,  # (recordings,) rows of codes
+    features: np.ndarray,  # (recordings,) of Whisper
     tokens: AudioTokens,
-    delay: bool,
-) -> Clip:
-    "The placeholders and the rows of a recording."
-    rows = (torch.zeros(0, tokens.num_codebooks, dtype=torch.long),) * 2
-    if codes is not None:
-        lengths = torch.tensor([codes.shape[1]])
-        ends = (tokens.stream_bos, tokens.stream_eos)
-        rows = delay_pattern(codes, lengths, *ends, delay, tokens.family.delay)
-    delayed = min(len(rows[0]), tokens.num_codebooks - 1)
-    counts = torch.tensor([features, len(rows[0]) - delayed, delayed])
-    placeholders = torch.tensor([tokens.audio_in, tokens.audio_out, tokens.audio_delay])
-    return Clip(placeholders.repeat_interleave(counts), *rows)
+) -> tuple[np.ndarray, np.ndarray]:
+    "The placeholders of all recordings (positions,), and how many each has (recordings,)."
+    delayed = np.minimum(rows, tokens.num_codebooks - 1)
+    runs = np.stack([features, rows - delayed, delayed], axis=1)
+    kinds = np.tile([tokens.audio_in, tokens.audio_out, tokens.audio_delay], len(runs))
+    return kinds.repeat(runs.flatten()), runs.sum(axis=1)
+
+# %% ../../nbs/data/19_samples.ipynb #55d4536a
+def write_clips(
+    codes: list[Tensor],  # (codebooks, frames) of each recording
+    tokens: AudioTokens,
+    delay: bool = True,  # as the checkpoint was trained
+    has_codes: np.ndarray | bool = True,  # (recordings,)
+    features: np.ndarray | int = 0,  # (recordings,) of Whisper
+) -> Clips:
+    "The placeholders and the rows of recordings."
+    form, codebooks = tokens.family.delay, tokens.num_codebooks
+    form = form if delay else replace(form, shift=0)
+    frames = np.array([clip.shape[1] for clip in codes], np.int64)
+    has_codes, features = (np.full(len(codes), given) for given in (has_codes, features))
+    kept = [clip for clip, has in zip(codes, has_codes) if has]
+    joined = torch.cat([torch.zeros(codebooks, 0, dtype=torch.long), *kept], dim=1)
+    ends, kept_frames = (tokens.stream_bos, tokens.stream_eos), torch.from_numpy(frames[has_codes])
+    rows = delay_pattern(joined, kept_frames, *ends, form=form)
+    runs = placeholder_runs(form.rows(frames, codebooks) * has_codes, features, tokens)
+    return Clips(*map(torch.from_numpy, runs), *rows)
 
 # %% ../../nbs/data/19_samples.ipynb #fb68d475
 def check_codes(encoded: Encoded, tokens: AudioTokens, id: str) -> None:
@@ -162,25 +177,17 @@ def check_waveforms(encoded: Encoded, references: int) -> None:
         )
 
 # %% ../../nbs/data/19_samples.ipynb #c60ad542
-def write_clips(
-    encoded: Encoded,  # its references divided, if there is an extractor
-    tokens: AudioTokens,
-    delay: bool,
-    audio_in_codes: bool,
+def count_features(
+    is_spoken: np.ndarray,  # (recordings,) bool
+    waveforms: list[tuple[np.ndarray, int]],  # of those that are not spoken
     extractor: WhisperFeatureExtractor | None,
-) -> list[Clip]:
-    "All recordings of a conversation, written out."
-    _, is_spoken = encoded.placeholders(tokens)
-    waveforms = iter(encoded.waveforms)
-    clips = []
-    for codes, spoken in zip(encoded.codes, is_spoken.tolist()):
-        features = 0
-        if extractor is not None and not spoken:
-            waveform, _ = next(waveforms)
-            features = whisper_frames(len(waveform), extractor.hop_length)
-        has_codes = spoken or audio_in_codes
-        clips.append(write_clip(codes if has_codes else None, features, tokens, delay))
-    return clips
+) -> np.ndarray:
+    "Features of Whisper that each recording has: (recordings,)."
+    features = np.zeros(len(is_spoken), np.int64)
+    if extractor is not None:
+        hop = extractor.hop_length
+        features[~is_spoken] = [whisper_frames(len(wave), hop) for wave, _ in waveforms]
+    return features
 
 # %% ../../nbs/data/19_samples.ipynb #208f61f5
 def expand(
@@ -195,27 +202,18 @@ def expand(
     check_codes(encoded, tokens, id)
     if extractor is not None:
         encoded = divide_references(encoded, tokens, extractor)
-    clips = write_clips(encoded, tokens, delay, audio_in_codes, extractor)
-    ids, positions = encoded.input_ids, encoded.placeholders(tokens)[0]
-    lengths = torch.ones_like(ids)
-    lengths[positions] = torch.tensor([len(clip.ids) for clip in clips], dtype=torch.long)
-
-    def spread(values: Tensor) -> Tensor:
-        return values.repeat_interleave(lengths)
-
-    in_clip = spread(torch.zeros_like(encoded.learned).index_fill(0, positions, True))
-    input_ids = spread(ids).masked_scatter(in_clip, torch.cat([ids[:0], *(c.ids for c in clips)]))
-    is_row = in_clip & (input_ids != tokens.audio_in)
-    learns = spread(encoded.learned & (ids != tokens.audio_in))
-    audio_ids, targets = join_rows(clips, tokens.num_codebooks)
-    labels = input_ids.where(learns & ~in_clip, IGNORE)
-    audio_labels = targets.where(learns[is_row][:, None], IGNORE)
-    waveforms = [waveform for waveform, _ in encoded.waveforms] if extractor is not None else []
-    return Sample(input_ids, labels, audio_ids, audio_labels, id, waveforms)
-
-# %% ../../nbs/data/19_samples.ipynb #33ed876a
-def join_rows(clips: list[Clip], num_codebooks: int) -> tuple[Tensor, Tensor]:
-    "Codes and labels of all clips, both (rows, codebooks)."
-    none = torch.zeros(0, num_codebooks, dtype=torch.long)
-    audio_ids = torch.cat([none, *(clip.audio_ids for clip in clips)])
-    return audio_ids, torch.cat([none, *(clip.audio_labels for clip in clips)])
+    positions, is_spoken = encoded.placeholders(tokens)
+    waveforms = encoded.waveforms if extractor is not None else []
+    features = count_features(is_spoken, waveforms, extractor)
+    clips = write_clips(encoded.codes, tokens, delay, is_spoken | audio_in_codes, features)
+    ids, learned = encoded.input_ids.numpy(), encoded.learned.numpy()
+    is_clip, lengths = np.zeros_like(learned), np.ones_like(ids)
+    is_clip[positions], lengths[positions] = True, clips.lengths
+    in_clip, input_ids = is_clip.repeat(lengths), ids.repeat(lengths)
+    input_ids[in_clip] = clips.ids
+    learns = (learned & (ids != tokens.audio_in)).repeat(lengths)
+    labels = torch.from_numpy(np.where(learns & ~in_clip, input_ids, IGNORE))
+    learns_row = torch.from_numpy(learns[in_clip & (input_ids != tokens.audio_in)])
+    audio_labels = clips.audio_labels.where(learns_row[:, None], IGNORE)
+    waves = [waveform for waveform, _ in waveforms]
+    return Sample(torch.from_numpy(input_ids), labels, clips.audio_ids, audio_labels, id, waves)

@@ -107,16 +107,15 @@ def join_clips(
     codebooks: int | None,  # None: all there are
 ) -> tuple[Tensor, Tensor]:
     "Codes (codebooks, frames) and lengths (clips,) of the chosen recordings."
-    codes, lengths = [], []
-    for sample, keep in zip(samples, chosen):
-        if not keep.any():
-            continue
-        frames = torch.from_numpy(keep.repeat(sample.code_lengths))
-        codes.append(getattr(sample, name)[:codebooks].long()[:, frames])
-        lengths.append(sample.code_lengths[keep])
-    if not codes:
+    used = [(sample, keep) for sample, keep in zip(samples, chosen) if keep.any()]
+    if not used:
         return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    return torch.cat(codes, 1), torch.from_numpy(np.concatenate(lengths))
+    codes = torch.cat([getattr(sample, name)[:codebooks] for sample, _ in used], 1).long()
+    keep = np.concatenate([keep for _, keep in used])
+    lengths = np.concatenate([sample.code_lengths for sample, _ in used])
+    if not keep.all():
+        codes = codes[:, torch.from_numpy(keep.repeat(lengths))]
+    return codes, torch.from_numpy(lengths[keep])
 
 # %% ../../nbs/original/02_collator.ipynb #ff7738ea
 def check_settings(whisper_processor, encode_whisper_embed: bool, new_marks: bool) -> None:
@@ -243,9 +242,10 @@ def audio(self: HiggsAudioSampleCollator, samples, labelled: bool) -> dict[str, 
     is_spoken = [self.spoken(s) for s in samples]
     out_ids, out_start, out_labels = self.stream(samples, is_spoken, labelled)
     if labelled and len(out_start):
-        frames = torch.diff(out_start, append=torch.tensor([out_ids.shape[1]]))
         untrained = untrained_clips(samples, self.audio_out_token_id)
-        out_labels = out_labels.masked_fill(untrained.repeat_interleave(frames), IGNORE)
+        if untrained.any():
+            frames = torch.diff(out_start, append=torch.tensor([out_ids.shape[1]]))
+            out_labels = out_labels.masked_fill(untrained.repeat_interleave(frames), IGNORE)
     in_ids, in_start = None, None
     if self.return_audio_in_tokens:
         in_ids, in_start, _ = self.stream(samples, [~s for s in is_spoken], False)

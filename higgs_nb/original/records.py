@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -71,7 +72,8 @@ class ChatMLDatasetSample:
     @cached_property
     def code_lengths(self) -> np.ndarray:
         "(recordings,) frames of each."
-        return np.diff(self.audio_ids_start.numpy(), append=self.audio_ids_concat.shape[-1])
+        borders = [*self.audio_ids_start.tolist(), self.audio_ids_concat.shape[-1]]
+        return np.array([end - start for start, end in pairwise(borders)], np.int64)
 
 # %% ../../nbs/original/01_records.ipynb #9aaa160f
 @patch(as_prop=True)

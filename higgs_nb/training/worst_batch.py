@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ..data.collator import PackedCollator
 from ..data.delay import IGNORE
 from ..data.prompt import AudioTokens
-from ..data.samples import Clip, Sample, write_clip
+from ..data.samples import Clips, Sample, write_clips
 from ..data.whisper_inputs import whisper_extractor
 from ..family import HIGGS_V2, family_of
 
@@ -54,7 +54,7 @@ def made_up_reference(config: PretrainedConfig) -> list[np.ndarray]:
     return [np.zeros(160 * (4 * REFERENCE - 1), np.float32)] if has_tower else []
 
 # %% ../../nbs/training/18_worst_batch.ipynb #5d65355f
-def made_up_clip(length: int, tokens: AudioTokens, seed: int = 0) -> Clip:
+def made_up_clip(length: int, tokens: AudioTokens, seed: int = 0) -> Clips:
     "The clip of a sample of `length` tokens; `ValueError` if it is too short for a frame."
     family, codebooks = tokens.family, tokens.num_codebooks
     rows = round((length - TEMPLATE) * family.frame_rate / (family.frame_rate + TEXT_RATE))
@@ -63,7 +63,7 @@ def made_up_clip(length: int, tokens: AudioTokens, seed: int = 0) -> Clip:
         raise ValueError(f"a sample of {length} tokens has no room for speech")
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(tokens.stream_bos, (codebooks, frames), generator=generator)
-    return write_clip(codes, 0, tokens, delay=True)
+    return write_clips([codes], tokens)
 
 # %% ../../nbs/training/18_worst_batch.ipynb #72375467
 def made_up_sample(length: int, config: PretrainedConfig, seed: int = 0) -> Sample:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.attention.varlen import varlen_attn
+from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import eager_attention_forward
 
@@ -19,7 +20,7 @@ from .device import device_type, without_autocast
 
 # %% auto #0
 __all__ = ['SHORT', 'GROUPED', 'later_mask', 'ShortAttention', 'attend_to_itself', 'attend_on_gpu', 'attend_one_by_one',
-           'attend_by_library', 'attend']
+           'attention_kind', 'attend_by_library', 'attend']
 
 # %% ../../nbs/model/05_attention.ipynb #d39f7029
 def later_mask(rows: int, times: int, like: Tensor) -> Tensor:
@@ -110,13 +111,17 @@ def attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: li
     outputs = [attend_to_itself(*qkv, scale) for qkv in by_sample if qkv[0].shape[1]]
     return torch.cat(outputs, 1).transpose(0, 1)
 
+# %% ../../nbs/model/05_attention.ipynb #f4eee92d
+def attention_kind(config: PretrainedConfig) -> str:
+    "The attention implementation of a model with this configuration, by transformers' name."
+    return config._attn_implementation
+
 # %% ../../nbs/model/05_attention.ipynb #243a47ac
 def attend_by_library(
     attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, lengths, cu_seqlens: Tensor, mask
 ) -> Tensor:
     "Attention in the implementation that the model's configuration names: (rows, heads, head_dim)"
-    kind = attn.config._attn_implementation
-    borders = {}
+    kind, borders = attention_kind(attn.config), {}
     if "flash" in kind:
         borders = dict(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
         borders |= dict(max_length_q=max(lengths), max_length_k=max(lengths))
@@ -137,7 +142,7 @@ def attend(
     "Causal attention of each sample to itself: (rows, heads * head_dim)"
     if not len(q):
         return torch.cat([q, k, v], 1)[:, : q.shape[1]].flatten(1)
-    if attn.config._attn_implementation != "sdpa":
+    if attention_kind(attn.config) != "sdpa":
         out = attend_by_library(attn, q, k, v, lengths, cu_seqlens, mask)
     elif device_type(q) == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
         out = attend_on_gpu(q, k, v, attn.scaling, max(lengths), cu_seqlens)

@@ -18,7 +18,7 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
     HiggsAudioV2DecoderLayer,
 )
 
-from .attention import attend
+from .attention import attend, attention_kind
 from .fused import permute, rms_norm_pair, rotate, swiglu
 from .modules import active
 from .projections import project
@@ -47,7 +47,7 @@ def inverse(order: Tensor) -> Tensor:
 # %% ../../nbs/model/06_layers.ipynb #5deefd45
 def needs_mask(config: HiggsAudioV2Config) -> bool:
     "Whether the attention implementation of a model wants a mask for packed samples."
-    kind = config._attn_implementation
+    kind = attention_kind(config)
     return kind != "sdpa" and "flash" not in kind
 
 # %% ../../nbs/model/06_layers.ipynb #96c9d825

@@ -120,9 +120,9 @@ def shapes_of_model(
 ) -> torch.nn.Module:
     "The model with its adapters on the meta device, with `layers` decoder layers."
     config = with_layers(config, layers)
-    config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = CLASSES[family_of(config).name].model(config).to(settings.dtype)
+    model.set_attn_implementation("sdpa")
     model.new_modules = settings.new_modules
     if settings.lora is not None:
         model = apply_lora(model, settings.lora, settings.text_loss)

@@ -141,7 +141,7 @@ docs: $(SETUP)
 
 bench: $(SETUP) $(CODEC)/torchaudio
 	@ls benchmarks/*.py >/dev/null || { echo "make bench: no benchmark in benchmarks/" >&2; exit 1; }
-	@set -e; for benchmark in $(filter-out benchmarks/small_base.py benchmarks/history.py benchmarks/gpu.py benchmarks/transcribe.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; PYTHONPATH="$$(mkdir -p $(CODEC) && cd $(CODEC) && pwd)" $(TOOLS)/python "$$benchmark" $(ARGS); done
+	@set -e; for benchmark in $(filter-out benchmarks/small_base.py benchmarks/base_voices.py benchmarks/history.py benchmarks/gpu.py benchmarks/transcribe.py,$(wildcard benchmarks/*.py)); do echo "== $$benchmark"; PYTHONPATH="$$(mkdir -p $(CODEC) && cd $(CODEC) && pwd)" $(TOOLS)/python "$$benchmark" $(ARGS); done
 
 bench-transcribe: $(SETUP)
 	$(TOOLS)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[eval]"
@@ -149,7 +149,7 @@ bench-transcribe: $(SETUP)
 
 scores: $(SETUP)
 	$(TOOLS)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[eval]"
-	$(TOOLS)/python benchmarks/small_base.py $(ARGS)
+	$(TOOLS)/python benchmarks/small_base.py $(if $(wildcard runs/voices/codes.safetensors),--voices runs/voices) $(ARGS)
 	$(TOOLS)/python benchmarks/history.py
 
 prepare: $(SETUP)

@@ -3,18 +3,23 @@
     python benchmarks/small_base.py                         # into runs/scores: hours of two cores
     python benchmarks/small_base.py --clips 4 --steps 20    # a small run: does all of it work?
     python benchmarks/small_base.py --only adapter          # one section
+    python benchmarks/small_base.py --voices runs/voices    # also the base in its own voices
     python benchmarks/small_base.py --commit                # a full run: its figures go into
                                                             # benchmarks/results/small_base.json
 
-A section is `higgs_run` with parameters, then its judged clips put into groups. What is done
-stays in runs/scores and is not done again. The file that is written begins as a copy of the
+A section is `higgs_run` with parameters, then its judged clips put into groups; the base in its
+own voices is judged here and needs the folder that nbs/runs/voices.ipynb makes. What is done stays
+in runs/scores and is not done again. The file that is written begins as a copy of the
 committed one; `from` says of each section whether it was measured now, or what it needs that
 this machine does not have.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+
+from base_voices import DRAWN, base_voices, measure
 
 from higgs_nb.cli.run import main as run_notebook
 from higgs_nb.core.files import load_json, write_json, write_whole
@@ -30,23 +35,9 @@ from higgs_nb.speech.score import Score, voice_of
 
 RESULTS = Path(__file__).parent / "results" / "small_base.json"
 PROMPTS = 104  # the first lines of the base's held_out.txt; what other services say follows
-DRAWN = {"temperature": 0.4, "top_k": 10}
-SCENES = {  # that ask the base for each of its voices
-    "af_heart": "A warm American woman.",
-    "af_bella": "A lively American woman.",
-    "af_sarah": "A calm American woman.",
-    "af_kore": "A firm American woman.",
-    "am_michael": "A calm American man.",
-    "am_fenrir": "A deep American man.",
-    "am_puck": "A lively American man.",
-    "bf_emma": "A British woman.",
-}
 NEEDS = {  # sections that no command here measures
     "pretrain": "a run of `make base`: a GPU, and the speech that nbs/runs/voices.ipynb makes",
-    "voices": (
-        "the speech of the eight voices, which nbs/runs/voices.ipynb makes, and the base "
-        "speaking in them"
-    ),
+    "voices": "--voices, the folder that nbs/runs/voices.ipynb makes",
     "counts": "as voices",
     "by_voice": "as voices",
     "examples": "as voices",
@@ -137,7 +128,7 @@ def adapter(work: Path, clips: int, steps: int) -> dict:
     texts = texts_of(work / f"prompts-{clips}.txt", clips)
     higgs_run("train", work / f"train-{steps}", steps=steps)
     out = work / f"evaluate-{steps}-{clips}"
-    scenes = list(SCENES.values()) if clips == PROMPTS else [SCENES["af_sarah"]]
+    scenes = list(base_voices().values())[: None if clips == PROMPTS else 1]
     options = dict(run=str(work / f"train-{steps}"), texts=str(texts), voices=scenes, **DRAWN)
     higgs_run("evaluate", out, **options)
     judged = load_json(out / "evaluate.json")
@@ -174,6 +165,14 @@ def rehearsal(work: Path, clips: int, steps: int) -> dict:
 SECTIONS = {"adapter": adapter, "rehearsal": rehearsal}
 
 
+def sections(given: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    "The name of each section that was asked for, and what it measured."
+    for name in [given.only] if given.only else SECTIONS:
+        yield name, SECTIONS[name](given.out, given.clips, given.steps)
+    if given.voices:
+        yield "voices", measure(given.voices, given.clips)
+
+
 def merged(results: dict, measured: dict) -> dict:
     "The results with what was measured now; a control is replaced alone."
     new = {**results, **measured}
@@ -199,6 +198,9 @@ def main(arguments: list[str] | None = None) -> None:
         help="folder of runs, clips and the new file",
     )
     parser.add_argument(
+        "--voices", type=Path, help="the synthetic voices: measure the base in them"
+    )
+    parser.add_argument(
         "--commit", action="store_true", help="write the committed file; only after a full run"
     )
     given = parser.parse_args(arguments)
@@ -209,8 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
         **results.get("from", {}),
         **{name: f"kept; needs {what}" for name, what in NEEDS.items()},
     }
-    for name in [given.only] if given.only else SECTIONS:
-        measured = SECTIONS[name](given.out, given.clips, given.steps)
+    for name, measured in sections(given):
         results = merged(results, measured)
         note = (
             f"benchmarks/small_base.py, section {name}, {given.clips} prompts, {given.steps} steps"

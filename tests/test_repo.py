@@ -20,8 +20,10 @@ from urllib.parse import unquote
 
 import nbformat
 import pytest
+import torch
 from conftest import BIN, ROOT, committed, run
 from fastcore.docments import docments
+from safetensors.torch import save_file
 
 
 def differing(a, b, pattern):
@@ -462,7 +464,9 @@ def scores_script():
         "small_base", ROOT / "benchmarks" / "small_base.py"
     )
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script
     spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "benchmarks"))
     return module
 
 
@@ -528,3 +532,19 @@ def test_a_trial_of_the_scores_cannot_be_committed(scores_script):
         with pytest.raises(SystemExit):
             scores_script.main(["--commit", *trial])
     assert scores_script.RESULTS.read_bytes() == before
+
+
+def test_the_scores_script_finds_what_each_voice_read(scores_script, tmp_path):
+    "Codes of an utterance are its first variant; the others and other voices are passed over."
+    import base_voices  # which the fixture has imported
+
+    def row(id, voice, frames, split="held_out"):
+        return dict(id=id, kind="prompt", text=id, speaker_id=voice, split=split, frames=frames)
+
+    rows = [row("a", "v", [3, 2], "train"), row("b", "w", [4]), row("c", "v", [5])]
+    codes = torch.arange(8 * 14).reshape(8, 14).to(torch.int16)
+    save_file(dict(codes=codes), tmp_path / "codes.safetensors", dict(rows=json.dumps(rows)))
+    [c] = base_voices.utterances(tmp_path, "held_out", {"v"})
+    assert (c.id, c.codes.tolist()) == ("c", codes[:, 9:].tolist())
+    [a] = base_voices.utterances(tmp_path, "train", {"v", "w"})
+    assert a.codes.tolist() == codes[:, :3].tolist() and a.file == tmp_path / "audio/a.flac"

@@ -95,7 +95,7 @@ def p95(values) -> float:
 
 def share(hits, total) -> str:
     "A share in percent."
-    return f"{100 * sum(hits) / max(total, 1):.0f}%"
+    return f"{100 * sum(hits) / max(total, 1):.1f}%"
 
 
 def table(paths: list[Path]) -> list[tuple[str, str, str]]:

@@ -97,9 +97,9 @@ def placeholder_runs(
 ) -> tuple[np.ndarray, np.ndarray]:
     "The placeholders of all recordings (positions,), and how many each has (recordings,)."
     delayed = np.minimum(rows, tokens.num_codebooks - 1)
-    runs = np.stack([features, rows - delayed, delayed], axis=1)
-    kinds = np.tile([tokens.audio_in, tokens.audio_out, tokens.audio_delay], len(runs))
-    return kinds.repeat(runs.flatten()), runs.sum(axis=1)
+    runs = np.array([features, rows - delayed, delayed]).T
+    kinds = [tokens.audio_in, tokens.audio_out, tokens.audio_delay] * len(runs)
+    return np.array(kinds, np.int64).repeat(runs.flatten()), runs.sum(axis=1)
 
 # %% ../../nbs/data/19_samples.ipynb #55d4536a
 def write_clips(
@@ -213,7 +213,7 @@ def expand(
     input_ids[in_clip] = clips.ids
     learns = (learned & (ids != tokens.audio_in)).repeat(lengths)
     labels = torch.from_numpy(np.where(learns & ~in_clip, input_ids, IGNORE))
-    learns_row = torch.from_numpy(learns[in_clip & (input_ids != tokens.audio_in)])
-    audio_labels = clips.audio_labels.where(learns_row[:, None], IGNORE)
+    learns_row = learns[in_clip & (input_ids != tokens.audio_in)][:, None]
+    audio_labels = torch.from_numpy(np.where(learns_row, clips.audio_labels, IGNORE))
     waves = [waveform for waveform, _ in waveforms]
     return Sample(torch.from_numpy(input_ids), labels, clips.audio_ids, audio_labels, id, waves)

@@ -11,6 +11,7 @@ other programs on the machine do not count.
 """
 
 import argparse
+import gc
 import json
 import platform
 import time
@@ -199,6 +200,7 @@ def speed(samples, passes: int) -> dict[str, float]:
     for _ in range(passes + 1):  # the first warms up
         for name, arm in arms().items():
             batches = [fresh(samples[i : i + BATCH], name) for i in range(0, len(samples), BATCH)]
+            gc.collect()  # what is left of the arm before
             began = time.process_time()
             for batch in batches:
                 arm(batch)

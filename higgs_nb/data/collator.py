@@ -58,7 +58,7 @@ def pad_rows(rows: list[Tensor], value: int, left: bool = False, round_to: int =
     side = "left" if left else "right"
     out = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
     gap = -out.shape[1] % round_to
-    return F.pad(out, (gap, 0) if left else (0, gap), value=value)
+    return F.pad(out, (gap, 0) if left else (0, gap), value=value) if gap else out
 
 # %% ../../nbs/data/20_collator.ipynb #7a54618e
 class PaddedCollator:

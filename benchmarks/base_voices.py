@@ -115,7 +115,7 @@ def spoken_arms(held: list[Utterance], codec) -> dict[str, list[Speech]]:
     }
 
 
-def summary(scores: list[Score]) -> dict:
+def rounded(scores: list[Score]) -> dict:
     "The metrics of judged clips, rounded as they are committed."
     [found] = Evaluation({"": scores}).summary().values()
     return {name: value and [round(x, 4) for x in value] for name, value in found.items()}
@@ -141,7 +141,7 @@ def measure(folder: Path, clips: int) -> dict:
         arms = recorded_arms(members, codec) | spoken_arms(members, codec)
         judged = evaluate(arms, judges, wanted, recorded_s=said, players=0).scores
         for arm, scores in judged.items():
-            found["voices"][f"{arm}{kind}"] = summary(scores)
+            found["voices"][f"{arm}{kind}"] = rounded(scores)
             found["counts"][f"{arm}{kind}"] = len(scores)
         greedy = judged["base, greedy"]
         found["examples"] += [dict(text=s.text, heard=s.heard) for s in greedy[:6]]
@@ -149,5 +149,5 @@ def measure(folder: Path, clips: int) -> dict:
             own = {u.id for u in members if u.voice == voice}
             scores = [s for s in greedy if s.id in own]
             if scores:
-                found["by_voice"][f"{voice}{kind}"] = summary(scores)
+                found["by_voice"][f"{voice}{kind}"] = rounded(scores)
     return found

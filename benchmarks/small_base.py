@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from base_voices import DRAWN, base_voices, measure
+from base_voices import DRAWN, base_voices, measure, rounded
 
 from higgs_nb.cli.run import main as run_notebook
 from higgs_nb.core.files import load_json, write_json, write_whole
@@ -29,7 +29,7 @@ from higgs_nb.data.corpus import embedded_corpus, load_corpus
 from higgs_nb.model.load import base_path
 from higgs_nb.small.world import world_features, world_synthesis
 from higgs_nb.speech.clips import Speech, speech_of
-from higgs_nb.speech.evaluate import Evaluation, evaluate
+from higgs_nb.speech.evaluate import evaluate
 from higgs_nb.speech.judges import default_judges
 from higgs_nb.speech.score import Score, voice_of
 
@@ -67,9 +67,8 @@ def texts_of(file: Path, clips: int) -> Path:
 
 
 def summary(scores: list[dict]) -> dict:
-    "The metrics of judged clips, rounded as they are committed."
-    [found] = Evaluation({"": [Score(**s) for s in scores]}).summary().values()
-    return {name: value and [round(x, 4) for x in value] for name, value in found.items()}
+    "The metrics of judged clips as `evaluate.json` holds them, rounded as they are committed."
+    return rounded([Score(**s) for s in scores])
 
 
 def split(scores: list[dict]) -> tuple[list[dict], list[dict]]:
